@@ -1,0 +1,165 @@
+"""Measure what the project claims: the quality of a run's samples, the speed of training.
+
+    python bench.py quality --ckpt run.pt              samples judged by their nearest training images
+    python bench.py train --size S/4 --batch-size 32   images/s and GFLOP/s, beside a large matrix product in the same run
+
+Times on shared machines drift by tens of percent: compare ratios within one run only.
+"""
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import ddpm
+import train
+from checkpoint import NETWORKS, build, load
+from cli import Parser, one_line_errors, positive, processes
+from sample import CFG_SCALE, STEPS, draw, labels_of
+
+
+def nearest(queries, reference, k=3):
+    """Indices (n, k) of the nearest reference images by pixel distance; both uint8 (n, H, W, C)."""
+    queries, reference = (torch.as_tensor(images).float().flatten(1) for images in (queries, reference))
+    return torch.cat([torch.cdist(part, reference).topk(k, largest=False).indices for part in queries.split(512)])
+
+
+def vote(labels, neighbours):
+    """The majority label of each row's neighbours; the nearest one's where all differ.  labels (M,), neighbours (n, 3)."""
+    first, second, third = labels[neighbours].unbind(dim=1)
+    return torch.where(second == third, second, first)
+
+
+def quality(args):
+    run = load(args.ckpt)
+    network, diffusion = build(run)
+    if network.num_classes is None or run["vae"] or not run["data"]["spec"]:
+        raise ValueError(f"{args.ckpt}: quality needs a class-conditional run of train.py on pixels")
+    device, _, _ = processes(args.device)
+    spec, size, cache = run["data"]["spec"], run["config"]["image_size"], run["config"]["cache"]
+    real, held_out = (data.load(spec, size, split, cache) for split in ("train", "test"))
+    images, labels = real.batch(np.arange(len(real)))
+    test_images, test_labels = held_out.batch(np.arange(len(held_out)))
+
+    classes = list(range(network.num_classes))
+    scale = CFG_SCALE if network.null_label is not None else 1.0
+    samples = [data.to_uint8(x).cpu() for _, x in draw(network.to(device), diffusion, range(args.n), classes, args.seed,
+                                                       clip=True, cfg_scale=scale)]
+    neighbours = nearest(torch.cat(samples), images)
+    right = (vote(labels, neighbours) == labels_of(range(args.n), classes)).float().mean().item()
+    real_right = (vote(labels, nearest(test_images, images)) == test_labels).float().mean().item()
+    unique = len(neighbours[:, 0].unique()) / args.n
+    print(f"{args.n} samples of {args.ckpt} (step {run['step']}), seed {args.seed}, dpm++ {STEPS} steps, guidance {scale:g}")
+    print(f"samples recognised as their class   {right:6.1%}   by 3 nearest neighbours among {len(real)} training images")
+    print(f"real held-out images, likewise      {real_right:6.1%}   of {len(held_out)}")
+    print(f"samples with a neighbour of their own {unique:4.1%}   (copies and collapsed samples share one)")
+
+
+def multiply_adds(description, t, y):
+    """Multiply-adds of one forward pass for len(t) images: counted on the meta device, which computes nothing."""
+    with torch.device("meta"):
+        network = NETWORKS[description["class"]](**description["arguments"])
+        arguments = description["arguments"]
+        x = torch.empty(len(t), arguments["channels"], *arguments["image_size"])
+        with FlopCounterMode(display=False) as counter:
+            network(x, t.to("meta"), None if y is None else y.to("meta"))
+    return counter.get_total_flops() // 2
+
+
+def product_rate(device, dtype, side=2048, repeats=8):
+    """FLOP/s of a large square matrix product."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    _synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    _synchronize(device)
+    return repeats * 2 * side ** 3 / (time.perf_counter() - began)
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Stopwatch:
+    """Seconds spent inside some methods while the real training loop runs, and when each call began."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.starts = device, {}, {}
+
+    def wrap(self, owner, name):
+        original = getattr(owner, name)
+        self.seconds[name], self.starts[name] = [], []
+
+        def timed(*args, **kwargs):
+            _synchronize(self.device)
+            began = time.perf_counter()
+            result = original(*args, **kwargs)
+            _synchronize(self.device)
+            self.seconds[name].append(time.perf_counter() - began)
+            self.starts[name].append(began)
+            return result
+        setattr(owner, name, timed)
+        return lambda: setattr(owner, name, original)
+
+
+def speed(args):
+    """Run train.py's own loop with a stopwatch around forward, backward and optimizer."""
+    warm, device = 3, processes(args.device)[0]
+    watch = Stopwatch(device)
+    undo = [watch.wrap(ddpm.Diffusion, "losses"), watch.wrap(torch.Tensor, "backward"), watch.wrap(torch.optim.AdamW, "step")]
+    with tempfile.TemporaryDirectory() as folder:
+        never = str(10 ** 9)
+        rates = [product_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)]
+        try:
+            train.main(["--size", args.size, "--batch-size", str(args.batch_size), "--steps", str(warm + args.steps), "--data",
+                        args.data, "--out", str(Path(folder) / "run.pt"), "--save-every", never, "--sample-every", never,
+                        "--device", args.device] + (["--compile"] if args.compile else []))
+        finally:
+            for put_back in undo:
+                put_back()
+        rates.append(product_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32))
+        run = load(Path(folder) / "run.pt")
+    starts = watch.starts["losses"]
+    whole = (starts[-1] - starts[warm]) / (len(starts) - 1 - warm)                   # seconds a step, all included
+    inside = {name: np.mean(seconds[warm:-1]) for name, seconds in watch.seconds.items()}
+    t = torch.zeros(args.batch_size, dtype=torch.long)
+    work = 3 * 2 * multiply_adds(run["network"], t, None if run["data"]["num_classes"] is None else t)
+    rate = np.mean(rates)
+    print(f"{args.size}, batch {args.batch_size}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{args.batch_size / whole:.1f} images/s, {work / whole / 1e9:.1f} GFLOP/s: {work / whole / rate:.1%} of a large product's "
+          f"{rate / 1e9:.1f}")
+    print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in inside.items()) +
+          f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms")
+
+
+def main(argv=None):
+    parser = Parser(prog="bench.py", description="Measure the quality of a run's samples, or the speed of training.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    command = commands.add_parser("quality", help="score samples by their nearest training images")
+    command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
+    command.add_argument("--n", type=positive, default=200, help="default: 200")
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=quality)
+    command = commands.add_parser("train", help="time the training loop")
+    command.add_argument("--size", default="S/4", help="default: S/4")
+    command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
+    command.add_argument("--steps", type=positive, default=20, help="timed steps (default: 20)")
+    command.add_argument("--data", default="mnist", help="default: mnist")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.add_argument("--compile", action="store_true")
+    command.set_defaults(run=speed)
+    args = parser.parse_args(argv)
+    with one_line_errors("bench.py"):
+        args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

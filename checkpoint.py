@@ -1,0 +1,211 @@
+"""Files of a run: save and load run.pt, read official checkpoints and .safetensors, show what is inside.
+
+Report §4-7 … §4-9 (released models). A run is one dict of plain values and tensors: version, step, config (every flag),
+network (class, arguments), diffusion (schedule, T, prediction, variance), data (spec, classes, channels, image size), vae
+(None for pixels), model, ema, optimizer, and what training accumulates. Nothing else is ever unpickled: files are read with
+weights_only=True. Meta's released DiT files load by name; what their shapes do not show comes from a table.
+
+    python checkpoint.py run.pt
+"""
+import json
+import math
+import mmap
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+import dit
+import vit
+from cli import Parser, one_line_errors
+from data import atomic_file
+from ddpm import SCHEDULES, Diffusion
+
+VERSION = 1
+NETWORKS = {"DiT": dit.DiT, "ViT": vit.ViT}
+HEADS = {(size["dim"], size["depth"]): size["heads"] for size in (*vit.SIZES.values(), *dit.SIZES.values())}
+IMAGENET_CLASSES = 1000
+SD_SCALE = 0.18215                               # of Stable Diffusion's autoencoder, whose latents Meta's DiT was trained on
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def save(path, run):
+    """Write a run atomically. OSError if it cannot be written, a full disk included; the previous file then stays whole."""
+    try:
+        with atomic_file(path) as file:
+            torch.save(run, file)
+    except (OSError, RuntimeError) as error:             # torch's archive writer reports a full disk as a RuntimeError
+        raise OSError(f"cannot write {path}: {error}") from None
+
+
+def read(path):
+    """The content of a .pt or .safetensors file. ValueError or OSError if it is missing, damaged, or would run code."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: the file does not exist")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged, or holds Python objects, which could "
+                         "run code and are not loaded") from None
+    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint, or was cut off ({str(error).splitlines()[0]})") from None
+
+
+def read_safetensors(path):
+    """Tensors by name, mapped from the file.  Layout: 8 bytes of header length, a JSON header, the raw tensors.
+
+    ValueError if the header is none, or a tensor's place is outside the file, overlaps another's or does not fit its shape.
+    """
+    def refuse(reason):
+        raise ValueError(f"{path} is not a valid safetensors file: {reason}")
+
+    def unique(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            refuse("a name appears twice in the header")
+        return dict(pairs)
+
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            refuse("it ends before its header does")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+            header.pop("__metadata__", None)
+            entries = sorted((*entry["data_offsets"], name, DTYPES[entry["dtype"]], list(entry["shape"]))
+                             for name, entry in header.items())
+            sizes = [math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries]
+            whole = all(isinstance(n, int) and n >= 0 for begin, end, _, _, shape in entries for n in (begin, end, *shape))
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            refuse(f"its header is not understood ({type(error).__name__}: {error})")
+        if not whole:
+            refuse("a shape or offset is not a whole number from 0 on")
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)   # read when touched, writable without the file
+    tensors, expected = {}, 0
+    for (begin, end, name, dtype, shape), nbytes in zip(entries, sizes):
+        if end > size - 8 - length:
+            refuse(f"{name} ends outside the file")
+        if begin != expected:
+            refuse(f"{name} overlaps another tensor, or leaves a gap")
+        if end - begin != nbytes:
+            refuse(f"{name} has {end - begin} bytes where its shape {shape} takes {nbytes}")
+        expected = end
+        tensors[name] = (torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=8 + length + begin)
+                         if nbytes else torch.empty(0, dtype=dtype)).reshape(shape)
+    return tensors
+
+
+def infer(state, config=None):
+    """The description of a network from its official state dict -> {"class", "arguments"}.
+
+    config overrides arguments, as heads=4. A label table of 1000 rows is ImageNet's without a null class; else the last row
+    is the null class. ValueError if the names are of no network that is known here.
+    """
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    config = config or {}
+
+    def arguments(embedder, tokens, channels_out=None):
+        dim, channels, patch, _ = state[f"{embedder}.proj.weight"].shape
+        side = math.isqrt(tokens)
+        if side ** 2 != tokens:
+            raise ValueError(f"{tokens} position rows are no square: give image_size")
+        return dict(image_size=side * patch, patch_size=patch, channels=channels, dim=dim, depth=depth,
+                    heads=HEADS.get((dim, depth), max(1, dim // 64)))
+
+    if "x_embedder.proj.weight" in state and "final_layer.linear.weight" in state:
+        found = arguments("x_embedder", state["pos_embed"].shape[1])
+        modulation = state.get("blocks.0.adaLN_modulation.1.weight")
+        rows = len(state.get("y_embedder.embedding_table.weight", ()))
+        num_classes = config.get("num_classes", rows if rows in (0, IMAGENET_CLASSES) else rows - 1) or None
+        found |= dict(num_classes=num_classes, null_class=num_classes is not None and rows > num_classes,
+                      learn_sigma=len(state["final_layer.linear.weight"]) == 2 * found["patch_size"] ** 2 * found["channels"],
+                      conditioning="cross-attention" if "blocks.0.cross_attn.q.weight" in state else
+                      "in-context" if modulation is None else
+                      "adaln-zero" if len(modulation) == 6 * found["dim"] else "adaln")
+        return {"class": "DiT", "arguments": {**found, **config}}
+    if "cls_token" in state and "head.weight" in state:
+        found = arguments("patch_embed", state["pos_embed"].shape[1] - 1)
+        return {"class": "ViT", "arguments": {**found, "num_classes": len(state["head.weight"]), **config}}
+    raise ValueError("its tensors have the names of no network known here: it is neither a run of train.py nor a released DiT")
+
+
+def load(path, config=None):
+    """A run from run.pt, or one made up around an official state dict (then without optimizer; config: see `infer`)."""
+    content = read(path)
+    try:
+        if isinstance(content, dict) and "version" in content and "network" in content:
+            if content["version"] != VERSION:
+                raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
+            for key in ("step", "config", "diffusion", "data", "model", "ema", "optimizer"):
+                content[key]
+            return content
+        while isinstance(content, dict) and (inner := next((key for key in ("ema", "state_dict", "model") if
+                                                            isinstance(content.get(key), dict)), None)):
+            content = content[inner]                     # Meta's training code wraps its state dicts
+        if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
+            raise ValueError("it holds no state dict")
+        network = infer(content, config)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"cannot use {path}: {reason}") from None
+    arguments = network["arguments"]
+    diffusion = dict(schedule="linear", T=1000, prediction="eps",
+                     variance="learned" if arguments.get("learn_sigma") else "small")
+    latent = arguments["channels"] == 4
+    data = dict(spec=None, classes=None, num_classes=arguments["num_classes"], channels=arguments["channels"],
+                image_size=arguments["image_size"])
+    return dict(version=VERSION, step=None, config={}, network=network, diffusion=diffusion, data=data,
+                vae=dict(scale=SD_SCALE) if latent else None, model=content, ema=content, optimizer=None)
+
+
+def build(run, weights="ema"):
+    """The network and the Diffusion of a run; weights: "ema" or "model".  ValueError if they do not fit each other."""
+    try:
+        network = NETWORKS[run["network"]["class"]](**run["network"]["arguments"])
+        network.load_state_dict(run[weights], strict=True)
+        described = run["diffusion"]
+        diffusion = Diffusion(SCHEDULES[described["schedule"]](described["T"]), described["prediction"],
+                              described["variance"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint does not describe its network: {str(error).strip()[:300]}") from None
+    return network.eval(), diffusion
+
+
+def load_network(path, config=None):
+    """The network of a run.pt (its EMA weights), of an official checkpoint or of a .safetensors file, in eval mode."""
+    return build(load(path, config))[0]
+
+
+def describe(path):
+    """What a checkpoint holds, as lines of text."""
+    run = load(path)
+    network = run["network"]
+    lines = [f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}"),
+             f"network    {network['class']} " + ", ".join(f"{k}={v}" for k, v in network["arguments"].items()),
+             f"parameters {sum(value.numel() for value in run['model'].values()):,}",
+             "diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items()),
+             "data       " + ", ".join(f"{k}={v}" for k, v in run["data"].items() if v is not None)]
+    if run["vae"]:
+        lines.append(f"latents    of an autoencoder, scaled by {run['vae']['scale']}")
+    if run["config"]:
+        lines.append("flags      " + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in run["config"].items()
+                                              if value not in (None, False)))
+    return lines
+
+
+def main(argv=None):
+    parser = Parser(prog="checkpoint.py", description="Show what a checkpoint holds.")
+    parser.add_argument("file", help="run.pt, a released checkpoint, or a .safetensors file")
+    args = parser.parse_args(argv)
+    with one_line_errors("checkpoint.py"):
+        print("\n".join(describe(args.file)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

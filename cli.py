@@ -1,0 +1,95 @@
+"""What every command shares: flags, errors in one line, the device and the processes, a grid of images."""
+import argparse
+import os
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from data import atomic_file
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+@contextmanager
+def one_line_errors(command):
+    """Turn what a user can cause into one line on stderr and exit status 2; anything else keeps its traceback."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        sys.exit(_report(command, "out of memory on the device: lower the batch size, or raise --accumulate"))
+    except (ValueError, OSError) as error:
+        sys.exit(_report(command, error))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _report(command, message):
+    print(f"{command}: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def positive(text):
+    """argparse type: a whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return number
+
+
+def not_negative(text):
+    """argparse type: a finite number from 0 on."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return number
+
+
+def processes(device="auto"):
+    """Join torchrun's process group, if there is one -> device, rank, number of processes.  ValueError if there is no GPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    rank = dist.get_rank() if world > 1 else 0
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")                       # TF32
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+    return torch.device(device), rank, world
+
+
+def grid(images, columns, gap=2):
+    """Tile uint8 images (n, H, W, C) into one (H', W', C), row by row on grey, each magnified to at least 64 pixels."""
+    zoom = max(1, 64 // images.shape[1])
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 128, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[top:top + height, left:left + width] = image
+    return canvas
+
+
+def to_image(array):
+    """uint8 (H, W, 1 or 3) -> Pillow image."""
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def save_image(path, array):
+    """Write uint8 (H, W, 1 or 3) as a PNG, atomically."""
+    with atomic_file(path) as file:
+        to_image(array).save(file, format="PNG")

@@ -1,0 +1,414 @@
+"""Denoising diffusion: the forward and reverse processes, losses, samplers, guidance and likelihood.
+
+Report §2-1, Eq. 2-1 … 2-11, and §3 (improved sampling, guidance). Papers: Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021
+(cosine schedule, learned variance, respacing); Song et al. 2021 (DDIM); Ho & Salimans 2022 (guidance); Salimans & Ho 2022
+(v-prediction); Lu et al. 2022 (DPM-Solver++).
+
+Time: the report counts t = 1 … T, the code 0 … T-1; the report's t is t + 1 here. Symbols are the report's:
+alpha = 1 - beta, and alpha_bar is the product of the alphas so far. Images x are (N, C, H, W) float32, pixels in [-1, 1] or
+scaled latents; t is (N,) int64. A model is any callable model(x, t, y) that returns a prediction like x, on which a learned
+variance follows as C more channels. It always receives the original step, also under respacing.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def linear_betas(T=1000, start=1e-4, end=0.02):
+    """Variances rising linearly, Ho et al. 2020, section 4. Not rescaled with T."""
+    return np.linspace(start, end, T, dtype=np.float64)
+
+
+def cosine_betas(T=1000):
+    """alpha_bar falls as a squared cosine, Nichol & Dhariwal 2021, Eq. 17."""
+    f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2      # 0.008 keeps the first beta from vanishing
+    return np.minimum(1 - f[1:] / f[:-1], 0.999)                             # the last would be 1: no way back
+
+
+def scaled_linear_betas(T=1000, start=0.00085, end=0.012):
+    """Standard deviations rising linearly: the schedule of latent diffusion. Not rescaled with T."""
+    return np.linspace(start ** 0.5, end ** 0.5, T, dtype=np.float64) ** 2
+
+
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "scaled-linear": scaled_linear_betas}
+PREDICTIONS = ("eps", "x0", "v")
+VARIANCES = ("small", "large", "learned")
+
+
+def keyed_generator(key, device="cpu"):
+    """A random generator for a key, a whole number >= 0 or a tuple of them: its draws depend on the key alone."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def mean_flat(x):
+    """Mean over all dimensions but the first: (N, ...) -> (N,)."""
+    return x.flatten(1).mean(dim=1)
+
+
+def normal_kl(mean1, log_variance1, mean2, log_variance2):
+    """KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats."""
+    return 0.5 * (log_variance2 - log_variance1 - 1 + torch.exp(log_variance1 - log_variance2)
+                  + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+
+
+def discretized_log_likelihood(x, mean, log_scale):
+    """log of a Gaussian's mass on x's bin among 256 levels of [-1, 1], in nats per element.  Ho et al. 2020, Eq. 13.
+
+    The outermost bins reach to infinity. The normal distribution function is Page's tanh approximation, as in the
+    published likelihoods.
+    """
+    def cdf(z):
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+    half_bin, inverse_scale = 1 / 255, torch.exp(-log_scale)
+    upper = cdf((x - mean + half_bin) * inverse_scale)
+    lower = cdf((x - mean - half_bin) * inverse_scale)
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
+
+
+class Diffusion:
+    """A forward process, Eq. 2-1, and what a network must predict to reverse it.
+
+    betas (T,) in (0, 1). prediction: what the network outputs, the noise "eps", the image "x0", or
+    "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0. variance of the reverse step: "small" is beta_tilde, "large" is beta,
+    "learned" interpolates between their logarithms. The tables .betas .alphas .alpha_bars .beta_tildes are float64 arrays of
+    length T; .timesteps holds the original steps. ValueError on unknown names or betas outside (0, 1).
+    """
+
+    def __init__(self, betas, prediction="eps", variance="small", timesteps=None):
+        if prediction not in PREDICTIONS or variance not in VARIANCES:
+            raise ValueError(f"prediction must be one of {PREDICTIONS} and variance one of {VARIANCES}: "
+                             f"got {prediction!r} and {variance!r}")
+        self.betas = np.asarray(betas, dtype=np.float64)
+        if self.betas.ndim != 1 or len(self.betas) == 0 or not ((0 < self.betas) & (self.betas < 1)).all():
+            raise ValueError("betas must be a sequence of numbers between 0 and 1")
+        self.prediction, self.variance, self.T = prediction, variance, len(self.betas)
+        self.timesteps = np.arange(self.T) if timesteps is None else np.asarray(timesteps)
+        self.alphas = 1 - self.betas
+        self.alpha_bars = np.cumprod(self.alphas)
+        self.alpha_bars_prev = np.append(1.0, self.alpha_bars[:-1])
+        self.beta_tildes = (1 - self.alpha_bars_prev) / (1 - self.alpha_bars) * self.betas           # Eq. 2-10
+        # beta_tilde is 0 at t = 0, where no noise is added: its logarithm is taken from t = 1
+        first = self.beta_tildes[1] if self.T > 1 else self.betas[0]
+        small = np.append(first, self.beta_tildes[1:])
+        large = np.append(first, self.betas[1:])
+        self.tables = {name: torch.from_numpy(np.ascontiguousarray(table)) for name, table in {
+            "sqrt_alpha": np.sqrt(self.alphas),
+            "sqrt_beta": np.sqrt(self.betas),
+            "sqrt_alpha_bar": np.sqrt(self.alpha_bars),
+            "sqrt_one_minus_alpha_bar": np.sqrt(1 - self.alpha_bars),
+            "log_one_minus_alpha_bar": np.log1p(-self.alpha_bars),
+            "posterior_x0": np.sqrt(self.alpha_bars_prev) * self.betas / (1 - self.alpha_bars),                  # Eq. 2-11
+            "posterior_xt": np.sqrt(self.alphas) * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars),           # Eq. 2-11
+            "beta_tilde": self.beta_tildes,
+            "log_beta_tilde": np.log(small),
+            "log_beta": np.log(self.betas),
+            "fixed_variance": large if variance == "large" else self.beta_tildes,
+            "fixed_log_variance": np.log(large if variance == "large" else small),
+            "timestep": self.timesteps,
+        }.items()}
+
+    def at(self, name, t, x):
+        """Row t (N,) of a table as (N, 1, 1, 1), to broadcast over x and in its dtype. IndexError outside 0 .. T-1."""
+        table = self.tables[name]
+        if table.device != x.device:
+            table = self.tables[name] = table.to(x.device)               # moved once, not at every step
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t of shape {tuple(t.shape)} for a batch of {len(x)}: it must be (N,)")
+        if t.device.type == "cpu" and len(t) and (t.min() < 0 or t.max() >= self.T):     # on a GPU the look would wait for it
+            raise IndexError(f"t must lie in 0 .. {self.T - 1}")
+        return table[t].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+    def q_step(self, x_prev, t, eps):
+        """One forward step: sample x_t from q(x_t | x_{t-1}).  Eq. 2-1; eps standard normal, like x_prev."""
+        return self.at("sqrt_alpha", t, x_prev) * x_prev + self.at("sqrt_beta", t, x_prev) * eps
+
+    def q_sample(self, x0, t, eps):
+        """All forward steps at once: sample x_t from q(x_t | x_0).  Eq. 2-3, which Eq. 2-2 and 2-4 merge from Eq. 2-1.
+
+        x0 (N, C, H, W); t (N,) int64; eps like x0, standard normal. Returns x_t like x0.
+        """
+        return self.at("sqrt_alpha_bar", t, x0) * x0 + self.at("sqrt_one_minus_alpha_bar", t, x0) * eps
+
+    def q_posterior(self, x0, xt, t):
+        """q(x_{t-1} | x_t, x_0), Eq. 2-8 and 2-9 (corrected: see REPORT.md) -> mean mu_tilde like xt, variance beta_tilde
+        (N, 1, 1, 1), and its logarithm, clipped at t = 0 to the value of t = 1."""
+        mu_tilde = self.at("posterior_x0", t, xt) * x0 + self.at("posterior_xt", t, xt) * xt         # Eq. 2-11
+        return mu_tilde, self.at("beta_tilde", t, xt), self.at("log_beta_tilde", t, xt)              # Eq. 2-10
+
+    def predict(self, output, xt, t):
+        """What a network's output (without its variance half) says of x_t: -> x0, eps.  Both solve Eq. 2-3."""
+        a, s = self.at("sqrt_alpha_bar", t, xt), self.at("sqrt_one_minus_alpha_bar", t, xt)
+        if self.prediction == "eps":
+            return (xt - s * output) / a, output
+        if self.prediction == "x0":
+            return output, (xt - a * output) / s
+        return a * xt - s * output, a * output + s * xt                  # v = a eps - s x0: a rotation, which inverts itself
+
+    def p_mean_variance(self, output, xt, t, clip=False):
+        """The reverse step p(x_{t-1} | x_t), Eq. 2-7 -> mean, variance, log variance, x0.
+
+        output (N, C or 2C, H, W) as the network returns it. The mean is Eq. 2-11 at the predicted x0, which clip clamps to
+        [-1, 1] first. Variances are (N, 1, 1, 1), or like x where they are learned.
+        """
+        if self.variance == "learned":
+            output, interpolation = output.chunk(2, dim=1)
+            fraction = (interpolation + 1) / 2                                       # Nichol & Dhariwal 2021, Eq. 15
+            log_variance = fraction * self.at("log_beta", t, xt) + (1 - fraction) * self.at("log_beta_tilde", t, xt)
+            variance = log_variance.exp()
+        else:
+            variance, log_variance = self.at("fixed_variance", t, xt), self.at("fixed_log_variance", t, xt)
+        x0, _ = self.predict(output, xt, t)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+        return self.q_posterior(x0, xt, t)[0], variance, log_variance, x0
+
+    def variational_bound(self, output, x0, xt, t, clip=False):
+        """L_t of Ho et al. 2020, Eq. 5, (N,) in bits per dimension -> that term, and the predicted x0.
+
+        For t > 0 it is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0, -log p(x_0 | x_1) of 8-bit pixels.
+        """
+        mean, _, log_variance, x0_pred = self.p_mean_variance(output, xt, t, clip)
+        true_mean, _, true_log_variance = self.q_posterior(x0, xt, t)
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
+        nll = -mean_flat(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
+        return torch.where(t == 0, nll, kl) / math.log(2), x0_pred
+
+    def losses(self, model, x0, t, y, eps):
+        """The simple loss, Ho et al. 2020, Eq. 14, or the hybrid one of Nichol & Dhariwal 2021, Eq. 16, where the variance
+        is learned -> dict of (N,): "loss", "mse", and with learned variance "vb" in bits per dimension; loss = mse + vb."""
+        xt = self.q_sample(x0, t, eps)
+        output = model(xt, self.original(t), y)
+        prediction = output[:, :x0.shape[1]]
+        a, s = self.at("sqrt_alpha_bar", t, x0), self.at("sqrt_one_minus_alpha_bar", t, x0)
+        target = {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: a * eps - s * x0}[self.prediction]()
+        terms = {"mse": mean_flat((prediction - target) ** 2)}
+        if self.variance == "learned":
+            # the bound trains the variance only: the mean half is detached
+            frozen = torch.cat([prediction.detach(), output[:, x0.shape[1]:]], dim=1)
+            terms["vb"], _ = self.variational_bound(frozen, x0, xt, t)
+        return {"loss": sum(terms.values()), **terms}
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x0, y=None, noise=None, clip=True):
+        """The variational bound on -log2 p(x0) per dimension, all T terms.  Ho et al. 2020, Eq. 5; x0 (N, C, H, W) pixels.
+
+        noise (T, N, C, H, W) replaces the random eps, row t for step t. Returns total and prior (N,), and vb and mse
+        (N, T), column t for step t; mse is that of eps.
+        """
+        vb, mse = [], []
+        for i in range(self.T):
+            t = torch.full((len(x0),), i, device=x0.device)
+            eps = torch.randn_like(x0) if noise is None else noise[i]
+            xt = self.q_sample(x0, t, eps)
+            term, x0_pred = self.variational_bound(model(xt, self.original(t), y), x0, xt, t, clip)
+            eps_pred = (xt - self.at("sqrt_alpha_bar", t, xt) * x0_pred) / self.at("sqrt_one_minus_alpha_bar", t, xt)
+            vb.append(term)
+            mse.append(mean_flat((eps_pred - eps) ** 2))
+        last = torch.full((len(x0),), self.T - 1, device=x0.device)
+        zero = torch.zeros_like(x0)
+        prior = mean_flat(normal_kl(self.at("sqrt_alpha_bar", last, x0) * x0,
+                                    self.at("log_one_minus_alpha_bar", last, x0), zero, zero)) / math.log(2)
+        vb, mse = torch.stack(vb, dim=1), torch.stack(mse, dim=1)        # (N, T)
+        return {"total": vb.sum(dim=1) + prior, "prior": prior, "vb": vb, "mse": mse}
+
+    def original(self, t):
+        """The steps of the process this one was respaced from: what the model was trained with. t (N,) -> (N,) int64."""
+        return self.at("timestep", t, t)
+
+    def respaced(self, steps):
+        """A Diffusion over a subset of the steps with the same alpha_bar there.  Nichol & Dhariwal 2021, section 4.
+
+        steps: a count, spread from the first step to the last; a list of counts, one for each equal section; or "ddimN", N
+        steps at a constant stride from step 0. ValueError if there are not so many.
+        """
+        kept = _kept_steps(self.T, steps)
+        alpha_bars = self.alpha_bars[kept]
+        betas = 1 - alpha_bars / np.append(1.0, alpha_bars[:-1])
+        return Diffusion(betas, self.prediction, self.variance, self.timesteps[kept])
+
+
+def _kept_steps(T, steps):
+    """Indices that `Diffusion.respaced` keeps, rising."""
+    if isinstance(steps, str):
+        if not (steps.startswith("ddim") and steps[4:].isdigit()):
+            raise ValueError(f"steps {steps!r} is neither a count, nor a list of counts, nor 'ddimN'")
+        for stride in range(1, T + 1):
+            if len(range(0, T, stride)) == int(steps[4:]):
+                return list(range(0, T, stride))
+        raise ValueError(f"no whole stride over {T} steps takes {steps[4:]} of them")
+    counts, kept, start = [steps] if isinstance(steps, (int, np.integer)) else list(steps), [], 0
+    for i, count in enumerate(counts):
+        size = T // len(counts) + (i < T % len(counts))
+        if not 1 <= count <= size:
+            raise ValueError(f"cannot take {count} steps out of {size}")
+        stride, place = (size - 1) / (count - 1) if count > 1 else 1, 0.0
+        for _ in range(count):
+            kept.append(start + round(place))
+            place += stride                              # summed as in OpenAI's code, so that roundings fall alike
+        start += size
+    return kept
+
+
+def guided(model, y, y_null, scale, channels=None, interval=None):
+    """Classifier-free guidance as a callable(x, t): one batch holds both halves.  Ho & Salimans 2022, Eq. 6.
+
+    uncond + scale (cond - uncond) on all channels of the prediction, or on the first `channels` only; a learned variance
+    stays the conditional one. Since eps, x0 and v are affine in each other, guiding one guides all. interval (low, high), in
+    original steps, inclusive, guides only there and evaluates the condition alone elsewhere.
+    """
+    def model_with_guidance(x, t):
+        step = int(t[0])
+        if scale == 1 or (interval is not None and not interval[0] <= step <= interval[1]):
+            return model(x, t, y)
+        output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))     # (2N, C or 2C, H, W)
+        conditional, unconditional = output.chunk(2)
+        n = x.shape[1] if channels is None else channels
+        prediction = unconditional[:, :n] + scale * (conditional[:, :n] - unconditional[:, :n])
+        return torch.cat([prediction, conditional[:, n:]], dim=1)
+    return model_with_guidance
+
+
+def _null_like(y, y_null):
+    """The unconditional input for a batch: a label or a context (M, D), repeated for each of y."""
+    if not torch.is_tensor(y_null):
+        return torch.full_like(y, y_null)
+    return y_null.to(y).expand_as(y)
+
+
+def ddpm_steps(diffusion, model, x, noises, eta, clip):
+    """Ancestral sampling, Ho et al. 2020, algorithm 2, under Eq. 2-6: x_{t-1} ~ p(x_{t-1} | x_t).  Yields step, x, x0."""
+    for i in reversed(range(diffusion.T)):
+        t = torch.full((len(x),), i, device=x.device)
+        mean, _, log_variance, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
+        x = mean + (0.5 * log_variance).exp() * next(noises) if i > 0 else mean          # the last step adds no noise
+        yield i, x, x0
+
+
+def ddim_steps(diffusion, model, x, noises, eta, clip):
+    """Song et al. 2021, Eq. 12 and 16: deterministic for eta = 0, DDPM's moments for eta = 1.  Yields step, x, x0."""
+    for i in reversed(range(diffusion.T)):
+        t = torch.full((len(x),), i, device=x.device)
+        alpha_bar, alpha_bar_prev = diffusion.alpha_bars[i], diffusion.alpha_bars_prev[i]
+        *_, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
+        eps = (x - alpha_bar ** 0.5 * x0) / (1 - alpha_bar) ** 0.5                       # Eq. 2-3 at the clipped x0
+        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
+        x = alpha_bar_prev ** 0.5 * x0 + max(1 - alpha_bar_prev - sigma ** 2, 0) ** 0.5 * eps
+        if sigma > 0:
+            x = x + sigma * next(noises)
+        yield i, x, x0
+
+
+def dpm_nodes(T, n):
+    """n distinct steps of DPM-Solver++, falling from T-1: dense where little noise is left, where the path bends most."""
+    nodes = []
+    for i in reversed(range(n)):
+        node = round((T - 1) * (1 - i / n) ** 2)
+        nodes.append(max(node, nodes[-1] + 1) if nodes else node)
+    return nodes[::-1]
+
+
+def dpm_update(x, x0, x0_prev, log_snrs, alpha_bar, alpha_bar_next):
+    """One step of DPM-Solver++(2M), Lu et al. 2022, algorithm 2, from noise level alpha_bar to alpha_bar_next.
+
+    x0 is predicted at x, x0_prev at the node before; log_snrs = lambda = log(alpha / sigma) at (before, here, next).
+    With x0_prev=None the step is of first order: DDIM's.
+    """
+    before, here, after = log_snrs
+    h = after - here
+    if x0_prev is not None:
+        x0 = x0 + 0.5 * h / (here - before) * (x0 - x0_prev)             # extrapolate x0 to the middle of the step
+    return ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5 * x - alpha_bar_next ** 0.5 * math.expm1(-h) * x0
+
+
+def dpm_steps(diffusion, model, x, nodes, clip):
+    """DPM-Solver++(2M) over falling nodes, then a first-order step to no noise, where x = x0.  Yields step, x, x0."""
+    alpha_bars = [diffusion.alpha_bars[i] for i in nodes]
+    log_snrs = [0.5 * math.log(alpha_bar / (1 - alpha_bar)) for alpha_bar in alpha_bars]
+    x0_prev = None
+    for k, i in enumerate(nodes):
+        t = torch.full((len(x),), i, device=x.device)
+        *_, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
+        if k + 1 < len(nodes):
+            x = dpm_update(x, x0, x0_prev, (log_snrs[k - 1], *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
+        else:
+            x = x0
+        x0_prev = x0
+        yield i, x, x0
+
+
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+
+
+@torch.no_grad()
+def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0, cfg_scale=1.0, cfg_channels=None,
+           cfg_interval=None, y_null=None, noise=None, seeds=None, clip=False, callback=None):
+    """Draw x0 of the given shape (N, C, H, W) by running the reverse process, Eq. 2-5 … 2-7, from x_T ~ N(0, I).
+
+    y: labels (N,) or a context (N, M, D), on the model's device. steps: evaluations along the trajectory (guidance's pair
+    counts once), all T by default; eta: DDIM's noise. cfg_*: see `guided`; y_null defaults to model.null_label.
+    noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T and then the noise of each step. seeds: one for each image
+    (integers, or tuples of them), which then comes out the same in whatever batch. clip clamps each predicted x0 to [-1, 1]:
+    pixels, not latents. callback(step, x, x0) sees each step. ValueError on guidance without an unconditional input.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
+    if cfg_scale != 1:
+        y_null = getattr(model, "null_label", None) if y_null is None else y_null
+        if y is None or y_null is None:
+            raise ValueError(f"guidance scale {cfg_scale} needs a condition and a model with an unconditional input")
+        y_null = _null_like(y, y_null)
+    device = next((z.device for z in (noise, y) if z is not None), None)
+    if device is None:
+        parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+        device = next((p.device for p in parameters), torch.device("cpu"))
+    noises = _noises(shape, noise, seeds, device)
+    x = next(noises)                                                                     # Eq. 2-5
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"noise of shape {tuple(x.shape)} where x has {tuple(shape)}")
+    predict = guided(model, y, y_null, cfg_scale, cfg_channels, cfg_interval)
+    if sampler == "dpm++":
+        n = diffusion.T if steps is None else steps
+        if not 1 <= n <= diffusion.T:
+            raise ValueError(f"cannot take {n} steps out of {diffusion.T}")
+        trajectory = dpm_steps(diffusion, predict, x, dpm_nodes(diffusion.T, n), clip)
+    else:
+        process = diffusion if steps is None else diffusion.respaced(steps)
+        trajectory = {"ddpm": ddpm_steps, "ddim": ddim_steps}[sampler](process, predict, x, noises, eta, clip)
+    for step, x, x0 in trajectory:
+        if callback is not None:
+            callback(step, x, x0)
+    return x
+
+
+def _noises(shape, noise, seeds, device):
+    """Yield x_T, then the noise of one step after the other. A seeded image has a generator of its own, on the CPU."""
+    if noise is not None:
+        yield from noise if noise.ndim == len(shape) + 1 else noise[None]
+    if seeds is not None:
+        if len(seeds) != shape[0]:
+            raise ValueError(f"{len(seeds)} seeds for {shape[0]} images")
+        generators = [keyed_generator(seed) for seed in seeds]
+        while True:
+            yield torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device)
+    while True:
+        yield torch.randn(shape, device=device)
+
+
+@torch.no_grad()
+def ddim_invert(diffusion, model, x0, y=None, steps=None):
+    """Run DDIM backwards from an image to the noise it came from: x0 (N, C, H, W) -> x_T.  Song et al. 2021, section 4.3.
+
+    `sample(..., sampler="ddim", steps=steps, noise=x_T)` returns to x0, up to the steps' discretisation.
+    """
+    process = diffusion if steps is None else diffusion.respaced(steps)
+    x = x0
+    for i in range(process.T):
+        t = torch.full((len(x),), i, device=x.device)
+        output = model(x, process.original(t), y)
+        alpha_bar_next = process.alpha_bars[i + 1] if i + 1 < process.T else 0.0
+        x0_pred, eps = process.predict(output[:, :x.shape[1]], x, t)
+        x = alpha_bar_next ** 0.5 * x0_pred + (1 - alpha_bar_next) ** 0.5 * eps
+    return x

@@ -1,0 +1,219 @@
+"""DiT, the diffusion transformer: a ViT that predicts noise, told the time and the class in one of four ways.
+
+Report §2-6, §2-7, §2-8 and §4-2 … §4-4. Paper: Peebles & Xie 2023, figure 3 and section 3.2 (the block designs), table 1
+(sizes). Every denoiser here has one signature: model(x, t, y=None) with x (N, C, H, W), t (N,) the step in 0 .. T-1 and
+y = labels (N,), a context (N, M, D') or None; it returns (N, C, H, W), or (N, 2C, H, W) where the variance is learned, the
+prediction first. Classes are 0 .. K-1; row K of the label table is the unconditional input of classifier-free guidance.
+
+State-dict names are those of Meta's release, which loads strictly. Shapes: L tokens, D width, p patch, h heads.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vit import Attention, Block, Mlp, PatchEmbed, pair, sincos_position_embedding, timestep_embedding, token_grid, unpatchify
+
+
+def modulate(x, shift, scale):
+    """LayerNorm, whose scale and shift (N, D) come from the condition instead of being learned: adaLN of x (N, L, D)."""
+    normal = F.layer_norm(x, x.shape[-1:], eps=1e-6)                     # epsilon of the released weights
+    return torch.addcmul(shift.unsqueeze(1), normal, 1 + scale.unsqueeze(1))         # normal (1 + scale) + shift
+
+
+class TimestepEmbedder(nn.Module):
+    """Time t (N,) -> (N, D): sine-cosine features and a two-layer MLP."""
+
+    def __init__(self, dim, features=256):
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(t, self.features).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels y (N,) -> (N, D), a table of `rows` rows."""
+
+    def __init__(self, rows, dim):
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class AdaLNBlock(nn.Module):
+    """The adaLN-Zero block, and with gates=False the adaLN block.  Condition c (N, D).
+
+    One product per block regresses all of its modulation from c. With gates, initialised at zero, each residual branch is
+    multiplied by alpha(c): a fresh block is the identity.
+    """
+
+    def __init__(self, dim, heads, gates=True):
+        super().__init__()
+        self.gates = gates
+        self.attn = Attention(dim, heads)
+        self.mlp = Mlp(dim, "tanh")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if gates else 4) * dim))
+
+    def forward(self, x, c):
+        modulation = self.adaLN_modulation(c)                                        # (N, 6 D) or (N, 4 D)
+        if not self.gates:
+            shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.chunk(4, dim=1)
+            x = x + self.attn(modulate(x, shift_attn, scale_attn))
+            return x + self.mlp(modulate(x, shift_mlp, scale_mlp))
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        x = torch.addcmul(x, gate_attn.unsqueeze(1), self.attn(modulate(x, shift_attn, scale_attn)))
+        return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(modulate(x, shift_mlp, scale_mlp)))
+
+
+class CrossAttentionBlock(Block):
+    """The cross-attention block: a ViT block with attention to the condition's sequence c (N, M, D) before its MLP."""
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads, "tanh")
+        self.norm_cross = nn.LayerNorm(dim, eps=1e-6)
+        self.cross_attn = Attention(dim, heads, cross=True)
+
+    def forward(self, x, c):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm_cross(x), c)
+        return x + self.mlp(self.norm2(x))
+
+
+class InContextBlock(Block):
+    """The in-context block: a ViT block; the condition is among the tokens."""
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads, "tanh")
+
+    def forward(self, x, c):
+        return super().forward(x)
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm and the linear decoder (§4-4): tokens (N, L, D) -> (N, L, p p out_channels).
+
+    The norm is modulated by c (N, D) where adaptive, else it has a learned scale and shift.
+    """
+
+    def __init__(self, dim, patch_size, out_channels, adaptive):
+        super().__init__()
+        if adaptive:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        else:
+            self.norm_final = nn.LayerNorm(dim, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_size ** 2 * out_channels)
+
+    def forward(self, x, c):
+        if hasattr(self, "norm_final"):
+            return self.linear(self.norm_final(x))
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(x, shift, scale))
+
+
+BLOCKS = {
+    "adaln-zero": AdaLNBlock,
+    "adaln": lambda dim, heads: AdaLNBlock(dim, heads, gates=False),
+    "cross-attention": CrossAttentionBlock,
+    "in-context": InContextBlock,
+}
+
+
+class DiT(nn.Module):
+    """The diffusion transformer of Fig. 2-5 and Fig. 4-2.
+
+    image_size is one number or (H, W) and counts what the network sees: latents where there is an autoencoder.
+    num_classes=None builds no label table: y must then be None. null_class adds the unconditional row, which y=None means.
+    context_dim: width of the text tokens that cross-attention sees as [t, text] in place of [t, label].
+    ValueError on a size the patch does not divide, heads that do not divide the width, a label or its lack that does not fit.
+    """
+
+    def __init__(self, image_size=32, patch_size=2, channels=4, dim=1152, depth=28, heads=16, num_classes=1000,
+                 null_class=True, learn_sigma=True, conditioning="adaln-zero", context_dim=None):
+        super().__init__()
+        if conditioning not in BLOCKS:
+            raise ValueError(f"unknown conditioning {conditioning!r}: one of {', '.join(BLOCKS)}")
+        if context_dim is not None and conditioning != "cross-attention":
+            raise ValueError(f"a text context needs conditioning 'cross-attention', not {conditioning!r}")
+        self.image_size, self.patch_size, self.channels = pair(image_size), patch_size, channels
+        self.grid = token_grid(image_size, patch_size)
+        self.conditioning, self.context_dim = conditioning, context_dim
+        self.num_classes = None if context_dim else num_classes
+        self.null_label = self.num_classes if null_class else None
+        self.out_channels = 2 * channels if learn_sigma else channels
+        self.checkpointing = False         # recompute each block in the backward pass: less memory, a third more work
+
+        self.x_embedder = PatchEmbed(patch_size, channels, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        if self.num_classes is not None:
+            self.y_embedder = LabelEmbedder(self.num_classes + bool(null_class), dim)
+        if context_dim is not None:
+            self.context_embedder = nn.Linear(context_dim, dim)
+        self.register_buffer("pos_embed", sincos_position_embedding(dim, *self.grid)[None])      # (1, L, D), not learned
+        self.blocks = nn.ModuleList(BLOCKS[conditioning](dim, heads) for _ in range(depth))
+        self.final_layer = FinalLayer(dim, patch_size, self.out_channels, adaptive=conditioning.startswith("adaln"))
+        self.initialize()
+
+    def initialize(self):
+        """Meta's initialisation: Xavier-uniform products, zero biases, then what must start small or at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.num_classes is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.zeros_(self.final_layer.linear.weight)                # the first prediction is 0, whatever the block
+        modulated = [module for module in (*self.blocks, self.final_layer) if hasattr(module, "adaLN_modulation")]
+        if self.conditioning == "adaln-zero":
+            for module in modulated:                                  # no modulation, closed gates: blocks are identities
+                nn.init.zeros_(module.adaLN_modulation[1].weight)
+
+    def condition(self, t, y):
+        """What the blocks are told: one vector t + y (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two."""
+        t_embedding = self.t_embedder(t)                                             # (N, D)
+        if self.context_dim is not None:
+            if y is None or y.ndim != 3:
+                raise ValueError("this network wants a text context y of shape (N, M, context_dim)")
+            return torch.cat([t_embedding.unsqueeze(1), self.context_embedder(y)], dim=1)        # (N, 1 + M, D)
+        embeddings = [t_embedding]
+        if self.num_classes is not None:
+            if y is None and self.null_label is None:
+                raise ValueError("this network has no null class: it wants labels y")
+            embeddings.append(self.y_embedder(torch.full_like(t, self.null_label, dtype=torch.long) if y is None else y))
+        elif y is not None:
+            raise ValueError("labels given to an unconditional network: y must be None")
+        return sum(embeddings) if self.conditioning.startswith("adaln") else torch.stack(embeddings, dim=1)
+
+    def forward(self, x, t, y=None):
+        if tuple(x.shape[1:]) != (self.channels, *self.image_size):
+            raise ValueError(f"input of shape {tuple(x.shape[1:])} where the network was built for "
+                             f"{(self.channels, *self.image_size)}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t of shape {tuple(t.shape)} for {len(x)} images: it must be (N,)")
+        c = self.condition(t, y)                                                     # (N, D) or (N, M, D)
+        x = self.x_embedder(x) + self.pos_embed                                      # (N, L, D)
+        if self.conditioning == "in-context":
+            x = torch.cat([x, c], dim=1)                                             # (N, L + M, D)
+        for block in self.blocks:
+            x = checkpoint(block, x, c, use_reentrant=False) if self.checkpointing and self.training else block(x, c)
+        x = x[:, :math.prod(self.grid)]                                              # (N, L, D): in-context tokens leave
+        x = self.final_layer(x, c)                                                   # (N, L, p p out_channels)
+        return unpatchify(x, self.grid, self.patch_size)                             # (N, out_channels, H, W)
+
+
+SIZES = {                                          # Peebles & Xie 2023, table 1; Ti is ours, for a laptop
+    "Ti": dict(dim=192, depth=6, heads=4),
+    "S": dict(dim=384, depth=12, heads=6),
+    "B": dict(dim=768, depth=12, heads=12),
+    "L": dict(dim=1024, depth=24, heads=16),
+    "XL": dict(dim=1152, depth=28, heads=16),
+}

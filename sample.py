@@ -1,0 +1,205 @@
+"""Draw images from a trained run, or from released weights.
+
+Report §4-5 (inference), §4-8, §4-9 (guidance). The defaults, DPM-Solver++ in 20 steps with guidance scale 1.5, suit what
+train.py leaves. An image depends on the seed and its number alone, whatever the batch size or the number of processes.
+
+    python sample.py --ckpt run.pt
+    python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
+    torchrun --nproc-per-node 8 sample.py --ckpt run.pt --n 50000 --npz samples.npz
+"""
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import ddpm
+from checkpoint import build, load
+from cli import Parser, grid, not_negative, one_line_errors, positive, processes, save_image, to_image
+from data import atomic_file, to_uint8
+
+CFG_SCALE = 1.5                  # where the network knows an unconditional input
+STEPS = 20                       # of DPM-Solver++; more barely change the picture
+
+
+def labels_of(indices, classes):
+    """The label of each image of a run: classes in turn, or None without classes."""
+    return None if classes is None else torch.tensor([classes[i % len(classes)] for i in indices])
+
+
+def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar=None, **options):
+    """Yield (indices, x (n, C, H, W) on the network's device) for images number `indices`, batch by batch.
+
+    options are `ddpm.sample`'s. The batch is halved where the device's memory does not hold it.
+    """
+    parameter = next(network.parameters())
+    batch_size = batch_size or (256 if parameter.is_cuda else 64)
+    options = {"sampler": "dpm++", "steps": STEPS, **options}
+    start = 0
+    while start < len(indices):
+        part = indices[start:start + batch_size]
+        y = labels_of(part, classes)
+        y = None if y is None else y.to(parameter.device)
+        try:
+            x = ddpm.sample(diffusion, network, (len(part), network.channels, *network.image_size), y,
+                            seeds=[(seed, i) for i in part], **options)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            batch_size = len(part) // 2
+            torch.cuda.empty_cache()
+            continue
+        start += len(part)
+        if bar is not None:
+            bar.update(len(part))
+        yield part, x
+
+
+def parse_classes(text, names, num_classes):
+    """Class numbers of a comma-separated list of numbers or names.  ValueError on one that the run does not have."""
+    if num_classes is None:
+        if text:
+            raise ValueError("--classes: the run was trained without labels")
+        return None
+    if not text:
+        return list(range(num_classes))
+    classes = []
+    for word in text.split(","):
+        if names and word in names:
+            classes.append(names.index(word))
+        elif word.strip().isdigit() and int(word) < num_classes:
+            classes.append(int(word))
+        else:
+            raise ValueError(f"--classes: {word!r} is not a class of the run, which has 0 to {num_classes - 1}")
+    return classes
+
+
+def parse_interval(text):
+    try:
+        low, high = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--cfg-interval {text!r}: give two steps as LOW,HIGH") from None
+    return low, high
+
+
+def write_gif(path, frames):
+    """Write uint8 frames (H, W, C) as a GIF, atomically: ten a second, the last one held for two."""
+    images = [to_image(frame) for frame in frames]
+    with atomic_file(path) as file:
+        images[0].save(file, format="GIF", save_all=True, append_images=images[1:],
+                       duration=[100] * (len(images) - 1) + [2000], loop=0)
+
+
+def parent_of(path):
+    """ValueError, before the work and not after it, if a file's folder does not exist."""
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
+
+
+def flags():
+    parser = Parser(prog="sample.py", description="Draw images from a trained run or from released weights.")
+    parser.add_argument("--ckpt", required=True, help="run.pt of train.py, or a released DiT checkpoint")
+    parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16)")
+    parser.add_argument("--out", default="samples.png", help="a .png for one grid, or a folder, with a slash at its end")
+    parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels")
+    parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
+    parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
+    parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
+    parser.add_argument("--cfg-channels", type=positive, help="guide the first channels only; 3 repeats DiT's published numbers")
+    parser.add_argument("--cfg-interval", help="LOW,HIGH: guide between these steps of 0 … T-1 only")
+    parser.add_argument("--sampler", default="dpm++", choices=ddpm.SAMPLERS, help="default: dpm++")
+    parser.add_argument("--steps", type=positive, help="evaluations along the trajectory (default: 20; 250 for ddpm)")
+    parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
+    parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser
+
+
+def gather(parts, world):
+    """Rank 0's list of every process's arrays, concatenated in the order of the ranks; None elsewhere."""
+    own = np.concatenate(parts) if parts else None
+    if world == 1:
+        return own
+    everyone = [None] * world if dist.get_rank() == 0 else None
+    dist.gather_object(own, everyone)
+    return np.concatenate([part for part in everyone if part is not None]) if everyone else None
+
+
+def run(args):
+    for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
+        parent_of(path)
+    if args.seed < 0:
+        raise ValueError("--seed must be 0 or more")
+    described = load(args.ckpt)
+    network, diffusion = build(described)
+    if not hasattr(network, "channels"):
+        raise ValueError(f"{args.ckpt} holds a classifier: there is nothing to sample")
+    classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
+    device, rank, world = processes(args.device)
+    network = network.to(device)
+    n = args.n or (4 * len(classes) if classes and len(classes) <= 16 else 16)
+    scale = args.cfg_scale if args.cfg_scale is not None else CFG_SCALE if network.null_label is not None else 1.0
+    if scale != 1 and network.null_label is None:
+        raise ValueError(f"--cfg-scale {scale:g}: the network has no unconditional input, which guidance needs")
+    steps = args.steps or (min(250, diffusion.T) if args.sampler == "ddpm" else STEPS)
+    if steps > diffusion.T:
+        raise ValueError(f"--steps {steps}: the process has {diffusion.T}")
+    latent = bool(described.get("vae"))
+    as_folder = args.out.endswith("/") or Path(args.out).is_dir()
+    mine = list(range(rank * n // world, (rank + 1) * n // world))
+    columns = len(classes) if classes and len(classes) <= 16 else math.ceil(math.sqrt(min(n, 64)))
+    frames, images = [], []
+
+    def keep_frame(step, x, x0):
+        if rank == 0 and not images:                     # the first batch only
+            frames.append(grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns))
+
+    if as_folder and not latent and rank == 0:
+        Path(args.out).mkdir(exist_ok=True)
+    if world > 1:
+        dist.barrier()
+    with tqdm(total=len(mine), unit="image", disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        for part, x in draw(network, diffusion, mine, classes, args.seed, args.batch_size, bar, sampler=args.sampler,
+                            steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, clip=not latent,
+                            cfg_interval=args.cfg_interval and parse_interval(args.cfg_interval),
+                            callback=keep_frame if args.trajectory and not latent else None):
+            images.append((x if latent else to_uint8(x)).cpu().numpy())
+            if as_folder and not latent:
+                for i, image in zip(part, images[-1]):
+                    save_image(Path(args.out) / f"{i:06d}.png", image)
+    if as_folder and not args.npz and not latent:
+        images = []                                      # they are on disk already: nothing to gather
+    images = gather(images, world)
+    if rank > 0:
+        return
+    written = [args.out] if as_folder and not latent else []
+    npz = args.npz
+    if latent:
+        npz = npz or str(Path(args.out.rstrip("/")).with_suffix(".npz"))
+        print(f"the network works on an autoencoder's latents: they are written as they are, float32 NCHW, to {npz}")
+    elif not as_folder:
+        save_image(args.out, grid(images[:4096], columns))               # more would be no picture
+        written.append(args.out)
+    if npz:
+        labels = labels_of(range(n), classes)
+        with atomic_file(npz) as file:
+            np.savez(file, arr_0=images, **({} if labels is None else {"arr_1": labels.numpy()}))
+        written.append(npz)
+    if frames:
+        write_gif(args.trajectory, frames)
+        written.append(args.trajectory)
+    print(f"{n} images, {args.sampler}, {steps} steps, guidance {scale:g}, seed {args.seed}: wrote {', '.join(written)}")
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
+    with one_line_errors("sample.py"):
+        run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,373 @@
+"""Train a diffusion transformer.
+
+Report §4-5: noise an image, tell the network the time and the class, let it predict the noise, descend. Ho et al. 2020,
+algorithm 1. What a step draws depends on (seed, step) alone, so a run resumes exactly, and one process or eight train alike.
+
+    python train.py                                                       a small DiT on the embedded digits, minutes on a CPU
+    python train.py --model dit --size B/4 --data cifar10 --flip          the paper's recipe
+    torchrun --nproc-per-node 8 train.py --size L/2 --data photos/ --image-size 64
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import fcntl
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import data
+import dit
+from cli import Parser, grid, not_negative, one_line_errors, positive, processes, save_image
+from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, Diffusion, keyed_generator
+from sample import CFG_SCALE, draw, parent_of
+
+MODELS = {"dit": (dit.DiT, dit.SIZES)}
+COMMON = dict(model="dit", size="Ti/8", conditioning="adaln-zero", data="mnist", image_size=None, flip=False, shift=0,
+              skip_bad=False, cache=None, accumulate=1, seed=0, device="auto", precision=None, compile=False,
+              checkpointing=False, out="run.pt", resume=False)
+LAPTOP = dict(schedule="linear", prediction="v", variance="small", steps=2900, batch_size=32, lr=2e-3, warmup=100,
+              decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, sample_every=580, save_every=290)
+PAPER = dict(schedule="linear", prediction="eps", variance="learned", steps=400_000, batch_size=256, lr=1e-4, warmup=0,
+             decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, sample_every=5000, save_every=1000)
+RECIPES = {"Ti": LAPTOP}                         # any other size: PAPER, Peebles & Xie 2023, section 4
+TIME, NOISE, DROP, FLIP, SHIFT = range(5)        # what a generator draws, so that one use does not disturb another
+LOG_EVERY = 50                                   # steps between rows of run.csv
+MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
+MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
+              "cache", "out", "resume"}          # on --resume: what does not change the mathematics of a step
+
+
+def flags():
+    """The command line; what it leaves out is None, and filled in by `settings`."""
+    parser = Parser(prog="train.py", description="Train a diffusion transformer. Flags left out take the recipe of the size.")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODELS, help="default: dit")
+    model.add_argument("--size", help="Ti S B L XL and the patch, as B/4 (default: Ti/8, for a laptop)")
+    model.add_argument("--conditioning", choices=dit.BLOCKS, help="default: adaln-zero, the best of DiT's")
+    model.add_argument("--schedule", choices=SCHEDULES, help="of the noise (default: linear)")
+    model.add_argument("--prediction", choices=PREDICTIONS, help="what the network outputs (default: v for Ti, else eps)")
+    model.add_argument("--variance", choices=VARIANCES, help="of the reverse step (default: small for Ti, else learned)")
+    where = parser.add_argument_group("data")
+    where.add_argument("--data", help="mnist, cifar10[:DIR], a folder of images, or an .npz (default: mnist)")
+    where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
+    where.add_argument("--flip", action="store_true", default=None, help="mirror half of the images; not for digits")
+    where.add_argument("--shift", type=int, help="move images by up to N pixels (default: 0)")
+    where.add_argument("--skip-bad", action="store_true", default=None, help="leave out image files that cannot be read")
+    where.add_argument("--cache", help="folder for decoded images and downloads (default: the user's cache)")
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--steps", type=positive, help="default: 2900 for Ti, else 400,000")
+    optimisation.add_argument("--batch-size", type=positive, help="images a step, of all processes (default: 32 for Ti, else 256)")
+    optimisation.add_argument("--lr", type=not_negative, help="AdamW's (default: 2e-3 for Ti, else 1e-4)")
+    optimisation.add_argument("--warmup", type=int, help="steps in which the rate rises (default: 100 for Ti, else 0)")
+    optimisation.add_argument("--decay", choices=("none", "cosine"), help="of the rate, to 0 (default: cosine for Ti, else none)")
+    optimisation.add_argument("--weight-decay", type=not_negative, help="default: 0")
+    optimisation.add_argument("--clip-grad", type=not_negative, help="largest gradient norm; 0 is none (default: 1 for Ti, else 0)")
+    optimisation.add_argument("--ema", type=not_negative, help="decay of the averaged weights (default: 0.999 for Ti, else 0.9999)")
+    optimisation.add_argument("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
+    optimisation.add_argument("--accumulate", type=positive, help="micro-batches a step, to save memory (default: 1)")
+    optimisation.add_argument("--seed", type=int, help="default: 0")
+    machine = parser.add_argument_group("precision and devices")
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
+    machine.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on CUDA, fp32 on the CPU")
+    machine.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
+    machine.add_argument("--checkpointing", action="store_true", default=None, help="recompute activations: less memory, a third more work")
+    saving = parser.add_argument_group("saving")
+    saving.add_argument("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
+    saving.add_argument("--resume", action="store_true", default=None, help="go on with --out; flags left out are the run's own")
+    saving.add_argument("--sample-every", type=positive, help="steps between pictures (default: 580 for Ti, else 5000)")
+    saving.add_argument("--save-every", type=positive, help="steps between saves (default: 290 for Ti, else 1000)")
+    return parser
+
+
+def settings(argv):
+    """All flags, and the run to resume or None.  What the command line leaves out the run decides, else the recipe."""
+    given = {key: value for key, value in vars(flags().parse_args(argv)).items() if value is not None}
+    out, run = Path(given.get("out", COMMON["out"])), None
+    parent_of(out)
+    if out.suffix != ".pt":
+        raise ValueError(f"--out {out}: a run's name ends in .pt")
+    if given.get("resume"):
+        run = checkpoint.load(out)
+        if run["optimizer"] is None:
+            raise ValueError(f"--resume: {out} is not a run of train.py")
+        clashes = [f"--{key.replace('_', '-')} is {run['config'].get(key)} there, not {value}" for key, value in given.items()
+                   if key not in MAY_CHANGE and value != run["config"].get(key)]
+        if clashes:
+            raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
+        chosen = {**run["config"], **given}
+        if run["step"] >= chosen["steps"]:
+            raise ValueError(f"--resume: {out} is at step {run['step']} of {chosen['steps']} already: --steps sets a later end")
+    else:
+        if out.exists():
+            raise ValueError(f"{out} exists: --resume goes on with it, --out NAME.pt starts another")
+        chosen = {**COMMON, **RECIPES.get(given.get("size", COMMON["size"]).split("/")[0], PAPER), **given}
+    args = argparse.Namespace(**chosen)
+    if not 0 <= args.ema < 1 or not 0 <= args.cfg_drop < 1:
+        raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
+    if min(args.shift, args.warmup, args.seed) < 0:
+        raise ValueError("--shift, --warmup and --seed must not be negative")
+    return args, run
+
+
+def build_network(args, dataset):
+    """The network that the flags name, at the data's size, channels and classes.  ValueError on an unknown size."""
+    network_class, sizes = MODELS[args.model]
+    name, _, patch = args.size.partition("/")
+    if name not in sizes or not patch.isdigit() or int(patch) < 1:
+        raise ValueError(f"--size {args.size}: it is one of {', '.join(sizes)} and a patch size, as in B/4")
+    arguments = dict(image_size=dataset.image_size, patch_size=int(patch), channels=dataset.channels, **sizes[name],
+                     num_classes=dataset.num_classes, null_class=args.cfg_drop > 0, learn_sigma=args.variance == "learned",
+                     conditioning=args.conditioning)
+    torch.manual_seed(args.seed)
+    network = network_class(**arguments)
+    network.checkpointing = args.checkpointing
+    return network, {"class": network_class.__name__, "arguments": arguments}
+
+
+def learning_rate(step, args):
+    """The rate of a step: a linear rise over --warmup, then constant, or a half cosine to 0 at --steps."""
+    rise = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.decay == "cosine" else 1.0
+    return args.lr * rise * fall
+
+
+def draw_batch(step, images, labels, part, args, null_label, T, device):
+    """All of a step's randomness, drawn for the whole batch and cut to this process's part -> x0, t, y, eps."""
+    def generator(purpose):
+        return keyed_generator((args.seed, step, purpose), device)
+    N = args.batch_size
+    x0 = data.to_float(images.to(device, non_blocking=True))                         # (n, C, H, W), n of N images
+    if args.flip or args.shift:
+        flip = (torch.rand(N, generator=generator(FLIP), device=device) < 0.5)[part] if args.flip else None
+        offset = torch.randint(-args.shift, args.shift + 1, (N, 2), generator=generator(SHIFT), device=device)[part]
+        x0 = data.augment(x0, flip, offset if args.shift else None)
+    t = torch.randint(T, (N,), generator=generator(TIME), device=device)[part]
+    eps = torch.randn((N, *x0.shape[1:]), generator=generator(NOISE), device=device)[part]
+    if labels is None:
+        return x0, t, None, eps
+    y = labels.to(device, non_blocking=True)
+    if null_label is not None:                           # classifier-free guidance learns both, Ho & Salimans 2022, algorithm 1
+        dropped = (torch.rand(N, generator=generator(DROP), device=device) < args.cfg_drop)[part]
+        y = torch.where(dropped, null_label, y)
+    return x0, t, y, eps
+
+
+@torch.no_grad()
+def update_ema(ema, network, step, decay, finite):
+    """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)); unchanged where finite (0 or 1) is 0."""
+    weight = (1 - min(decay, (1 + step) / (10 + step))) * finite
+    parameters, averages = list(network.parameters()), list(ema.parameters())
+    torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
+    for average, buffer in zip(ema.buffers(), network.buffers()):
+        average.copy_(buffer)                            # tables and statistics are no weights: copied, not averaged
+
+
+class Log:
+    """run.csv: sums on the device since the last row, and the rows. Fixed tables of one run, not a logger of many."""
+
+    COLUMNS = ("step", "images", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr", "images_per_s")
+
+    def __init__(self, path, device, run=None):
+        self.path = path
+        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=device)            # loss and count by quarter of t
+        self.rows = []
+        if run is not None and path.exists():
+            with open(path, newline="") as file:         # rows beyond the checkpoint's step are trained again
+                self.rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS) and row[0].isdigit()
+                             and int(row[0]) <= run["step"]]
+        if run is not None:
+            self.sums += run["log"].to(device)
+
+    def begin(self):
+        """Write the rows that stand; those to come are appended."""
+        with data.atomic_file(self.path) as file:
+            file.write("".join(",".join(row) + "\n" for row in (self.COLUMNS, *self.rows)).encode())
+
+    def add(self, losses, t, T):
+        quarter = torch.nn.functional.one_hot(t * 4 // T, 4).double()                # (n, 4)
+        self.sums += torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)]) @ quarter
+
+    def write(self, sums, step, images, norm, lr, images_per_s):
+        losses, counts = sums.tolist()
+        values = [sum(losses) / max(1, sum(counts)), *(a / b if b else math.nan for a, b in zip(losses, counts)), norm, lr]
+        with open(self.path, "a") as file:
+            file.write(",".join([str(step), str(images), *(f"{value:.8g}" for value in values), f"{images_per_s:.1f}"]) + "\n")
+        return values[0]
+
+
+@contextlib.contextmanager
+def sole_writer(out):
+    """Keep a second process from writing the same run. ValueError if one does already."""
+    lock = out.with_suffix(".lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
+        except OSError:
+            raise ValueError(f"{out} is being written by another run: choose another --out") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def main(argv=None):
+    with one_line_errors("train.py"):
+        args, run = settings(argv)
+        device, rank, world = processes(args.device)
+        with sole_writer(Path(args.out)) if rank == 0 else contextlib.nullcontext():
+            train(args, run, device, rank, world)
+
+
+def train(args, run, device, rank, world):
+    out, start = Path(args.out), run["step"] if run else 0
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if args.batch_size % (world * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} micro-batches")
+    part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
+    micro = args.batch_size // (world * args.accumulate)
+
+    if rank > 0:
+        dist.barrier()                                   # rank 0 alone downloads and decodes
+    dataset = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    network, described = build_network(args, dataset)
+    diffusion_description = dict(schedule=args.schedule, T=1000, prediction=args.prediction, variance=args.variance)
+    diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
+    if run:
+        if run["network"] != described:
+            raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
+        network.load_state_dict(run["model"])
+    network = network.to(device)
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    bad_steps = torch.zeros((), device=device)           # non-finite gradients in a row
+    if run:
+        ema.load_state_dict(run["ema"])
+        optimizer.load_state_dict(run["optimizer"])
+        bad_steps += run["bad_steps"]
+    model = torch.compile(network) if args.compile else network
+    if world > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    def loss(batch):
+        x0, t, y, eps = batch
+        with autocast:
+            return diffusion.losses(model, x0, t, y, eps)["loss"]                    # (n,)
+
+    batches = data.Batches(dataset, args.batch_size, args.seed, part)
+    loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps), pin_memory=device.type == "cuda",
+                        num_workers=2 if device.type == "cuda" and dataset.in_files else 0)
+    log = Log(out.with_suffix(".csv"), device, run if rank == 0 else None)
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stop.append(number))
+
+    def total(tensor):
+        """The sum over all processes, as a new tensor."""
+        tensor = tensor.clone()
+        if world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def save(step):
+        sums = total(log.sums)
+        if rank == 0:
+            checkpoint.save(out, dict(
+                version=checkpoint.VERSION, step=step, config=vars(args), network=described, diffusion=diffusion_description,
+                data=dict(spec=args.data, classes=dataset.classes, num_classes=dataset.num_classes,
+                          channels=dataset.channels, image_size=list(dataset.image_size)),
+                vae=None, model=network.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                bad_steps=int(bad_steps), log=sums.cpu()))
+
+    def picture():
+        if rank == 0:
+            columns = min(dataset.num_classes or 8, 10)
+            guided = dict(cfg_scale=CFG_SCALE) if ema.null_label is not None else {}
+            images = [data.to_uint8(x) for _, x in draw(ema, diffusion, range(8 * columns), list(range(columns)) if
+                                                        dataset.num_classes else None, args.seed, clip=True, **guided)]
+            save_image(out.with_suffix(".png"), grid(torch.cat(images).cpu().numpy(), columns))
+
+    if rank == 0:
+        log.begin()
+        print(f"{described['class']} {args.size}, {sum(p.numel() for p in parameters):,} parameters, on {len(dataset):,} images of "
+              f"{dataset.spec}, {dataset.channels}x{dataset.image_size[0]}x{dataset.image_size[1]}; {device}, {args.precision}, "
+              f"{world} process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images")
+    bar = tqdm(total=args.steps, initial=start, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
+    began, estimated, logged = time.perf_counter(), False, (start, time.perf_counter())
+    network.train()
+    for step, (images, labels) in zip(range(start, args.steps), loader):
+        x0, t, y, eps = draw_batch(step, images, labels, part, args, network.null_label, diffusion.T, device)
+        for i in range(args.accumulate):
+            rows = slice(i * micro, (i + 1) * micro)
+            last = i + 1 == args.accumulate
+            with contextlib.nullcontext() if last or world == 1 else model.no_sync():    # exchange gradients once a step
+                losses = loss((x0[rows], t[rows], None if y is None else y[rows], eps[rows]))
+                (losses.mean() / args.accumulate).backward()
+            log.add(losses, t[rows], diffusion.T)
+        norm = get_total_norm([parameter.grad for parameter in parameters])
+        if args.clip_grad:
+            clip_grads_with_norm_(parameters, args.clip_grad, norm)
+        finite = norm.isfinite().float()
+        bad_steps = (bad_steps + 1) * (1 - finite)
+        optimizer.found_inf, optimizer.grad_scale = 1 - finite, None     # the fused kernel leaves weights and moments alone
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, network, step, args.ema, finite)
+        bar.update()
+
+        done, ended = step + 1, step + 1 == args.steps
+        if done - start == 10 and rank == 0:
+            estimated = (time.perf_counter() - began) / 10 * (args.steps - done)
+            print(f"about {estimated / 60:.1f} minutes to go", flush=True)
+        if done % LOG_EVERY == 0 or ended:
+            sums, wanted = total(log.sums), total(torch.tensor(float(bool(stop)), device=device))
+            log.sums.zero_()
+            rate = (done - logged[0]) * args.batch_size / (time.perf_counter() - logged[1])
+            if rank == 0:
+                mean = log.write(sums, done, done * args.batch_size, norm.item(), learning_rate(step, args), rate)
+                bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
+                if bar.disable:
+                    left = (args.steps - done) * args.batch_size / rate
+                    print(f"step {done}: loss {mean:.4f}, {rate:.0f} images/s, {left / 60:.1f} minutes left", flush=True)
+            if bad_steps >= MAX_BAD_STEPS:
+                raise ValueError(f"{int(bad_steps)} steps in a row had a NaN or infinite gradient, and none of them was taken: "
+                                 f"lower --lr, or set --clip-grad")
+            logged = (done, time.perf_counter())
+            stopping = wanted > 0
+        else:
+            stopping = world == 1 and bool(stop)
+        if done % args.sample_every == 0 or ended:
+            picture()
+        if done % args.save_every == 0 or ended or stopping:
+            save(done)
+        if stopping and not ended:
+            if rank == 0:
+                bar.close()
+                print(f"stopped at step {done} and saved: python train.py --resume --out {out} goes on")
+            return
+    bar.close()
+    if rank == 0:
+        minutes = (time.perf_counter() - began) / 60
+        print(f"{args.steps - start} steps in {minutes:.1f} minutes: {out}, {out.with_suffix('.csv')}, {out.with_suffix('.png')}; "
+              f"python sample.py --ckpt {out} draws more")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
