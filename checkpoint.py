@@ -7,11 +7,13 @@ weights_only=True. Meta's released DiT files load by name; what their shapes do 
 
     python checkpoint.py run.pt
 """
+import fcntl
 import json
 import math
 import mmap
-import pickle
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ from data import atomic_file
 from ddpm import SCHEDULES, Diffusion
 
 VERSION = 1
+FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": dict, "data": dict, "vae": (dict, type(None)),
+          "model": dict, "ema": dict, "optimizer": dict}
 NETWORKS = {"DiT": dit.DiT, "ViT": vit.ViT}
 HEADS = {(size["dim"], size["depth"]): size["heads"] for size in (*vit.SIZES.values(), *dit.SIZES.values())}
 IMAGENET_CLASSES = 1000
@@ -36,24 +40,40 @@ def save(path, run):
     try:
         with atomic_file(path) as file:
             torch.save(run, file)
-    except (OSError, RuntimeError) as error:             # torch's archive writer reports a full disk as a RuntimeError
-        raise OSError(f"cannot write {path}: {error}") from None
+    except (OSError, RuntimeError) as error:             # torch's archive writer hides a full disk behind a RuntimeError
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"cannot write {path}: {reason}") from None
+
+
+@contextmanager
+def sole_writer(path):
+    """Keep a second process from writing the same run. ValueError if one does already."""
+    lock = Path(path).with_suffix(".lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
+        except OSError:
+            raise ValueError(f"{path} is being written by another run: choose another --out") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def read(path):
     """The content of a .pt or .safetensors file. ValueError or OSError if it is missing, damaged, or would run code."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: the file does not exist")
+        raise FileNotFoundError(f"no checkpoint {path}: there is no such file")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged, or holds Python objects, which could "
-                         "run code and are not loaded") from None
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint, or was cut off ({str(error).splitlines()[0]})") from None
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # of what is then refused
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:                                # torch raises anything at all on a damaged file
+            raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off, or holds Python "
+                             "objects, which could run code and are not loaded") from None
 
 
 def read_safetensors(path):
@@ -67,8 +87,13 @@ def read_safetensors(path):
     def unique(pairs):
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
-            refuse("a name appears twice in the header")
+            raise ValueError("a name appears twice")
         return dict(pairs)
+
+    def whole(number):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} is not a whole number from 0 on")
+        return number
 
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
@@ -78,17 +103,16 @@ def read_safetensors(path):
         try:
             header = json.loads(file.read(length), object_pairs_hook=unique)
             header.pop("__metadata__", None)
-            entries = sorted((*entry["data_offsets"], name, DTYPES[entry["dtype"]], list(entry["shape"]))
-                             for name, entry in header.items())
-            sizes = [math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries]
-            whole = all(isinstance(n, int) and n >= 0 for begin, end, _, _, shape in entries for n in (begin, end, *shape))
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            entries = []
+            for name, entry in header.items():
+                begin, end = map(whole, entry["data_offsets"])
+                entries.append((begin, end, name, DTYPES[entry["dtype"]], list(map(whole, entry["shape"]))))
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             refuse(f"its header is not understood ({type(error).__name__}: {error})")
-        if not whole:
-            refuse("a shape or offset is not a whole number from 0 on")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)   # read when touched, writable without the file
     tensors, expected = {}, 0
-    for (begin, end, name, dtype, shape), nbytes in zip(entries, sizes):
+    for begin, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:3]):
+        nbytes = math.prod(shape) * dtype.itemsize
         if end > size - 8 - length:
             refuse(f"{name} ends outside the file")
         if begin != expected:
@@ -96,8 +120,12 @@ def read_safetensors(path):
         if end - begin != nbytes:
             refuse(f"{name} has {end - begin} bytes where its shape {shape} takes {nbytes}")
         expected = end
-        tensors[name] = (torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=8 + length + begin)
-                         if nbytes else torch.empty(0, dtype=dtype)).reshape(shape)
+        try:
+            flat = (torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=8 + length + begin) if nbytes
+                    else torch.empty(0, dtype=dtype))
+            tensors[name] = flat.reshape(shape)
+        except (RuntimeError, TypeError):                # no elements, yet sides beyond 64 bits
+            refuse(f"{name} cannot have the shape {shape}")
     return tensors
 
 
@@ -113,7 +141,7 @@ def infer(state, config=None):
     def arguments(embedder, tokens, channels_out=None):
         dim, channels, patch, _ = state[f"{embedder}.proj.weight"].shape
         side = math.isqrt(tokens)
-        if side ** 2 != tokens:
+        if side ** 2 != tokens and "image_size" not in config:
             raise ValueError(f"{tokens} position rows are no square: give image_size")
         return dict(image_size=side * patch, patch_size=patch, channels=channels, dim=dim, depth=depth,
                     heads=HEADS.get((dim, depth), max(1, dim // 64)))
@@ -142,16 +170,16 @@ def load(path, config=None):
         if isinstance(content, dict) and "version" in content and "network" in content:
             if content["version"] != VERSION:
                 raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
-            for key in ("step", "config", "diffusion", "data", "model", "ema", "optimizer"):
-                content[key]
+            for key, kind in FIELDS.items():
+                if not isinstance(content[key], kind):
+                    raise ValueError(f"its {key} is a {type(content[key]).__name__}")
             return content
-        while isinstance(content, dict) and (inner := next((key for key in ("ema", "state_dict", "model") if
-                                                            isinstance(content.get(key), dict)), None)):
-            content = content[inner]                     # Meta's training code wraps its state dicts
+        if isinstance(content, dict):                    # Meta's training code wraps its state dicts
+            content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)), content)
         if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
             raise ValueError("it holds no state dict")
         network = infer(content, config)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {path}: {reason}") from None
     arguments = network["arguments"]
@@ -172,7 +200,7 @@ def build(run, weights="ema"):
         described = run["diffusion"]
         diffusion = Diffusion(SCHEDULES[described["schedule"]](described["T"]), described["prediction"],
                               described["variance"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"the checkpoint does not describe its network: {str(error).strip()[:300]}") from None
     return network.eval(), diffusion
 
@@ -186,16 +214,20 @@ def describe(path):
     """What a checkpoint holds, as lines of text."""
     run = load(path)
     network = run["network"]
-    lines = [f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}"),
-             f"network    {network['class']} " + ", ".join(f"{k}={v}" for k, v in network["arguments"].items()),
-             f"parameters {sum(value.numel() for value in run['model'].values()):,}",
-             "diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items()),
-             "data       " + ", ".join(f"{k}={v}" for k, v in run["data"].items() if v is not None)]
-    if run["vae"]:
-        lines.append(f"latents    of an autoencoder, scaled by {run['vae']['scale']}")
-    if run["config"]:
-        lines.append("flags      " + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in run["config"].items()
-                                              if value not in (None, False)))
+    try:
+        lines = [f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}"),
+                 f"network    {network['class']} " + ", ".join(f"{k}={v}" for k, v in network["arguments"].items()),
+                 f"parameters {sum(value.numel() for value in run['model'].values()):,}",
+                 "diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items()),
+                 "data       " + ", ".join(f"{k}={v}" for k, v in run["data"].items() if v is not None)]
+        if run["vae"]:
+            lines.append(f"latents    of an autoencoder, scaled by {run['vae']['scale']}")
+        flags = {key: value for key, value in run["config"].items() if value is not None and value is not False}
+        if flags:
+            lines.append("flags      " + " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
+                                                  for key, value in flags.items()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not describe its network: {error}") from None
     return lines
 
 

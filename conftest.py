@@ -1,7 +1,30 @@
 """Settings of every test; its place puts the repository's root on sys.path."""
+import pytest
 import torch
 from hypothesis import settings
+
+import train
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)      # repeatable, whatever the machine's load
 settings.load_profile("ci")
 torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """run.pt of a DiT trained for a few steps on the digits: four tokens an image."""
+    out = tmp_path_factory.mktemp("run") / "run.pt"
+    train.main(["--size", "Ti/16", "--steps", "4", "--batch-size", "8", "--device", "cpu", "--out", str(out)])
+    return out

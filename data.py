@@ -5,6 +5,7 @@ the round trip. A tenth of any data set without a test split of its own is held 
 Folders are decoded once, centre-cropped as in ADM (Dhariwal & Nichol 2021), into a memory-mapped cache.
 """
 import hashlib
+import http.client
 import json
 import os
 import tarfile
@@ -28,6 +29,7 @@ ASSETS = Path(__file__).parent / "assets"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MAX_CLASSES = 100_000            # ImageNet-21k has 21,841: a label beyond is no class, and its table would fill the memory
 
 
 def to_float(images):
@@ -176,8 +178,8 @@ def download(url, sha256, folder, what):
                     bar.update(len(chunk))
             if digest.hexdigest() != sha256:
                 raise OSError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}")
-    except OSError as error:                             # urllib's errors are OSErrors
-        raise OSError(f"cannot download {what} ({error}): fetch {url} yourself and put it at {path}") from None
+    except (OSError, http.client.HTTPException) as error:                # urllib's own errors are OSErrors
+        raise OSError(f"cannot download {what} ({str(error).strip()}): fetch {url} yourself and put it at {path}") from None
     return path
 
 
@@ -192,7 +194,11 @@ def _mnist(image_size):
 
 
 def _npz(path):
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive of arrays, or was cut off")
         with np.load(path, allow_pickle=False) as archive:
             image_key, label_key = ("arr_0", "arr_1") if "arr_0" in archive else ("images", "labels")
             if image_key not in archive:
@@ -200,9 +206,7 @@ def _npz(path):
             images = archive[image_key]
             labels = archive[label_key] if label_key in archive else None
         return Dataset(path, *_checked(images, labels))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:                           # zipfile and numpy raise anything at all on a damaged file
         raise ValueError(f"cannot use {path}: {error}") from None
 
 
@@ -224,8 +228,8 @@ def _checked(images, labels):
         return images, None, None
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{len(images)} images but labels of shape {labels.shape}")
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ValueError("labels must be whole numbers from 0 on")
+    if not np.issubdtype(labels.dtype, np.integer) or not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        raise ValueError(f"labels must be whole numbers from 0 to at most {MAX_CLASSES - 1}")
     return images, labels, [str(label) for label in range(int(labels.max()) + 1)]
 
 
@@ -243,12 +247,14 @@ def _cifar10(folder, split, cache):
         if extracted is not None:
             parts = [(extracted / name).read_bytes() for name in names]
         elif archive.exists():
-            with tarfile.open(archive) as tar:                           # members are read, never extracted to disk
+            with tarfile.open(archive, "r:gz") as tar:                           # members are read, never extracted to disk
                 parts = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
         else:
             raise ValueError(f"it has neither {names[0]} nor {archive.name}")
         records = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
-    except (KeyError, EOFError, tarfile.TarError, ValueError, OSError) as error:
+        if not len(records) or records[:, 0].max() >= len(CIFAR10_CLASSES):
+            raise ValueError("its records are not CIFAR-10's")
+    except Exception as error:                           # tarfile and zlib raise anything at all on a damaged file
         raise ValueError(f"cannot read CIFAR-10 in {folder}: {error}") from None
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)             # (N, 32, 32, 3)
     return Dataset("cifar10", np.ascontiguousarray(images), records[:, 0], CIFAR10_CLASSES)
@@ -280,11 +286,13 @@ def open_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        image = ImageOps.exif_transpose(image)
+            opened = Image.open(path)
+        with opened:                                     # an animation would stay open
+            image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):                                   # 16-bit grey, which Pillow would clip, not scale
-            levels = np.asarray(image)
-            return Image.fromarray((levels >> 8 if levels.max() > 255 else levels).astype(np.uint8))
+            return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, whose range is not known")
         if image.has_transparency_data:
             grey = image.mode in ("LA", "La", "L", "1")
             image = image.convert("RGBA")
@@ -300,17 +308,20 @@ def open_image(path):
 def _decode(path, size):
     """A file as (size, size, 1 or 3) uint8; or, if it is bad, the message, which crosses processes better than errors do."""
     try:
-        image = np.asarray(center_crop(open_image(path), size))
+        image = open_image(path)
     except (ValueError, OSError) as error:
         return str(error)
-    return image.reshape(size, size, -1)
+    if size ** 2 * max(image.size) > Image.MAX_IMAGE_PIXELS * min(image.size):       # as many before the crop
+        return f"the image {path} is too elongated, {image.width}x{image.height}, to be scaled to {size}"
+    return np.asarray(center_crop(image, size)).reshape(size, size, -1)
 
 
 def _folder(folder, size, cache, skip_bad, workers):
     if size is None:
         raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
-    known = Image.registered_extensions()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and not path.name.startswith("."))
+    known = set(Image.registered_extensions()) - {".pdf", ".palm"}       # which Pillow only writes
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not files:
         raise ValueError(f"{folder} holds no image")
     tops = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in files]
@@ -325,7 +336,7 @@ def _folder(folder, size, cache, skip_bad, workers):
     try:
         meta = json.loads(meta_file.read_text())
         usable = meta["fingerprint"] == fingerprint and pixels.stat().st_size == np.prod(meta["shape"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         usable = False
     if not usable:
         meta_file.unlink(missing_ok=True)                # a cut-off rebuild leaves no claim behind

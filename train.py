@@ -11,9 +11,7 @@ import argparse
 import contextlib
 import copy
 import csv
-import fcntl
 import math
-import os
 import signal
 import sys
 import time
@@ -175,87 +173,125 @@ def update_ema(ema, network, step, decay, finite):
 
 
 class Log:
-    """run.csv: sums on the device since the last row, and the rows. Fixed tables of one run, not a logger of many."""
+    """run.csv and the line or bar on the terminal. Losses are summed on the device and read once a row."""
 
     COLUMNS = ("step", "images", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr", "images_per_s")
 
-    def __init__(self, path, device, run=None):
-        self.path = path
-        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=device)            # loss and count by quarter of t
-        self.rows = []
-        if run is not None and path.exists():
+    def __init__(self, path, args, start, run, device, rank):
+        self.path, self.args, self.rank = path, args, rank
+        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=device)            # loss and count, by quarter of t
+        self.bar = tqdm(total=args.steps, initial=start, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
+        self.since = (start, time.perf_counter())
+        if rank > 0:
+            return
+        rows = []
+        if run and path.exists():
             with open(path, newline="") as file:         # rows beyond the checkpoint's step are trained again
-                self.rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS) and row[0].isdigit()
-                             and int(row[0]) <= run["step"]]
-        if run is not None:
+                rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS) and row[0].isdigit()
+                        and int(row[0]) <= start]
+        if run:
             self.sums += run["log"].to(device)
-
-    def begin(self):
-        """Write the rows that stand; those to come are appended."""
-        with data.atomic_file(self.path) as file:
-            file.write("".join(",".join(row) + "\n" for row in (self.COLUMNS, *self.rows)).encode())
+        with data.atomic_file(path) as file:
+            file.write("".join(",".join(row) + "\n" for row in (self.COLUMNS, *rows)).encode())
 
     def add(self, losses, t, T):
-        quarter = torch.nn.functional.one_hot(t * 4 // T, 4).double()                # (n, 4)
-        self.sums += torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)]) @ quarter
+        """Sum losses (n,) at times t (n,) by quarter of 0 .. T-1."""
+        masks = t * 4 // T == torch.arange(4, device=t.device).unsqueeze(1)          # (4, n)
+        self.sums[0] += torch.where(masks, losses.detach().double(), 0.0).sum(dim=1)
+        self.sums[1] += masks.sum(dim=1)
 
-    def write(self, sums, step, images, norm, lr, images_per_s):
+    def write(self, sums, step, norm):
+        """Append the row of the steps since the last one; sums are those of all processes."""
+        now = time.perf_counter()
+        rate = (step - self.since[0]) * self.args.batch_size / (now - self.since[1])
+        self.since = (step, now)
+        self.sums.zero_()
+        if self.rank > 0:
+            return
         losses, counts = sums.tolist()
-        values = [sum(losses) / max(1, sum(counts)), *(a / b if b else math.nan for a, b in zip(losses, counts)), norm, lr]
+        mean = sum(losses) / sum(counts)
+        quarters = (loss / count if count else math.nan for loss, count in zip(losses, counts))
+        values = (f"{value:.8g}" for value in (mean, *quarters, norm.item(), learning_rate(step - 1, self.args)))
         with open(self.path, "a") as file:
-            file.write(",".join([str(step), str(images), *(f"{value:.8g}" for value in values), f"{images_per_s:.1f}"]) + "\n")
-        return values[0]
+            file.write(",".join([str(step), str(step * self.args.batch_size), *values, f"{rate:.1f}"]) + "\n")
+        self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
+        if self.bar.disable:
+            left = (self.args.steps - step) * self.args.batch_size / rate / 60
+            print(f"step {step}: loss {mean:.4f}, {rate:.0f} images/s, {left:.1f} minutes left", flush=True)
 
 
 @contextlib.contextmanager
-def sole_writer(out):
-    """Keep a second process from writing the same run. ValueError if one does already."""
-    lock = out.with_suffix(".lock")
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
-        except OSError:
-            raise ValueError(f"{out} is being written by another run: choose another --out") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+def stop_signals():
+    """A list that fills when Ctrl-C or SIGTERM comes; the loop looks at it between steps."""
+    received = []
+    old = {name: signal.signal(name, lambda number, frame: received.append(number)) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for name, handler in old.items():
+            signal.signal(name, handler)
 
 
-def main(argv=None):
-    with one_line_errors("train.py"):
-        args, run = settings(argv)
-        device, rank, world = processes(args.device)
-        with sole_writer(Path(args.out)) if rank == 0 else contextlib.nullcontext():
-            train(args, run, device, rank, world)
+def total(tensor, world):
+    """The sum of a tensor over all processes, as a new tensor."""
+    tensor = tensor.clone()
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def guarded_step(optimizer, parameters, clip):
+    """Clip and take an optimizer step, unless a gradient is not finite: then weights and moments stay as they are.
+
+    Decided on the device, without waiting for it -> the gradient's norm, and whether it is finite (1.0 or 0.0).
+    """
+    norm = get_total_norm([parameter.grad for parameter in parameters])
+    finite = norm.isfinite().float()
+    if clip:
+        clip_grads_with_norm_(parameters, clip, norm)
+    optimizer.grad_scale, optimizer.found_inf = None, 1 - finite         # the fused kernel reads them, as for a GradScaler
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, finite
+
+
+def save_picture(path, ema, diffusion, dataset, seed):
+    """EMA samples, eight rows; one column a class, for the first ten classes."""
+    columns = min(dataset.num_classes or 8, 10)
+    scale = CFG_SCALE if ema.null_label is not None else 1.0
+    classes = list(range(columns)) if dataset.num_classes else None
+    images = [data.to_uint8(x).cpu() for _, x in draw(ema, diffusion, range(8 * columns), classes, seed, clip=True, cfg_scale=scale)]
+    save_image(path, grid(torch.cat(images).numpy(), columns))
 
 
 def train(args, run, device, rank, world):
+    """Train from the start, or from where `run` stopped."""
     out, start = Path(args.out), run["step"] if run else 0
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     if args.batch_size % (world * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} micro-batches")
     part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     micro = args.batch_size // (world * args.accumulate)
 
     if rank > 0:
-        dist.barrier()                                   # rank 0 alone downloads and decodes
+        dist.barrier()                                   # rank 0 alone downloads and decodes; the others find the cache
     dataset = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
     if rank == 0 and world > 1:
         dist.barrier()
+    batches = data.Batches(dataset, args.batch_size, args.seed, part)
+    loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps), pin_memory=device.type == "cuda",
+                        num_workers=2 if device.type == "cuda" and dataset.in_files else 0)
+
     network, described = build_network(args, dataset)
-    diffusion_description = dict(schedule=args.schedule, T=1000, prediction=args.prediction, variance=args.variance)
+    if run and run["network"] != described:
+        raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
     diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
-    if run:
-        if run["network"] != described:
-            raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
-        network.load_state_dict(run["model"])
-    network = network.to(device)
+    network = network.to(device).train()
     ema = copy.deepcopy(network).eval().requires_grad_(False)
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     bad_steps = torch.zeros((), device=device)           # non-finite gradients in a row
     if run:
+        network.load_state_dict(run["model"])
         ema.load_state_dict(run["ema"])
         optimizer.load_state_dict(run["optimizer"])
         bad_steps += run["bad_steps"]
@@ -264,109 +300,75 @@ def train(args, run, device, rank, world):
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    def loss(batch):
-        x0, t, y, eps = batch
+    def loss(x0, t, y, eps):
         with autocast:
             return diffusion.losses(model, x0, t, y, eps)["loss"]                    # (n,)
 
-    batches = data.Batches(dataset, args.batch_size, args.seed, part)
-    loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps), pin_memory=device.type == "cuda",
-                        num_workers=2 if device.type == "cuda" and dataset.in_files else 0)
-    log = Log(out.with_suffix(".csv"), device, run if rank == 0 else None)
-    stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stop.append(number))
-
-    def total(tensor):
-        """The sum over all processes, as a new tensor."""
-        tensor = tensor.clone()
-        if world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def save(step):
-        sums = total(log.sums)
+        sums = total(log.sums, world)
         if rank == 0:
             checkpoint.save(out, dict(
-                version=checkpoint.VERSION, step=step, config=vars(args), network=described, diffusion=diffusion_description,
-                data=dict(spec=args.data, classes=dataset.classes, num_classes=dataset.num_classes,
-                          channels=dataset.channels, image_size=list(dataset.image_size)),
-                vae=None, model=network.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                version=checkpoint.VERSION, step=step, config=vars(args), network=described,
+                diffusion=dict(schedule=args.schedule, T=diffusion.T, prediction=args.prediction, variance=args.variance),
+                data=dict(spec=args.data, classes=dataset.classes, num_classes=dataset.num_classes, channels=dataset.channels,
+                          image_size=list(dataset.image_size)), vae=None,
+                model=network.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                 bad_steps=int(bad_steps), log=sums.cpu()))
 
-    def picture():
-        if rank == 0:
-            columns = min(dataset.num_classes or 8, 10)
-            guided = dict(cfg_scale=CFG_SCALE) if ema.null_label is not None else {}
-            images = [data.to_uint8(x) for _, x in draw(ema, diffusion, range(8 * columns), list(range(columns)) if
-                                                        dataset.num_classes else None, args.seed, clip=True, **guided)]
-            save_image(out.with_suffix(".png"), grid(torch.cat(images).cpu().numpy(), columns))
-
     if rank == 0:
-        log.begin()
         print(f"{described['class']} {args.size}, {sum(p.numel() for p in parameters):,} parameters, on {len(dataset):,} images of "
-              f"{dataset.spec}, {dataset.channels}x{dataset.image_size[0]}x{dataset.image_size[1]}; {device}, {args.precision}, "
-              f"{world} process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images")
-    bar = tqdm(total=args.steps, initial=start, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
-    began, estimated, logged = time.perf_counter(), False, (start, time.perf_counter())
-    network.train()
-    for step, (images, labels) in zip(range(start, args.steps), loader):
-        x0, t, y, eps = draw_batch(step, images, labels, part, args, network.null_label, diffusion.T, device)
-        for i in range(args.accumulate):
-            rows = slice(i * micro, (i + 1) * micro)
-            last = i + 1 == args.accumulate
-            with contextlib.nullcontext() if last or world == 1 else model.no_sync():    # exchange gradients once a step
-                losses = loss((x0[rows], t[rows], None if y is None else y[rows], eps[rows]))
-                (losses.mean() / args.accumulate).backward()
-            log.add(losses, t[rows], diffusion.T)
-        norm = get_total_norm([parameter.grad for parameter in parameters])
-        if args.clip_grad:
-            clip_grads_with_norm_(parameters, args.clip_grad, norm)
-        finite = norm.isfinite().float()
-        bad_steps = (bad_steps + 1) * (1 - finite)
-        optimizer.found_inf, optimizer.grad_scale = 1 - finite, None     # the fused kernel leaves weights and moments alone
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, network, step, args.ema, finite)
-        bar.update()
+              f"{args.data}, {dataset.channels}x{dataset.image_size[0]}x{dataset.image_size[1]}; {device}, {args.precision}, "
+              f"{world} process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images", flush=True)
+    log = Log(out.with_suffix(".csv"), args, start, run, device, rank)
+    began = time.perf_counter()
+    with stop_signals() as stop:
+        for step, (images, labels) in zip(range(start, args.steps), loader):
+            batch = draw_batch(step, images, labels, part, args, network.null_label, diffusion.T, device)
+            for i in range(args.accumulate):
+                x0, t, y, eps = (None if z is None else z[i * micro:(i + 1) * micro] for z in batch)
+                last = world == 1 or i + 1 == args.accumulate
+                with contextlib.nullcontext() if last else model.no_sync():          # exchange gradients once a step
+                    losses = loss(x0, t, y, eps)
+                    (losses.mean() / args.accumulate).backward()
+                log.add(losses, t, diffusion.T)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            norm, finite = guarded_step(optimizer, parameters, args.clip_grad)
+            bad_steps = (bad_steps + 1) * (1 - finite)
+            update_ema(ema, network, step, args.ema, finite)
+            log.bar.update()
 
-        done, ended = step + 1, step + 1 == args.steps
-        if done - start == 10 and rank == 0:
-            estimated = (time.perf_counter() - began) / 10 * (args.steps - done)
-            print(f"about {estimated / 60:.1f} minutes to go", flush=True)
-        if done % LOG_EVERY == 0 or ended:
-            sums, wanted = total(log.sums), total(torch.tensor(float(bool(stop)), device=device))
-            log.sums.zero_()
-            rate = (done - logged[0]) * args.batch_size / (time.perf_counter() - logged[1])
-            if rank == 0:
-                mean = log.write(sums, done, done * args.batch_size, norm.item(), learning_rate(step, args), rate)
-                bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
-                if bar.disable:
-                    left = (args.steps - done) * args.batch_size / rate
-                    print(f"step {done}: loss {mean:.4f}, {rate:.0f} images/s, {left / 60:.1f} minutes left", flush=True)
-            if bad_steps >= MAX_BAD_STEPS:
-                raise ValueError(f"{int(bad_steps)} steps in a row had a NaN or infinite gradient, and none of them was taken: "
-                                 f"lower --lr, or set --clip-grad")
-            logged = (done, time.perf_counter())
-            stopping = wanted > 0
-        else:
-            stopping = world == 1 and bool(stop)
-        if done % args.sample_every == 0 or ended:
-            picture()
-        if done % args.save_every == 0 or ended or stopping:
-            save(done)
-        if stopping and not ended:
-            if rank == 0:
-                bar.close()
-                print(f"stopped at step {done} and saved: python train.py --resume --out {out} goes on")
-            return
-    bar.close()
+            done = step + 1
+            ended, stopping = done == args.steps, world == 1 and bool(stop)
+            if done - start == 10 and rank == 0:
+                print(f"about {(time.perf_counter() - began) / 10 * (args.steps - done) / 60:.1f} minutes to go", flush=True)
+            if done % LOG_EVERY == 0 or ended:           # the only steps that wait for the device
+                log.write(total(log.sums, world), done, norm)
+                if bad_steps >= MAX_BAD_STEPS:
+                    raise ValueError(f"{int(bad_steps)} steps in a row had a NaN or infinite gradient, and none was taken: lower "
+                                     "--lr, set --clip-grad, or look at the data")
+                stopping = total(torch.tensor(float(bool(stop)), device=device), world) > 0      # all processes agree
+            if rank == 0 and (done % args.sample_every == 0 or ended):
+                save_picture(out.with_suffix(".png"), ema, diffusion, dataset, args.seed)
+            if done % args.save_every == 0 or ended or stopping:
+                save(done)
+            if stopping:
+                break
+    log.bar.close()
     if rank == 0:
         minutes = (time.perf_counter() - began) / 60
-        print(f"{args.steps - start} steps in {minutes:.1f} minutes: {out}, {out.with_suffix('.csv')}, {out.with_suffix('.png')}; "
-              f"python sample.py --ckpt {out} draws more")
+        print(f"{done - start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}" +
+              (f", {out.with_suffix('.png')}; python sample.py --ckpt {out} draws more" if ended else
+               f" at step {done}; python train.py --resume --out {out} goes on"))
+
+
+def main(argv=None):
+    with one_line_errors("train.py"):
+        args, run = settings(argv)
+        device, rank, world = processes(args.device)
+        args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+        with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
+            train(args, run, device, rank, world)
 
 
 if __name__ == "__main__":

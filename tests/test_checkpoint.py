@@ -1,0 +1,786 @@
+"""checkpoint.py: a run survives the disk bit for bit, released weights load by name, and a hostile file is refused in one line.
+
+Networks are tiny and have formula weights. A released DiT is its official state dict written to a file: names, shapes and the
+expected output come from golden/. A .safetensors file is written by hand, so that the reader is not checked against itself.
+"""
+import io
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.testing import assert_close
+
+import checkpoint
+import dit
+import sample
+import vit
+from checkpoint import build, describe, infer, load, load_network, main, read, read_safetensors, save, sole_writer
+from dit import DiT
+from formula import fill, formula_weight, golden, golden_json
+from vit import ViT
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(image_size=8, patch_size=2, channels=3, dim=16, depth=2, heads=1, num_classes=5)
+every_design = pytest.mark.parametrize("conditioning", dit.BLOCKS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors are tiny here: on a busy machine a second thread would cost more than all the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(**changes):
+    return fill(DiT(**SMALL | changes), computed=["pos_embed"])
+
+
+def outputs(model, n=3):
+    """What a DiT makes of some images, steps and classes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, model.channels, *model.image_size, generator=generator)
+    with torch.no_grad():
+        return model(x, torch.arange(n) * 400, None if model.num_classes is None else torch.arange(n))
+
+
+def a_run(**changes):
+    """A run as train.py saves it, of a network after one step of AdamW; ema and model differ."""
+    model, ema = network(), network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 3, 8, 8), torch.tensor([5]), torch.tensor([2])).square().mean().backward()
+    optimizer.step()
+    return dict(version=checkpoint.VERSION, step=1, config=dict(lr=0.1, seed=0, flip=True, shift=None, data="mnist"),
+                network={"class": "DiT", "arguments": SMALL},
+                diffusion=dict(schedule="cosine", T=50, prediction="v", variance="learned"),
+                data=dict(spec="mnist", classes=list("abcde"), num_classes=5, channels=3, image_size=[8, 8]), vae=None,
+                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), bad_steps=0,
+                log=torch.arange(8, dtype=torch.float64).reshape(2, 4)) | changes
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+def identical(a, b):
+    """Whether two nests of dicts, lists and tensors are the same bit for bit."""
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and a.shape == b.shape and repr(a.tolist()) == repr(b.tolist())    # tells -0.0 from 0, knows NaN
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return type(a) is type(b) and a == b
+
+
+def refusal(call, *parts, kind=ValueError):
+    """Assert that a call is refused in one line that says all the parts."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = " ".join(str(caught.value).split())                        # as every command prints it
+    assert len(message) < 500
+    for part in parts:
+        assert str(part) in message, message
+
+
+# A run, there and back
+
+def test_a_run_survives_the_disk_bit_for_bit(tmp_path):
+    run = a_run()
+    save(tmp_path / "run.pt", run)
+    assert identical(load(tmp_path / "run.pt"), run)
+
+
+def test_odd_numbers_survive_the_disk_bit_for_bit(tmp_path):
+    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4e38])
+    run = a_run(log=odd, bad_steps=torch.ones((), dtype=torch.bfloat16))
+    save(tmp_path / "run.pt", run)
+    assert identical(load(tmp_path / "run.pt"), run)
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_a_loaded_run_builds_the_network_that_was_saved(tmp_path, weights):
+    run = a_run()
+    save(tmp_path / "run.pt", run)
+    expected = network()
+    expected.load_state_dict(run[weights])
+    assert outputs(build(load(tmp_path / "run.pt"), weights)[0]).equal(outputs(expected))
+
+
+def test_averaged_weights_are_what_a_run_gives(tmp_path):
+    save(tmp_path / "run.pt", a_run())
+    assert outputs(load_network(tmp_path / "run.pt")).equal(outputs(network()))
+
+
+def test_a_built_network_is_in_eval_mode():
+    assert not build(a_run())[0].training
+
+
+def test_a_run_describes_its_diffusion():
+    _, diffusion = build(a_run())
+    assert (diffusion.T, diffusion.prediction, diffusion.variance) == (50, "v", "learned")
+    assert_close(diffusion.alpha_bars[24], np.cos((0.5 + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2)
+
+
+def test_an_optimizer_goes_on_where_it_was_saved(tmp_path):
+    run = a_run()
+    save(tmp_path / "run.pt", run)
+    optimizer = torch.optim.AdamW(network().parameters())
+    optimizer.load_state_dict(load(tmp_path / "run.pt")["optimizer"])
+    assert identical(optimizer.state_dict(), run["optimizer"])
+
+
+def test_saving_again_replaces_the_run_and_leaves_one_file(tmp_path):
+    for step in (1, 2):
+        save(tmp_path / "run.pt", a_run(step=step))
+    assert load(tmp_path / "run.pt")["step"] == 2 and os.listdir(tmp_path) == ["run.pt"]
+
+
+# Files that are not a run
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 0.99999])
+def test_a_cut_off_run_is_refused(tmp_path, share):
+    save(tmp_path / "run.pt", a_run())
+    content = (tmp_path / "run.pt").read_bytes()
+    (tmp_path / "run.pt").write_bytes(content[:int(share * len(content))])
+    refusal(lambda: load(tmp_path / "run.pt"), tmp_path / "run.pt", "cut off")
+
+
+def test_a_missing_run_is_named(tmp_path):
+    refusal(lambda: load(tmp_path / "run.pt"), tmp_path / "run.pt", "no such file", kind=FileNotFoundError)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    refusal(lambda: load(tmp_path), tmp_path, kind=FileNotFoundError)
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def script():
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.ones(1)), file)
+    return file.getvalue()
+
+
+OTHER_FILES = {"text": lambda: b"import os\n", "zeros": lambda: bytes(100), "zip": lambda: zipped(text="text"),
+               "zip with a folder": lambda: zipped(**{"archive/data.txt": "text", "archive/version": "3"}),
+               "pickle": lambda: pickle.dumps({"step": 1}, protocol=4), "half a pickle": lambda: b"\x80\x04}",
+               "array": lambda: b"\x93NUMPY\x01\x00", "script": script}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_file_of_another_kind_is_refused_without_a_warning(tmp_path, recwarn, kind):
+    content = OTHER_FILES[kind]()
+    (tmp_path / "run.pt").write_bytes(content)
+    recwarn.clear()
+    refusal(lambda: load(tmp_path / "run.pt"), tmp_path / "run.pt")
+    assert not recwarn.list
+
+
+@given(fraction=st.floats(0, 1), byte=st.none() | st.integers(0, 255), zipped=st.booleans())
+@settings(max_examples=200)
+def test_a_damaged_file_loads_or_is_refused(tmp_path_factory, fraction, byte, zipped):
+    path, file = tmp_path_factory.getbasetemp() / "damaged.pt", io.BytesIO()
+    torch.save({"a": torch.ones(3), "b": [1, "x", 2.5]}, file, _use_new_zipfile_serialization=zipped)
+    content = file.getvalue()
+    place = int(fraction * (len(content) - 1))
+    path.write_bytes(content[:place] if byte is None else content[:place] + bytes([byte]) + content[place + 1:])
+    try:
+        read(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+PICKLES = {
+    "a zip archive": lambda path, content: torch.save(content, path),
+    "torch's old format": lambda path, content: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "a bare pickle": lambda path, content: path.write_bytes(pickle.dumps(content)),
+    "an old bare pickle": lambda path, content: path.write_bytes(pickle.dumps(content, protocol=0)),
+}
+
+
+@pytest.mark.parametrize("form", PICKLES)
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, form):
+    path, payload = tmp_path / "run.pt", Payload(tmp_path / "marker")
+    PICKLES[form](path, a_run(config={"lr": payload}))
+    refusal(lambda: load(path), path, "could run code")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_the_payload_does_run_where_it_is_trusted(tmp_path):
+    torch.load(saved(tmp_path / "run.pt", Payload(tmp_path / "marker")), weights_only=False)
+    assert (tmp_path / "marker").exists()
+
+
+def test_a_run_of_another_format_version_is_refused(tmp_path):
+    path = saved(tmp_path / "run.pt", a_run(version=checkpoint.VERSION + 1))
+    refusal(lambda: load(path), path, f"version {checkpoint.VERSION + 1}", f"reads {checkpoint.VERSION}")
+
+
+@pytest.mark.parametrize("key", ["step", "config", "diffusion", "data", "vae", "model", "ema", "optimizer"])
+def test_a_run_that_lacks_something_is_refused(tmp_path, key):
+    run = a_run()
+    del run[key]
+    refusal(lambda: load(saved(tmp_path / "run.pt", run)), tmp_path / "run.pt", f"lacks '{key}'")
+
+
+@pytest.mark.parametrize("key", ["step", "config", "network", "diffusion", "data", "vae", "model", "ema", "optimizer"])
+def test_a_run_that_holds_something_else_is_refused(tmp_path, key):
+    path = saved(tmp_path / "run.pt", a_run(**{key: ["something else"]}))
+    refusal(lambda: load(path), path, f"its {key} is a list")
+
+
+MISFITS = {
+    "another width": dict(network={"class": "DiT", "arguments": SMALL | {"dim": 32}}),
+    "another depth": dict(network={"class": "DiT", "arguments": SMALL | {"depth": 1}}),
+    "no heads": dict(network={"class": "DiT", "arguments": SMALL | {"heads": 0}}),
+    "a patch of nothing": dict(network={"class": "DiT", "arguments": SMALL | {"patch_size": 0}}),
+    "an unknown class": dict(network={"class": "UNet", "arguments": SMALL}),
+    "an unknown argument": dict(network={"class": "DiT", "arguments": SMALL | {"layers": 3}}),
+    "text for a number": dict(network={"class": "DiT", "arguments": SMALL | {"depth": "2"}}),
+    "no class": dict(network={}),
+    "no weights": dict(ema={}),
+    "weights that are none": dict(ema={name: 1 for name in network().state_dict()}),
+    "an unknown schedule": dict(diffusion=dict(schedule="sigmoid", T=50, prediction="v", variance="small")),
+    "an unknown prediction": dict(diffusion=dict(schedule="linear", T=50, prediction="score", variance="small")),
+    "no steps": dict(diffusion=dict(schedule="linear", T=0, prediction="v", variance="small")),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_run_that_does_not_describe_its_network_is_refused(case):
+    refusal(lambda: build(a_run(**MISFITS[case])))
+
+
+UNSHOWABLE = {"no class": dict(network={}), "no arguments": dict(network={"class": "DiT", "arguments": None}),
+              "weights that are none": dict(model={"a": 1}), "no scale": dict(vae={"file": "vae.pt"}),
+              "numbers for flags": dict(config={1: 2})}
+
+
+@pytest.mark.parametrize("case", UNSHOWABLE)
+def test_a_run_that_cannot_be_shown_is_refused(tmp_path, case):
+    path = saved(tmp_path / "run.pt", a_run(**UNSHOWABLE[case]))
+    refusal(lambda: describe(path), path, "does not describe")
+
+
+# Writing
+
+def in_a_process(code, *arguments):
+    """Start Python on code in this repository, with arguments; what it prints is piped."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+FULL_DISK = """
+import resource, signal, sys
+import torch
+from checkpoint import save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                # a write beyond the limit then fails, as on a full disk
+for limit in range(0, 60_000, 1500):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        save(sys.argv[1], {"weights": [torch.zeros(1000) for _ in range(15)]})
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_run_whole(tmp_path):
+    run = a_run()
+    save(tmp_path / "run.pt", run)
+    process = in_a_process(FULL_DISK, tmp_path / "run.pt")
+    out, err = process.communicate()
+    assert process.returncode == 0, err                                  # no abort in the archive writer's destructor
+    assert out == f"cannot write {tmp_path / 'run.pt'}: [Errno 27] File too large\n" * 40
+    assert identical(load(tmp_path / "run.pt"), run) and os.listdir(tmp_path) == ["run.pt"]
+
+
+ENDLESS = """
+import sys
+import torch
+from checkpoint import save
+while True:
+    save(sys.argv[1], {"weights": torch.zeros(20_000_000)})
+"""
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_a_whole_file(tmp_path):
+    run, path, temporary = a_run(), tmp_path / "run.pt", tmp_path / ".run.pt.tmp"
+    save(path, run)
+    process = in_a_process(ENDLESS, path)
+    while not (temporary.exists() and temporary.stat().st_size > 1_000_000):         # of 80 MB
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and temporary.exists()
+    process.communicate()
+    assert identical(load(path), run)
+
+
+def test_a_save_after_a_kill_clears_what_it_left(tmp_path):
+    (tmp_path / ".run.pt.tmp").write_bytes(b"half a run")
+    save(tmp_path / "run.pt", a_run())
+    assert os.listdir(tmp_path) == ["run.pt"] and load(tmp_path / "run.pt")["step"] == 1
+
+
+def test_a_run_cannot_be_written_to_a_folder_that_does_not_exist(tmp_path):
+    refusal(lambda: save(tmp_path / "no" / "run.pt", a_run()), tmp_path / "no" / "run.pt", kind=OSError)
+
+
+def test_what_cannot_be_saved_leaves_the_old_run_whole(tmp_path):
+    run = a_run()
+    save(tmp_path / "run.pt", run)
+    with pytest.raises(Exception):
+        save(tmp_path / "run.pt", a_run(config=lambda: None))
+    assert identical(load(tmp_path / "run.pt"), run) and os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_a_run_has_one_writer_at_a_time(tmp_path):
+    with sole_writer(tmp_path / "run.pt"):
+        with pytest.raises(ValueError, match="--out"), sole_writer(tmp_path / "run.pt"):
+            pass
+    with sole_writer(tmp_path / "run.pt"), sole_writer(tmp_path / "other.pt"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+# Released weights
+
+def official(name):
+    """The state dict of a golden file's network in the release's names and order, and the golden file."""
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
+        keys = json.loads(str(file["keys"]))
+    data, meta = golden(name)
+    state = {key: formula_weight(key, shape) for key, shape in keys}
+    if "pos_embed" in meta.get("computed_keys", ()):
+        state["pos_embed"] = data["out_pos_embed"]
+    return state, data, meta
+
+
+WRAPPINGS = {"bare": lambda state: state, "ema": lambda state: {"model": {"no": torch.ones(1)}, "ema": state, "opt": {}},
+             "state_dict": lambda state: {"state_dict": state}, "model": lambda state: {"model": state, "epoch": 3}}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_a_released_dit_loads_by_name_and_repeats_metas_output(tmp_path, wrapping):
+    state, data, meta = official("dit_small")
+    path = saved(tmp_path / "DiT.pt", WRAPPINGS[wrapping](state))
+    model = load_network(path, config={"heads": 4})                      # no width of the paper's: heads are in no table
+    with torch.no_grad():
+        assert_close(model(data["in_x"], data["in_t"], data["in_y"]), data["out"], **meta["tolerance"])
+
+
+def test_a_released_vit_loads_by_name_and_repeats_timms_output(tmp_path):
+    state, data, meta = official("vit_small")
+    model = load_network(saved(tmp_path / "vit.pt", state), config={"heads": 3})
+    with torch.no_grad():
+        assert_close(model(data["in_x"]), data["out_logits"], **meta["tolerance"])
+
+
+def test_the_shapes_of_dit_s8_say_everything():
+    shapes = golden_json("dit_s8_keys")["keys"]
+    assert infer({name: torch.empty(shape, device="meta") for name, shape in shapes}) == {
+        "class": "DiT", "arguments": dict(image_size=32, patch_size=8, channels=4, **dit.SIZES["S"], num_classes=1000,
+                                          null_class=True, learn_sigma=True, conditioning="adaln-zero")}
+
+
+@pytest.mark.parametrize("size", dit.SIZES)
+@pytest.mark.parametrize("image_size, patch_size", [(32, 2), (64, 8)])
+def test_every_published_dit_is_known_by_its_shapes(size, image_size, patch_size):
+    arguments = dict(image_size=image_size, patch_size=patch_size, channels=4, **dit.SIZES[size], num_classes=1000,
+                     null_class=True, learn_sigma=True, conditioning="adaln-zero")
+    with torch.device("meta"):
+        state = DiT(**arguments).state_dict()
+    assert infer(state) == {"class": "DiT", "arguments": arguments}
+
+
+@pytest.mark.parametrize("size", vit.SIZES)
+def test_every_published_vit_is_known_by_its_shapes(size):
+    arguments = dict(image_size=224, patch_size=16, channels=3, **vit.SIZES[size], num_classes=1000)
+    with torch.device("meta"):
+        state = ViT(**arguments).state_dict()
+    assert infer(state) == {"class": "ViT", "arguments": arguments}
+
+
+@given(st.sampled_from(list(dit.BLOCKS)), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3, 4]), st.integers(1, 3),
+       st.integers(1, 2), st.none() | st.integers(2, 9), st.booleans())
+def test_every_argument_of_a_dit_is_read_off_its_state_dict(conditioning, tokens, patch, channels, heads, depth, classes, learned):
+    arguments = dict(image_size=tokens * patch, patch_size=patch, channels=channels, dim=64 * heads, depth=depth, heads=heads,
+                     num_classes=classes, null_class=classes is not None, learn_sigma=learned, conditioning=conditioning)
+    with torch.device("meta"):
+        state = DiT(**arguments).state_dict()
+    assert infer(state)["arguments"] == arguments
+
+
+@every_design
+def test_every_design_gives_the_same_output_after_the_disk(tmp_path, conditioning):
+    model = network(conditioning=conditioning)
+    again = load_network(saved(tmp_path / "DiT.pt", model.state_dict()))
+    assert again.conditioning == conditioning and outputs(again).equal(outputs(model))
+
+
+def test_the_last_row_of_a_label_table_is_the_null_class(tmp_path):
+    run = load(saved(tmp_path / "DiT.pt", network(num_classes=5).state_dict()))
+    assert run["network"]["arguments"]["num_classes"] == run["data"]["num_classes"] == 5
+    assert build(run)[0].null_label == 5
+
+
+def test_a_thousand_rows_are_imagenets_classes_without_a_null_class(tmp_path):
+    model = load_network(saved(tmp_path / "DiT.pt", network(num_classes=1000, null_class=False).state_dict()))
+    assert model.num_classes == 1000 and model.null_label is None
+
+
+def test_guidance_is_refused_without_a_null_class(tmp_path, capsys):
+    path = saved(tmp_path / "DiT.pt", network(num_classes=1000, null_class=False).state_dict())
+    with pytest.raises(SystemExit) as exit:
+        sample.main(["--ckpt", str(path), "--cfg-scale", "4", "--device", "cpu", "--out", str(tmp_path / "out.png")])
+    assert exit.value.code == 2 and "guidance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classes, null_label", [(6, None), (5, 5)])
+def test_the_number_of_classes_can_be_given(tmp_path, classes, null_label):
+    path = saved(tmp_path / "DiT.pt", network(num_classes=5, null_class=True).state_dict())          # 6 rows
+    model = load_network(path, config={"num_classes": classes})
+    assert model.num_classes == classes and model.null_label == null_label
+
+
+def test_more_classes_than_rows_are_refused(tmp_path):
+    path = saved(tmp_path / "DiT.pt", network(num_classes=5).state_dict())
+    refusal(lambda: load_network(path, config={"num_classes": 7}), "embedding_table")
+
+
+def test_an_oblong_network_needs_its_image_size(tmp_path):
+    model = network(image_size=(4, 12))
+    path = saved(tmp_path / "DiT.pt", model.state_dict())
+    refusal(lambda: load(path), path, "12 position rows", "image_size")
+    assert outputs(load_network(path, config={"image_size": (4, 12)})).equal(outputs(model))
+
+
+def test_released_weights_come_with_the_papers_diffusion(tmp_path):
+    run = load(saved(tmp_path / "DiT.pt", network(channels=4).state_dict()))
+    assert run["diffusion"] == dict(schedule="linear", T=1000, prediction="eps", variance="learned")
+    assert run["optimizer"] is None and run["step"] is None
+
+
+def test_a_network_without_learned_variance_has_a_fixed_one(tmp_path):
+    assert load(saved(tmp_path / "DiT.pt", network(learn_sigma=False).state_dict()))["diffusion"]["variance"] == "small"
+
+
+@pytest.mark.parametrize("channels, vae", [(4, {"scale": 0.18215}), (3, None), (1, None)])
+def test_four_channels_are_stable_diffusions_latents(tmp_path, channels, vae):
+    assert load(saved(tmp_path / "DiT.pt", network(channels=channels).state_dict()))["vae"] == vae
+
+
+def test_half_precision_weights_load_into_a_network_of_full_precision(tmp_path):
+    state = {name: value.bfloat16() for name, value in network().state_dict().items()}
+    model = load_network(saved(tmp_path / "DiT.pt", state))
+    assert model.state_dict()["blocks.0.mlp.fc1.weight"].equal(state["blocks.0.mlp.fc1.weight"].float())
+
+
+NO_NETWORKS = {
+    "unknown names": {"conv.weight": torch.ones(1)},
+    "no names": {},
+    "half the names": {"x_embedder.proj.weight": torch.ones(16, 3, 2, 2)},
+    "no positions": {name: value for name, value in network().state_dict().items() if name != "pos_embed"},
+    "flat patches": network().state_dict() | {"x_embedder.proj.weight": torch.ones(16, 12)},
+    "numbers for names": {1: torch.ones(1)},
+    "no tensors": {"x_embedder.proj.weight": "text"},
+    "a list": [torch.ones(1)],
+    "a tensor": torch.ones(3),
+    "a number": 7,
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("case", NO_NETWORKS)
+def test_what_is_no_network_known_here_is_refused(tmp_path, case):
+    path = saved(tmp_path / "weights.pt", NO_NETWORKS[case])
+    refusal(lambda: load(path), f"cannot use {path}")
+
+
+@pytest.mark.parametrize("change", [{"final_layer.linear.bias": None}, {"blocks.1.extra": torch.ones(1)},
+                                    {"blocks.0.mlp.fc1.bias": torch.ones(3)}])
+def test_a_state_dict_that_does_not_fit_strictly_is_refused(tmp_path, change):
+    state = {name: value for name, value in (network().state_dict() | change).items() if value is not None}
+    refusal(lambda: load_network(saved(tmp_path / "DiT.pt", state)), *change)
+
+
+def test_a_file_that_wraps_itself_without_end_is_refused(tmp_path):
+    endless = {}
+    endless["ema"] = endless
+    path = saved(tmp_path / "weights.pt", endless)
+    refusal(lambda: load(path), path)
+
+
+# .safetensors
+
+CODES = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B", "BOOL": "<?"}
+
+
+def raw(path, header, content=b"", length=None):
+    """Write a .safetensors file by hand: the header as it stands, or of what JSON is made."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + content)
+    return path
+
+
+def entry(dtype, shape, begin, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def written(path, tensors):
+    """Write float32 tensors by hand."""
+    header, content = {}, b""
+    for name, tensor in tensors.items():
+        data = tensor.numpy().astype("<f4").tobytes()
+        header[name] = entry("F32", list(tensor.shape), len(content), len(content) + len(data))
+        content += data
+    return raw(path, header, content)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "weights.safetensors"
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_each_type_of_number_is_read(path, code):
+    numbers = {"BOOL": [True, False, True]}.get(code, [0, 1, 2 ** 7 - 1] if code in ("I8", "U8") else [-1, 0, 1000])
+    numbers = [float(number) for number in numbers] if code.startswith("F") else numbers
+    content = b"".join(struct.pack(CODES[code], number) for number in numbers)
+    tensor = read_safetensors(raw(path, {"a": entry(code, [3], 0, len(content))}, content))["a"]
+    assert tensor.tolist() == numbers and type(tensor.tolist()[0]) is type(numbers[0])
+    assert tensor.element_size() == struct.calcsize(CODES[code])
+
+
+def test_bfloat16_is_the_upper_half_of_float32(path):
+    numbers = [1.0, -2.5, 3.0e38]
+    content = b"".join(struct.pack("<f", number)[2:] for number in numbers)
+    tensor = read_safetensors(raw(path, {"a": entry("BF16", [3], 0, 6)}, content))["a"]
+    assert tensor.dtype == torch.bfloat16
+    assert_close(tensor.tolist(), numbers, rtol=2 ** -7, atol=0)         # seven bits of mantissa, cut
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=6), st.randoms())
+def test_tensors_of_every_shape_come_back_in_their_order(tmp_path_factory, shapes, random):
+    path = tmp_path_factory.getbasetemp() / "shapes.safetensors"
+    names = [f"{i}" for i in range(len(shapes))]
+    random.shuffle(names)                                # names need not be sorted as their places are
+    tensors = {name: formula_weight(name, shape) for name, shape in zip(names, shapes)}
+    assert identical({name: read(written(path, tensors))[name] for name in names}, tensors)
+
+
+def test_the_header_may_list_tensors_in_any_order(path):
+    header = {"b": entry("U8", [1], 1, 2), "a": entry("U8", [1], 0, 1), "c": entry("U8", [0], 1, 1)}
+    tensors = read_safetensors(raw(path, header, b"\x07\x08"))
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"a": [7], "b": [8], "c": []}
+
+
+def test_metadata_and_padding_are_passed_over(path):
+    header = json.dumps({"__metadata__": {"format": "pt"}, "a": entry("U8", [], 0, 1)}).encode() + b"     "
+    assert list(read_safetensors(raw(path, header, b"\x07"))) == ["a"]
+
+
+def test_a_tensor_at_an_odd_place_is_read(path):
+    header = {"a": entry("U8", [1], 0, 1), "b": entry("F64", [1], 1, 9)}
+    assert read_safetensors(raw(path, header, b"\x07" + struct.pack("<d", 2.5)))["b"].tolist() == [2.5]
+
+
+def test_a_file_without_tensors_is_read(path):
+    assert read_safetensors(raw(path, {})) == {}
+
+
+def test_changing_a_tensor_changes_no_file(path):
+    content = written(path, {"a": torch.ones(3)}).read_bytes()
+    tensor = read_safetensors(path)["a"]
+    tensor += 1
+    assert tensor.tolist() == [2, 2, 2] and path.read_bytes() == content
+
+
+def test_tensors_outlive_the_name_of_their_file(path):
+    tensor = read_safetensors(written(path, {"a": torch.arange(5.0)}))["a"]
+    path.unlink()
+    assert tensor.tolist() == [0, 1, 2, 3, 4]
+
+
+TWO = {"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 8, 16)}
+HOSTILE = {                                  # header or whole file, over 16 bytes of content; and the reason for refusing it
+    "nothing": (b"", "ends before"),
+    "half a length": (b"\x10\x00", "ends before"),
+    "a length alone": (struct.pack("<Q", 1), "ends before"),
+    "a header longer than the file": (struct.pack("<Q", 19) + b"{}" + bytes(16), "ends before"),
+    "a header of 2^64 - 1 bytes": (struct.pack("<Q", 2 ** 64 - 1) + b"{}" + bytes(16), "ends before"),
+    "no header": (struct.pack("<Q", 0) + bytes(16), "not understood"),
+    "no JSON": (b"{'a': 1}", "not understood"),
+    "no text": (b"\xff\xfe\x00", "not understood"),
+    "a list": (["a"], "not understood"),
+    "a number": (7, "not understood"),
+    "text for a tensor": ({"a": "b"}, "not understood"),
+    "null for a tensor": ({"a": None}, "not understood"),
+    "no type": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "dtype"),
+    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, "shape"),
+    "no place": ({"a": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
+    "an unknown type": ({"a": entry("F7", [2], 0, 8)}, "F7"),
+    "a list for a type": ({"a": entry(["F32"], [2], 0, 8)}, "not understood"),
+    "a place of one number": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}, "not understood"),
+    "a place of three numbers": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]}}, "not understood"),
+    "a number for a shape": ({"a": entry("F32", 2, 0, 8)}, "not understood"),
+    "an end outside the file": (TWO | {"b": entry("F32", [3], 8, 20)}, "b ends outside"),
+    "a place outside the file": ({"a": entry("F32", [2], 16, 24)}, "a ends outside"),
+    "a giant": ({"a": entry("F32", [2 ** 61], 0, 2 ** 63)}, "a ends outside"),
+    "an overlap": (TWO | {"b": entry("F32", [2], 4, 12)}, "b overlaps"),
+    "the same place twice": (TWO | {"b": entry("F32", [2], 0, 8)}, "b overlaps"),
+    "a gap": ({"a": entry("F32", [1], 0, 4), "b": entry("F32", [2], 8, 16)}, "b overlaps another tensor, or leaves a gap"),
+    "a gap at the front": ({"b": entry("F32", [2], 8, 16)}, "b overlaps another tensor, or leaves a gap"),
+    "an empty tensor off its place": (TWO | {"b": entry("F32", [0], 9, 9)}, "gap"),
+    "too few bytes for the shape": ({"a": entry("F32", [3], 0, 8)}, "8 bytes where its shape [3] takes 12"),
+    "too many bytes for the shape": ({"a": entry("F32", [1], 0, 8)}, "8 bytes where its shape [1] takes 4"),
+    "too many bytes for a scalar": ({"a": entry("F32", [], 0, 8)}, "8 bytes where its shape [] takes 4"),
+    "an end before the begin": ({"a": entry("F32", [2], 8, 0)}, "a "),
+    "a negative place": ({"a": entry("F32", [2], -8, 0)}, "-8"),
+    "a negative shape": ({"a": entry("F32", [-2], 0, 8)}, "-2"),
+    "two negative sides": ({"a": entry("F32", [-1, -2], 0, 8)}, "-1"),
+    "a fractional place": ({"a": entry("F32", [2], 0, 8.0)}, "8.0"),
+    "a fractional shape": ({"a": entry("F32", [2.0], 0, 8)}, "2.0"),
+    "true for a number": ({"a": entry("U8", [True], 0, 1)}, "True"),
+    "not a number": (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', "nan"),
+    "text for a place": ({"a": entry("F32", [2], "0", "8")}, "'0'"),
+    "text that would be long": ({"a": entry("F32", ["a", 10 ** 12], 0, 8)}, "'a'"),
+    "sides beyond 64 bits": ({"a": entry("F32", [0, 2 ** 64], 0, 0)}, "cannot have the shape"),
+    "too many elements for none": ({"a": entry("F32", [2 ** 32, 2 ** 32, 0], 0, 0)}, "cannot have the shape"),
+    "a number of 5000 digits": (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', "not understood"),
+    "a name twice": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
+                     b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}', "a name appears twice"),
+    "a place twice": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "data_offsets": [0, 1]}}', "a name appears twice"),
+    "deep nesting": (b"[" * 100_000 + b"]" * 100_000, "not understood"),
+    "deep nesting in a name": (b'{"a":' * 100_000, "not understood"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_safetensors_file_is_refused(path, case):
+    content, reason = HOSTILE[case]
+    if reason == "ends before" or case == "no header":
+        path.write_bytes(content)
+    else:
+        raw(path, content, bytes(16))
+    refusal(lambda: read(path), path, reason)
+
+
+VALID = {"__metadata__": {"format": "pt"}, "scalar": entry("F32", [], 0, 4), "a": entry("BF16", [2, 3], 4, 16),
+         "empty": entry("F32", [0, 3], 16, 16), "b": entry("I64", [1], 16, 24)}
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3), st.floats(0, 1) | st.just(1.0))
+@settings(max_examples=300)
+def test_a_damaged_safetensors_file_loads_or_is_refused(tmp_path_factory, flips, kept):
+    path = raw(tmp_path_factory.getbasetemp() / "damaged.safetensors", VALID, bytes(range(24)))
+    content = bytearray(path.read_bytes())
+    for place, byte in flips:
+        content[int(place * (len(content) - 1))] = byte
+    path.write_bytes(content[:round(kept * len(content))])
+    try:
+        assert all(torch.is_tensor(tensor) for tensor in read(path).values())
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def test_every_cut_of_a_safetensors_file_is_refused(path):
+    content = raw(path, VALID, bytes(24)).read_bytes()
+    for kept in range(len(content)):
+        path.write_bytes(content[:kept])
+        refusal(lambda: read(path), path)
+
+
+def test_a_missing_safetensors_file_is_named(path):
+    refusal(lambda: read(path), path, kind=FileNotFoundError)
+
+
+@every_design
+def test_a_dit_in_safetensors_loads_by_name(path, conditioning):
+    model = network(conditioning=conditioning)
+    assert outputs(load_network(written(path, model.state_dict()))).equal(outputs(model))
+
+
+def test_a_released_dit_in_safetensors_repeats_metas_output(path):
+    state, data, meta = official("dit_small")
+    model = load_network(written(path, state), config={"heads": 4})
+    with torch.no_grad():
+        assert_close(model(data["in_x"], data["in_t"], data["in_y"]), data["out"], **meta["tolerance"])
+
+
+# python checkpoint.py FILE
+
+def test_the_command_prints_what_a_run_holds(tmp_path, capsys):
+    save(tmp_path / "run.pt", a_run(step=1234))
+    main([str(tmp_path / "run.pt")])
+    out = capsys.readouterr().out
+    numbers = sum(value.numel() for value in network().state_dict().values())
+    for part in ("DiT", "step 1234", "dim=16", "patch_size=2", f"{numbers:,}", "cosine", "prediction=v", "classes=['a'"):
+        assert part in out, part
+
+
+def test_the_command_prints_the_flags_of_a_run_as_they_were_given(tmp_path, capsys):
+    config = dict(batch_size=32, seed=0, flip=True, resume=False, shift=None, data="mnist")
+    main([str(saved(tmp_path / "run.pt", a_run(config=config)))])
+    assert capsys.readouterr().out.endswith("--batch-size 32 --seed 0 --flip --data mnist\n")
+
+
+def test_the_command_prints_what_released_weights_hold(tmp_path, capsys):
+    main([str(saved(tmp_path / "DiT.pt", network(channels=4).state_dict()))])
+    out = capsys.readouterr().out
+    for part in ("official weights", "DiT", "conditioning=adaln-zero", "num_classes=5", "linear", "learned", "0.18215"):
+        assert part in out, part
+
+
+@pytest.mark.parametrize("name, content", [("no.pt", None), ("run.pt", b"text"), ("a.safetensors", b"text"), ("..", None)])
+def test_the_command_ends_with_status_2_and_one_line_on_what_it_cannot_read(tmp_path, capsys, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as exit:
+        main([str(tmp_path / name)])
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("checkpoint.py: ") and captured.err.count("\n") == 1 and str(tmp_path) in captured.err
+
+
+def test_the_command_without_a_file_says_so(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_real_process_ends_with_status_2_and_one_line(tmp_path):
+    (tmp_path / "run.pt").write_bytes(pickle.dumps({"step": 1}))         # torch would warn of its protocol
+    result = subprocess.run([sys.executable, "checkpoint.py", tmp_path / "run.pt"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1

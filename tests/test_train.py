@@ -1,0 +1,292 @@
+"""train.py: a run is a function of its settings, whatever interrupts it and however its batch is split."""
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import checkpoint
+import data
+import dit
+import sample
+import train
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--size", "Ti/16", "--batch-size", "8", "--device", "cpu"]
+
+
+def command(*argv, launcher=()):
+    """A command line of train.py in a process of its own."""
+    return [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, argv)]
+
+
+def rows_of(run):
+    """Rows of a run.csv without the last column, images/s, which is the machine's."""
+    with open(Path(run).with_suffix(".csv"), newline="") as file:
+        return [row[:-1] for row in csv.reader(file)]
+
+
+def assert_same_run(a, b):
+    """Weights, EMA, optimizer and rows are equal bit for bit."""
+    first, second = checkpoint.load(a), checkpoint.load(b)
+    for part in ("model", "ema"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
+    states = first["optimizer"]["state"], second["optimizer"]["state"]
+    assert all(torch.equal(states[0][i][name], states[1][i][name]) for i in states[0] for name in states[0][i])
+    assert rows_of(a) == rows_of(b)
+
+
+def gradients(run):
+    """The gradient of a run's only step: Adam's first moment is a tenth of it."""
+    return [state["exp_avg"] * 10 for state in checkpoint.load(run)["optimizer"]["state"].values()]
+
+
+def trained(out, *argv):
+    train.main([*TINY, *argv, "--out", str(out)])
+    return out
+
+
+def test_a_run_killed_at_random_moments_and_resumed_is_bit_identical(tmp_path):
+    argv = [*TINY, "--steps", 120, "--save-every", 7, "--sample-every", 1000]
+    subprocess.run(command(*argv, "--out", tmp_path / "whole.pt"), check=True, capture_output=True)
+    cut, random = tmp_path / "cut.pt", np.random.default_rng(0)
+    for _ in range(2):
+        before = cut.stat().st_mtime_ns if cut.exists() else 0
+        process = subprocess.Popen(command(*argv, "--out", cut, *(["--resume"] if before else [])), stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (cut.exists() and cut.stat().st_mtime_ns > before):
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.4))                # into the next steps, or the next save
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < checkpoint.load(cut)["step"] < 120
+    subprocess.run(command(*argv, "--out", cut, "--resume"), check=True, capture_output=True)
+    assert_same_run(tmp_path / "whole.pt", cut)
+
+
+def test_sigterm_saves_says_where_and_exits_0_and_resuming_is_bit_identical(tmp_path):
+    argv = [*TINY, "--steps", 70, "--sample-every", 1000, "--save-every", 1000]
+    subprocess.run(command(*argv, "--out", tmp_path / "whole.pt"), check=True, capture_output=True)
+    process = subprocess.Popen(command(*argv, "--out", tmp_path / "cut.pt"), stdout=subprocess.PIPE, text=True)
+    while "about" not in process.stdout.readline():      # printed after ten steps
+        pass
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+    assert process.wait() == 0 and "saved" in said and "--resume --out" in said
+    assert 10 <= checkpoint.load(tmp_path / "cut.pt")["step"] < 70
+    train.main(["--resume", "--out", str(tmp_path / "cut.pt")])          # no other flag is needed
+    assert_same_run(tmp_path / "whole.pt", tmp_path / "cut.pt")
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    one = gradients(trained(tmp_path / "one.pt", "--steps", "1", "--clip-grad", "0"))
+    four = gradients(trained(tmp_path / "four.pt", "--steps", "1", "--clip-grad", "0", "--accumulate", "4"))
+    # two sums of eight float32 numbers in other orders: far below 1e-5 of the norm. Key biases cancel exactly, so theirs is 0
+    assert all((a - b).norm() <= 1e-5 * a.norm() + 1e-9 for a, b in zip(one, four))
+
+
+@pytest.mark.parametrize("launch", ["accumulated", "two processes"])
+def test_twelve_steps_stay_within_a_thousandth_however_the_batch_is_split(tmp_path, launch):
+    argv = ["--steps", "12", "--sample-every", "1000"]
+    one = checkpoint.load(trained(tmp_path / "one.pt", *argv))["model"]
+    out = tmp_path / "split.pt"
+    if launch == "accumulated":
+        trained(out, *argv, "--accumulate", "4")
+    else:
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command(*TINY, *argv, "--out", out, launcher=launcher), check=True, capture_output=True, env=environment)
+    other = checkpoint.load(out)["model"]
+    # weight matrices only: the keys' biases have no gradient but rounding, which Adam scales up to full steps
+    for name in (name for name in one if one[name].ndim > 1):
+        assert (one[name] - other[name]).norm() <= 1e-3 * one[name].norm(), name
+
+
+def test_two_processes_exchange_the_gradient_of_the_whole_batch(tmp_path):
+    one = gradients(trained(tmp_path / "one.pt", "--steps", "1", "--clip-grad", "0"))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    subprocess.run(command(*TINY, "--steps", 1, "--clip-grad", 0, "--accumulate", 2, "--out", tmp_path / "two.pt", launcher=launcher),
+                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two = gradients(tmp_path / "two.pt")
+    assert all((a - b).norm() <= 1e-5 * a.norm() + 1e-9 for a, b in zip(one, two))
+
+
+def test_training_lowers_the_loss_and_logs_every_fifty_steps(tmp_path):
+    run = trained(tmp_path / "run.pt", "--steps", "150", "--warmup", "20", "--sample-every", "1000")
+    rows = rows_of(run)
+    assert tuple(rows[0]) == train.Log.COLUMNS[:-1]
+    assert [int(row[0]) for row in rows[1:]] == [50, 100, 150] and [int(row[1]) for row in rows[1:]] == [400, 800, 1200]
+    losses = [float(row[2]) for row in rows[1:]]
+    # an untrained network outputs 0, and E|v|^2 = alpha_bar + (1 - alpha_bar) E|x0|^2, which is nearly 1 for digits
+    assert losses[0] > losses[1] > losses[2] and losses[2] < 0.6
+    assert float(rows[-1][8]) < 1e-6                       # the learning rate has fallen to 0
+
+
+def test_a_picture_and_a_usable_checkpoint_stand_beside_the_csv(tiny_run):
+    from PIL import Image
+    with Image.open(tiny_run.with_suffix(".png")) as image:
+        assert image.size == (10 * (64 + 2) + 2, 8 * (64 + 2) + 2)       # ten columns of eight, magnified twice
+    run = checkpoint.load(tiny_run)
+    assert run["step"] == 4 and run["data"]["classes"] == [str(digit) for digit in range(10)]
+    assert run["config"]["lr"] == train.LAPTOP["lr"] and run["network"]["class"] == "DiT"
+    assert not tiny_run.with_suffix(".lock").exists()
+
+
+@pytest.mark.parametrize("conditioning", dit.BLOCKS)
+def test_each_block_design_trains_and_samples(tmp_path, conditioning):
+    run = trained(tmp_path / "run.pt", "--steps", "2", "--conditioning", conditioning, "--variance", "learned")
+    sample.main(["--ckpt", str(run), "--n", "2", "--steps", "2", "--out", str(tmp_path / "samples.png")])
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_rectangles_without_labels_train_and_sample(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=pixels)
+    run = trained(tmp_path / "run.pt", "--data", str(tmp_path / "images.npz"), "--steps", "2", "--flip", "--shift", "2")
+    sample.main(["--ckpt", str(run), "--n", "3", "--steps", "2", "--npz", str(tmp_path / "s.npz"), "--out", str(tmp_path / "s.png")])
+    with np.load(tmp_path / "s.npz") as archive:
+        assert archive["arr_0"].shape == (3, 16, 32, 3) and "arr_1" not in archive
+
+
+def test_without_dropped_labels_there_is_no_null_class(tmp_path):
+    run = checkpoint.load(trained(tmp_path / "run.pt", "--steps", "1", "--cfg-drop", "0"))
+    assert len(run["model"]["y_embedder.embedding_table.weight"]) == 10
+    assert checkpoint.build(run)[0].null_label is None
+
+
+def test_activation_checkpointing_changes_no_gradient(tmp_path):
+    plain = gradients(trained(tmp_path / "plain.pt", "--steps", "1"))
+    saved = gradients(trained(tmp_path / "saved.pt", "--steps", "1", "--checkpointing"))
+    assert all(torch.equal(a, b) for a, b in zip(plain, saved))
+
+
+def test_non_finite_gradients_leave_weights_and_moments_unchanged():
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(3, 3)), torch.nn.Parameter(torch.randn(3))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+
+    def step(gradients):
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient.clone()
+        return train.guarded_step(optimizer, parameters, clip=1.0)
+    good = [torch.randn(3, 3), torch.randn(3)]
+    assert step(good)[1] == 1
+    before = [tensor.clone() for p in parameters for tensor in (p, *optimizer.state[p].values())]
+    for poison in (math.nan, math.inf):
+        assert step([good[0], torch.tensor([1.0, poison, 0.0])])[1] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, (tensor for p in parameters for tensor in (p, *optimizer.state[p].values()))))
+    assert step(good)[1] == 1 and not torch.equal(before[0], parameters[0])
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_and_leave_the_last_save(tmp_path, capsys, monkeypatch):
+    losses = train.Diffusion.losses
+
+    def poisoned(self, model, x0, t, y, eps):
+        poisoned.calls += 1
+        terms = losses(self, model, x0, t, y, eps)
+        return {"loss": terms["loss"] * (math.nan if poisoned.calls > 30 else 1)}
+    poisoned.calls = 0
+    monkeypatch.setattr(train.Diffusion, "losses", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        trained(tmp_path / "run.pt", "--steps", "100", "--save-every", "30", "--sample-every", "1000")
+    assert stop.value.code == 2 and "20 steps in a row" in capsys.readouterr().err
+    run = checkpoint.load(tmp_path / "run.pt")
+    assert run["step"] == 30 and all(value.isfinite().all() for value in run["model"].values())
+
+
+def test_ema_is_its_closed_sum_and_copies_buffers():
+    network, ema = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    values, decay = [1.0, -2.0, 0.5, 3.0], 0.3
+    with torch.no_grad():
+        ema.weight.fill_(7.0)
+        for k, value in enumerate(values):
+            network.weight.fill_(value)
+            network.running_mean.fill_(value)
+            train.update_ema(ema, network, k, decay, torch.tensor(1.0))
+    kept = [min(decay, (1 + k) / (10 + k)) for k in range(4)]            # 0.1, 0.18, 0.25, 0.3: the warm-up
+    weights = [(1 - kept[k]) * math.prod(kept[k + 1:]) for k in range(4)]
+    expected = 7.0 * math.prod(kept) + sum(w * value for w, value in zip(weights, values))
+    assert torch.allclose(ema.weight, torch.full((3,), expected)) and torch.equal(ema.running_mean, torch.full((3,), 3.0))
+
+
+def test_ema_ignores_a_step_that_was_not_taken():
+    network, ema = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    before = ema.weight.detach().clone()
+    train.update_ema(ema, network, 5, 0.9, torch.tensor(0.0))
+    assert torch.equal(ema.weight, before)
+
+
+@given(st.integers(0, 50), st.integers(51, 400), st.sampled_from(["none", "cosine"]))
+def test_the_learning_rate_rises_linearly_and_falls_to_nothing_or_not_at_all(warmup, steps, decay):
+    args = train.argparse.Namespace(lr=2.0, warmup=warmup, decay=decay, steps=steps)
+    rates = [train.learning_rate(step, args) for step in range(steps)]
+    assert all(0 < rate <= 2.0 for rate in rates)
+    if decay == "none":
+        assert rates[warmup:] == [2.0] * (steps - warmup)
+        assert np.allclose(np.diff([0.0, *rates[:warmup]]), 2.0 / max(1, warmup))
+    else:
+        assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1:])) and rates[-1] < 2.0 * (4 / steps) ** 2
+        assert train.learning_rate(steps, args) < 1e-12
+
+
+def settings_of(*argv):
+    return train.settings([*TINY, *argv])[0]
+
+
+def draw(args, images, part):
+    labels = torch.arange(len(images)) % 10
+    return train.draw_batch(3, images[part], labels[part], part, args, 10, 1000, torch.device("cpu"))
+
+
+def test_processes_draw_their_parts_of_one_batch(tmp_path):
+    args = settings_of("--out", str(tmp_path / "run.pt"), "--flip", "--shift", "3")
+    images = torch.randint(0, 256, (8, 6, 6, 1), dtype=torch.uint8)
+    whole = draw(args, images, slice(0, 8))
+    parts = [draw(args, images, slice(first, first + 2)) for first in range(0, 8, 2)]
+    assert all(torch.equal(torch.cat(pieces), all_of_it) for pieces, all_of_it in zip(zip(*parts), whole))
+
+
+def test_augmentation_does_not_disturb_times_noise_and_labels(tmp_path):
+    images = torch.randint(0, 256, (8, 6, 6, 1), dtype=torch.uint8)
+    plain = draw(settings_of("--out", str(tmp_path / "run.pt")), images, slice(0, 8))
+    moved = draw(settings_of("--out", str(tmp_path / "run.pt"), "--flip", "--shift", "3"), images, slice(0, 8))
+    assert not torch.equal(plain[0], moved[0]) and all(torch.equal(a, b) for a, b in zip(plain[1:], moved[1:]))
+
+
+def test_labels_are_dropped_at_the_stated_rate_and_times_are_uniform(tmp_path):
+    args = settings_of("--out", str(tmp_path / "run.pt"), "--batch-size", "20000")
+    _, t, y, eps = draw(args, torch.zeros(20000, 1, 1, 1, dtype=torch.uint8), slice(0, 20000))
+    # standard errors: sqrt(0.1 0.9 / n) = 0.0021; 1000 / sqrt(12 n) = 2.04; 1 / sqrt(n) = 0.007. Four of them are allowed
+    assert abs((y == 10).float().mean() - 0.1) < 0.0085
+    assert abs(t.float().mean() - 499.5) < 8.2 and t.min() >= 0 and t.max() < 1000
+    assert abs(eps.mean()) < 0.028 and abs(eps.std() - 1) < 0.02
+
+
+def test_a_quarter_of_t_without_samples_is_left_empty_and_a_skipped_one_does_not_spread(tmp_path):
+    args = settings_of("--out", str(tmp_path / "run.pt"), "--steps", "5")
+    log = train.Log(tmp_path / "run.csv", args, 0, None, torch.device("cpu"), 0)
+    log.add(torch.tensor([1.0, math.nan, 3.0]), torch.tensor([0, 250, 249]), 1000)
+    log.write(log.sums.clone(), 1, torch.tensor(2.0))
+    row = rows_of(tmp_path / "run.pt")[1]
+    assert float(row[3]) == 2.0 and [math.isnan(float(value)) for value in row[4:7]] == [True] * 3
+
+
+def test_the_embedded_recipe_is_the_default(tmp_path):
+    args, run = train.settings(["--out", str(tmp_path / "run.pt")])
+    assert (args.model, args.size, args.data, args.prediction) == ("dit", "Ti/8", "mnist", "v") and run is None
+    paper = train.settings(["--size", "B/4", "--out", str(tmp_path / "run.pt")])[0]
+    assert (paper.lr, paper.batch_size, paper.variance, paper.steps, paper.ema) == (1e-4, 256, "learned", 400_000, 0.9999)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_bf16_and_samples(tmp_path):
+    train.main(["--size", "Ti/8", "--steps", "60", "--precision", "bf16", "--device", "cuda", "--out", str(tmp_path / "run.pt")])
+    assert float(rows_of(tmp_path / "run.pt")[-1][2]) < 0.9
+    sample.main(["--ckpt", str(tmp_path / "run.pt"), "--n", "10", "--out", str(tmp_path / "samples.png")])
