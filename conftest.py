@@ -1,13 +1,14 @@
 """Settings of every test; its place puts the repository's root on sys.path."""
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
-import train
-
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)      # repeatable, whatever the machine's load
 settings.load_profile("ci")
-torch.set_num_threads(2)
+torch.set_num_threads(1)                           # on a busy machine, threads that wait for each other cost more than they bring
+os.environ["OMP_NUM_THREADS"] = "1"                # also in the processes that tests start
 
 
 def pytest_addoption(parser):
@@ -25,6 +26,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """run.pt of a DiT trained for a few steps on the digits: four tokens an image."""
+    import train
     out = tmp_path_factory.mktemp("run") / "run.pt"
     train.main(["--size", "Ti/16", "--steps", "4", "--batch-size", "8", "--device", "cpu", "--out", str(out)])
     return out

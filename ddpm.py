@@ -39,7 +39,9 @@ VARIANCES = ("small", "large", "learned")
 
 def keyed_generator(key, device="cpu"):
     """A random generator for a key, a whole number >= 0 or a tuple of them: its draws depend on the key alone."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    key = key if isinstance(key, tuple) else (key,)
+    entropy = (len(key), *key)                           # with the length, as a SeedSequence ignores zeros at the end
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
 def mean_flat(x):
@@ -147,20 +149,31 @@ class Diffusion:
             return output, (xt - a * output) / s
         return a * xt - s * output, a * output + s * xt                  # v = a eps - s x0: a rotation, which inverts itself
 
+    def split(self, output, x):
+        """A network's output for x (N, C, H, W) -> its prediction (N, C, H, W), and the variance's interpolation or None.
+
+        ValueError if it does not have C channels, or 2C where the variance is learned.
+        """
+        halves = 2 if self.variance == "learned" else 1
+        if output.shape != (len(x), halves * x.shape[1], *x.shape[2:]):
+            raise ValueError(f"the network returned {tuple(output.shape)} for x of {tuple(x.shape)}, where variance "
+                             f"{self.variance!r} needs {halves} x {x.shape[1]} channels")
+        return output.chunk(2, dim=1) if halves == 2 else (output, None)
+
     def p_mean_variance(self, output, xt, t, clip=False):
         """The reverse step p(x_{t-1} | x_t), Eq. 2-7 -> mean, variance, log variance, x0.
 
         output (N, C or 2C, H, W) as the network returns it. The mean is Eq. 2-11 at the predicted x0, which clip clamps to
         [-1, 1] first. Variances are (N, 1, 1, 1), or like x where they are learned.
         """
-        if self.variance == "learned":
-            output, interpolation = output.chunk(2, dim=1)
+        prediction, interpolation = self.split(output, xt)
+        if interpolation is not None:
             fraction = (interpolation + 1) / 2                                       # Nichol & Dhariwal 2021, Eq. 15
             log_variance = fraction * self.at("log_beta", t, xt) + (1 - fraction) * self.at("log_beta_tilde", t, xt)
             variance = log_variance.exp()
         else:
             variance, log_variance = self.at("fixed_variance", t, xt), self.at("fixed_log_variance", t, xt)
-        x0, _ = self.predict(output, xt, t)
+        x0, _ = self.predict(prediction, xt, t)
         if clip:
             x0 = x0.clamp(-1, 1)
         return self.q_posterior(x0, xt, t)[0], variance, log_variance, x0
@@ -181,13 +194,12 @@ class Diffusion:
         is learned -> dict of (N,): "loss", "mse", and with learned variance "vb" in bits per dimension; loss = mse + vb."""
         xt = self.q_sample(x0, t, eps)
         output = model(xt, self.original(t), y)
-        prediction = output[:, :x0.shape[1]]
+        prediction, interpolation = self.split(output, x0)
         a, s = self.at("sqrt_alpha_bar", t, x0), self.at("sqrt_one_minus_alpha_bar", t, x0)
         target = {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: a * eps - s * x0}[self.prediction]()
         terms = {"mse": mean_flat((prediction - target) ** 2)}
-        if self.variance == "learned":
-            # the bound trains the variance only: the mean half is detached
-            frozen = torch.cat([prediction.detach(), output[:, x0.shape[1]:]], dim=1)
+        if interpolation is not None:
+            frozen = torch.cat([prediction.detach(), interpolation], dim=1)          # the bound trains the variance only
             terms["vb"], _ = self.variational_bound(frozen, x0, xt, t)
         return {"loss": sum(terms.values()), **terms}
 
@@ -260,8 +272,7 @@ def guided(model, y, y_null, scale, channels=None, interval=None):
     original steps, inclusive, guides only there and evaluates the condition alone elsewhere.
     """
     def model_with_guidance(x, t):
-        step = int(t[0])
-        if scale == 1 or (interval is not None and not interval[0] <= step <= interval[1]):
+        if scale == 1 or (interval is not None and not interval[0] <= int(t[0]) <= interval[1]):
             return model(x, t, y)
         output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))     # (2N, C or 2C, H, W)
         conditional, unconditional = output.chunk(2)
@@ -284,7 +295,7 @@ def ddpm_steps(diffusion, model, x, noises, eta, clip):
         t = torch.full((len(x),), i, device=x.device)
         mean, _, log_variance, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
         x = mean + (0.5 * log_variance).exp() * next(noises) if i > 0 else mean          # the last step adds no noise
-        yield i, x, x0
+        yield diffusion.timesteps[i], x, x0
 
 
 def ddim_steps(diffusion, model, x, noises, eta, clip):
@@ -298,7 +309,7 @@ def ddim_steps(diffusion, model, x, noises, eta, clip):
         x = alpha_bar_prev ** 0.5 * x0 + max(1 - alpha_bar_prev - sigma ** 2, 0) ** 0.5 * eps
         if sigma > 0:
             x = x + sigma * next(noises)
-        yield i, x, x0
+        yield diffusion.timesteps[i], x, x0
 
 
 def dpm_nodes(T, n):
@@ -332,11 +343,12 @@ def dpm_steps(diffusion, model, x, nodes, clip):
         t = torch.full((len(x),), i, device=x.device)
         *_, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
         if k + 1 < len(nodes):
-            x = dpm_update(x, x0, x0_prev, (log_snrs[k - 1], *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
+            before = log_snrs[k - 1]                     # meaningless at k = 0, where x0_prev is None and the order 1
+            x = dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
         else:
             x = x0
         x0_prev = x0
-        yield i, x, x0
+        yield diffusion.timesteps[i], x, x0
 
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
@@ -351,7 +363,7 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
     counts once), all T by default; eta: DDIM's noise. cfg_*: see `guided`; y_null defaults to model.null_label.
     noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T and then the noise of each step. seeds: one for each image
     (integers, or tuples of them), which then comes out the same in whatever batch. clip clamps each predicted x0 to [-1, 1]:
-    pixels, not latents. callback(step, x, x0) sees each step. ValueError on guidance without an unconditional input.
+    pixels, not latents. callback(t, x, x0) sees each step. ValueError on guidance without an unconditional input, and what else does not fit.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
@@ -364,6 +376,10 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
     if device is None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
         device = next((p.device for p in parameters), torch.device("cpu"))
+    if seeds is not None and len(seeds) != shape[0]:
+        raise ValueError(f"{len(seeds)} seeds for {shape[0]} images")
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta is a setting of ddim, not of {sampler}")
     noises = _noises(shape, noise, seeds, device)
     x = next(noises)                                                                     # Eq. 2-5
     if tuple(x.shape) != tuple(shape):
@@ -371,8 +387,8 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
     predict = guided(model, y, y_null, cfg_scale, cfg_channels, cfg_interval)
     if sampler == "dpm++":
         n = diffusion.T if steps is None else steps
-        if not 1 <= n <= diffusion.T:
-            raise ValueError(f"cannot take {n} steps out of {diffusion.T}")
+        if not isinstance(n, int) or not 1 <= n <= diffusion.T:
+            raise ValueError(f"cannot take {n!r} steps out of {diffusion.T}")
         trajectory = dpm_steps(diffusion, predict, x, dpm_nodes(diffusion.T, n), clip)
     else:
         process = diffusion if steps is None else diffusion.respaced(steps)
@@ -385,16 +401,15 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
 
 def _noises(shape, noise, seeds, device):
     """Yield x_T, then the noise of one step after the other. A seeded image has a generator of its own, on the CPU."""
+    if noise is not None and noise.ndim == len(shape) + 1:
+        yield from noise
+        raise ValueError(f"noise of {len(noise)} rows, where there are more steps")
     if noise is not None:
-        yield from noise if noise.ndim == len(shape) + 1 else noise[None]
-    if seeds is not None:
-        if len(seeds) != shape[0]:
-            raise ValueError(f"{len(seeds)} seeds for {shape[0]} images")
-        generators = [keyed_generator(seed) for seed in seeds]
-        while True:
-            yield torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device)
+        yield noise
+    generators = None if seeds is None else [keyed_generator(seed) for seed in seeds]
     while True:
-        yield torch.randn(shape, device=device)
+        yield (torch.randn(shape, device=device) if generators is None else
+               torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device))
 
 
 @torch.no_grad()
@@ -409,6 +424,6 @@ def ddim_invert(diffusion, model, x0, y=None, steps=None):
         t = torch.full((len(x),), i, device=x.device)
         output = model(x, process.original(t), y)
         alpha_bar_next = process.alpha_bars[i + 1] if i + 1 < process.T else 0.0
-        x0_pred, eps = process.predict(output[:, :x.shape[1]], x, t)
+        x0_pred, eps = process.predict(process.split(output, x)[0], x, t)
         x = alpha_bar_next ** 0.5 * x0_pred + (1 - alpha_bar_next) ** 0.5 * eps
     return x

@@ -103,11 +103,11 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim, patch_size, out_channels, adaptive):
         super().__init__()
+        self.linear = nn.Linear(dim, patch_size ** 2 * out_channels)
         if adaptive:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
         else:
             self.norm_final = nn.LayerNorm(dim, eps=1e-6)
-        self.linear = nn.Linear(dim, patch_size ** 2 * out_channels)
 
     def forward(self, x, c):
         if hasattr(self, "norm_final"):
@@ -143,7 +143,7 @@ class DiT(nn.Module):
         self.image_size, self.patch_size, self.channels = pair(image_size), patch_size, channels
         self.grid = token_grid(image_size, patch_size)
         self.conditioning, self.context_dim = conditioning, context_dim
-        self.num_classes = None if context_dim else num_classes
+        self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
         self.out_channels = 2 * channels if learn_sigma else channels
         self.checkpointing = False         # recompute each block in the backward pass: less memory, a third more work
@@ -181,13 +181,15 @@ class DiT(nn.Module):
         """What the blocks are told: one vector t + y (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two."""
         t_embedding = self.t_embedder(t)                                             # (N, D)
         if self.context_dim is not None:
-            if y is None or y.ndim != 3:
-                raise ValueError("this network wants a text context y of shape (N, M, context_dim)")
+            if y is None or y.ndim != 3 or len(y) != len(t) or y.shape[2] != self.context_dim:
+                raise ValueError(f"this network wants a text context y of shape ({len(t)}, M, {self.context_dim})")
             return torch.cat([t_embedding.unsqueeze(1), self.context_embedder(y)], dim=1)        # (N, 1 + M, D)
         embeddings = [t_embedding]
         if self.num_classes is not None:
             if y is None and self.null_label is None:
                 raise ValueError("this network has no null class: it wants labels y")
+            if y is not None and (y.shape != t.shape or y.is_floating_point()):
+                raise ValueError(f"y of shape {tuple(y.shape)}, {y.dtype}: it must be whole numbers ({len(t)},)")
             embeddings.append(self.y_embedder(torch.full_like(t, self.null_label, dtype=torch.long) if y is None else y))
         elif y is not None:
             raise ValueError("labels given to an unconditional network: y must be None")

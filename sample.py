@@ -5,7 +5,7 @@ train.py leaves. An image depends on the seed and its number alone, whatever the
 
     python sample.py --ckpt run.pt
     python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
-    torchrun --nproc-per-node 8 sample.py --ckpt run.pt --n 50000 --npz samples.npz
+    torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
 import math
 import sys

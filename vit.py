@@ -24,7 +24,7 @@ def token_grid(image_size, patch_size):
     height, width = pair(image_size)
     for side in (height, width):
         if side < patch_size or side % patch_size:
-            lower, upper = side // patch_size * patch_size, -(-side // patch_size) * patch_size
+            lower, upper = side // patch_size * patch_size, max(1, -(-side // patch_size)) * patch_size
             nearest = f"{lower} or {upper}" if lower else upper
             raise ValueError(f"image size {side} is not a multiple of patch size {patch_size}: use {nearest}")
     return height // patch_size, width // patch_size
@@ -88,6 +88,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x):
         rows, columns = token_grid(x.shape[2:], self.patch_size)
         p = self.patch_size
+        if x.shape[1] != self.proj.in_channels:
+            raise ValueError(f"images of {x.shape[1]} channels where the network takes {self.proj.in_channels}")
         patches = x.unflatten(3, (columns, p)).unflatten(2, (rows, p))        # (N, C, rows, p, columns, p)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, L, C p p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (N, L, D): the convolution, as one product

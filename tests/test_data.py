@@ -90,6 +90,12 @@ def test_black_is_minus_one_and_white_is_one():
     assert to_float(torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 2, 1)).flatten().tolist() == [-1, 1]
 
 
+@pytest.mark.parametrize("away", [-0.49, 0.49])
+def test_pixels_between_two_levels_go_to_the_nearer(away):
+    images = torch.arange(256, dtype=torch.uint8).reshape(2, 8, 16, 1)
+    assert to_uint8(to_float(images) + away / 127.5).equal(images)
+
+
 def test_pixels_out_of_range_are_clamped():
     assert to_uint8(torch.tensor([-7.0, -1.01, 1.01, 7.0]).reshape(1, 1, 1, 4)).flatten().tolist() == [0, 0, 255, 255]
 
@@ -493,6 +499,7 @@ def test_folders_of_one_name_have_caches_of_their_own(tmp_path):
         photos(tmp_path / name / "photos", [level] * 3)
     datasets = [load(str(tmp_path / name / "photos"), 4, cache=tmp_path / "cache") for name in "ab"]
     assert [levels(dataset)[0] for dataset in datasets] == [1, 2]
+    assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 def test_worker_processes_decode_the_same_bytes(tmp_path):
@@ -571,6 +578,21 @@ def test_a_rebuild_that_fails_does_not_leave_the_old_cache_in_use(tmp_path):
         refusal(lambda: load_folder(folder), "01.png")
 
 
+def test_a_rebuild_that_is_cut_off_does_not_speak_for_the_old_files(tmp_path):
+    folder = photos(tmp_path / "photos", [1, 2, 3])
+    load_folder(folder)
+    meta = next(path for path in cache_files(folder) if path.suffix == ".json")
+    photo, old, times = folder / "01.png", (folder / "01.png").read_bytes(), (folder / "01.png").stat()
+    meta.with_name(f".{meta.name}.tmp").mkdir()                          # in the way of the description, not of the pixels
+    solid(photo, 9)
+    with pytest.raises(OSError):
+        load_folder(folder)
+    meta.with_name(f".{meta.name}.tmp").rmdir()
+    photo.write_bytes(old)
+    os.utime(photo, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert levels(load_folder(folder)) == [1, 2, 3]
+
+
 def test_a_folder_of_bad_images_alone_is_refused(tmp_path):
     folder = photos(tmp_path / "photos", [1, 2])
     for path in folder.iterdir():
@@ -612,9 +634,10 @@ def test_an_npz_without_a_channel_axis_is_grey(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_float_pixels_in_minus_one_to_one_become_the_bytes_they_came_from(tmp_path, dtype):
+@pytest.mark.parametrize("away", [-0.4, 0, 0.4])
+def test_float_pixels_in_minus_one_to_one_become_the_nearest_bytes(tmp_path, dtype, away):
     images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
-    dataset = load(npz(tmp_path, images=(images / 127.5 - 1).astype(dtype)))
+    dataset = load(npz(tmp_path, images=((images + away) / 127.5 - 1).clip(-1, 1).astype(dtype)))
     np.testing.assert_array_equal(dataset.images[..., 0], images)
 
 

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
+import ddpm
 from ddpm import (Diffusion, SAMPLERS, SCHEDULES, cosine_betas, ddim_invert, ddim_steps, ddpm_steps, discretized_log_likelihood,
                   dpm_nodes, dpm_steps, dpm_update, guided, linear_betas, normal_kl, sample, scaled_linear_betas)
 
@@ -35,15 +36,6 @@ schedules = st.one_of(                       # of at most 40 steps, so that a te
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
 predictions = st.sampled_from(["eps", "x0", "v"])
 seeds = st.integers(0, 2 ** 32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny here: on a busy machine a second thread would cost 8 ms an operation, a thousand times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -1266,3 +1258,35 @@ def test_impossible_respacings_are_refused(steps):
 def test_sampling_refuses_what_it_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
         draw(**options)
+
+
+# --- what does not fit is refused, instead of being broadcast or ignored ---
+
+
+@pytest.mark.parametrize("variance, channels", [("small", 2), ("large", 2), ("learned", 1)])
+def test_a_network_of_the_wrong_channels_is_refused_even_for_grey_images(variance, channels):
+    diffusion = ddpm.Diffusion(ddpm.linear_betas(10), variance=variance)
+    with pytest.raises(ValueError, match="channels"):
+        ddpm.sample(diffusion, lambda x, t, y: x.repeat(1, channels, 1, 1), (2, 1, 3, 3))
+    with pytest.raises(ValueError, match="channels"):
+        x = torch.zeros(2, 1, 3, 3)
+        diffusion.losses(lambda x, t, y: x.repeat(1, channels, 1, 1), x, torch.zeros(2, dtype=torch.long), None, x)
+
+
+def test_noise_of_too_few_rows_is_refused():
+    diffusion = ddpm.Diffusion(ddpm.linear_betas(10))
+    with pytest.raises(ValueError, match="rows"):
+        ddpm.sample(diffusion, lambda x, t, y: x, (2, 1, 3, 3), noise=torch.zeros(4, 2, 1, 3, 3))
+
+
+@pytest.mark.parametrize("options", [dict(eta=0.5), dict(sampler="dpm++", eta=0.5), dict(sampler="dpm++", steps="ddim5"),
+                                     dict(seeds=[1, 2, 3], noise=torch.zeros(2, 1, 3, 3))])
+def test_options_that_a_sampler_would_ignore_are_refused(options):
+    with pytest.raises(ValueError):
+        ddpm.sample(ddpm.Diffusion(ddpm.linear_betas(10)), lambda x, t, y: x, (2, 1, 3, 3), **options)
+
+
+def test_generators_of_keys_that_differ_in_zeros_only_differ():
+    keys = [0, (0, 0), 1, (1, 0), (1, 0, 0), (0, 1)]
+    draws = {torch.randint(1 << 60, (1,), generator=ddpm.keyed_generator(key)).item() for key in keys}
+    assert len(draws) == len(keys)

@@ -26,15 +26,6 @@ few = settings(max_examples=10)              # for whole networks
 both = pytest.mark.parametrize("hybrid", [False, True], ids=["plain", "hybrid"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny here: on a busy machine a second thread would cost more than all the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -169,7 +160,7 @@ def test_positions_need_a_width_that_is_a_multiple_of_4():
 
 @given(sizes, sizes, sizes, sizes, sizes, seeds)
 def test_patch_embedding_is_a_strided_convolution(n, rows, columns, p, channels, seed):
-    embed, x = PatchEmbed(p, channels, 7).double(), normal(n, channels, rows * p, columns * p, seed=seed)
+    embed, x = fill(PatchEmbed(p, channels, 7)).double(), normal(n, channels, rows * p, columns * p, seed=seed)
     convolution = F.conv2d(x, embed.proj.weight, embed.proj.bias, stride=p)          # (N, D, rows, columns)
     assert_close(embed(x), convolution.flatten(2).transpose(1, 2), **EXACT)
 
@@ -182,7 +173,7 @@ def test_unpatchify_undoes_cutting(n, rows, columns, p, channels, seed):
 
 @given(sizes, sizes, sizes, st.data())
 def test_a_patch_is_embedded_from_its_own_pixels_alone(rows, columns, p, data):
-    embed, x = PatchEmbed(p, 3, 7).double(), normal(1, 3, rows * p, columns * p)
+    embed, x = fill(PatchEmbed(p, 3, 7)).double(), normal(1, 3, rows * p, columns * p)
     row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
     changed = x.clone()
     changed[:, :, row * p:(row + 1) * p, column * p:(column + 1) * p] += 1
