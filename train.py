@@ -104,7 +104,7 @@ def settings(argv):
                    if key not in MAY_CHANGE and value != run["config"].get(key)]
         if clashes:
             raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
-        chosen = {**run["config"], **given}
+        chosen = {**run["config"], **given, "out": str(out)}         # a run may have been moved
         if run["step"] >= chosen["steps"]:
             raise ValueError(f"--resume: {out} is at step {run['step']} of {chosen['steps']} already: --steps sets a later end")
     else:

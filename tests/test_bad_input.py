@@ -1,0 +1,270 @@
+"""What a user can get wrong ends in one line that says so, exit status 2, no traceback, and nothing overwritten.
+
+One table: a case is the files it lays out in a folder, a command run there, and words of the line it must get.
+"""
+import importlib
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import dit
+
+ROOT = Path(__file__).parents[1]
+
+
+class Evil:
+    """A pickle of it would make a file named "pwned" in the current folder."""
+
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
+def image(path, size=(40, 40), mode="RGB"):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode).save(path)
+
+
+def images_of_two_classes():
+    for i in range(6):
+        image(f"photos/{'cat' if i % 2 else 'dog'}/{i}.png")
+
+
+def png_that_claims(width, height):
+    """A PNG header of any size: 25 honest bytes and no pixels."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+
+
+def corrupt_image():
+    images_of_two_classes()
+    Path("photos/cat/torn.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(50))
+
+
+def huge_image():
+    images_of_two_classes()
+    Path("photos/cat/huge.png").write_bytes(png_that_claims(60_000, 60_000))
+
+
+def npz(**arrays):
+    return lambda: np.savez("images.npz", **arrays)
+
+
+def bytes_of(name, content):
+    return lambda: Path(name).write_bytes(content)
+
+
+def edited(change):
+    """run.pt with something in it changed."""
+    def make():
+        run = torch.load("run.pt", weights_only=True)
+        change(run)
+        torch.save(run, "run.pt")
+    return make
+
+
+def truncated_run():
+    Path("run.pt").write_bytes(Path("run.pt").read_bytes()[:100_000])
+
+
+def pickled(name):
+    def make():
+        with open(name, "wb") as file:
+            pickle.dump({"model": Evil()}, file)
+    return make
+
+
+def hostile_archive():
+    """A zip in the layout of torch.save, whose pickle would run code."""
+    torch.save({"a": torch.zeros(1)}, "honest.pt")
+    with zipfile.ZipFile("honest.pt") as old, zipfile.ZipFile("evil.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickle.dumps(Evil()) if name.endswith("data.pkl") else old.read(name))
+    os.unlink("honest.pt")
+
+
+def safetensors(entry):
+    header = json.dumps({"w": entry}).encode()
+    return bytes_of("w.safetensors", struct.pack("<Q", len(header)) + header + bytes(16))
+
+
+def official_without_null_class():
+    torch.save(dit.DiT(8, 4, 4, 64, 1, 1, num_classes=1000, null_class=False).state_dict(), "official.pt")
+
+
+def unlabelled_run():
+    run = torch.load("run.pt", weights_only=True)
+    run["network"]["arguments"] |= dict(num_classes=None)
+    run["data"] |= dict(classes=None, num_classes=None)
+    for weights in (run["model"], run["ema"]):
+        del weights["y_embedder.embedding_table.weight"]
+    torch.save(run, "run.pt")
+
+
+def pixels(*shape):
+    return np.zeros(shape, np.uint8)
+
+
+def nothing():
+    """No file but the folder's run.pt."""
+
+
+TRAIN = "train.py --size Ti/16 --batch-size 4 --steps 2 --device cpu --cache cache --out new.pt"
+SAMPLE = "sample.py --ckpt run.pt --n 2 --steps 2 --device cpu"
+CASES = [
+    # name, files, command, words of the line
+    ("a missing checkpoint", nothing, "sample.py --ckpt none.pt", "none.pt does not exist|no checkpoint none.pt"),
+    ("an empty checkpoint", bytes_of("e.pt", b""), "sample.py --ckpt e.pt", "e.pt"),
+    ("a truncated checkpoint", truncated_run, SAMPLE, "run.pt"),
+    ("a checkpoint that is text", bytes_of("t.pt", b"hello, world"), "sample.py --ckpt t.pt", "t.pt"),
+    ("a checkpoint that is a folder", lambda: os.mkdir("d.pt"), "sample.py --ckpt d.pt", "d.pt"),
+    ("a pickle that would run code", pickled("p.pt"), "sample.py --ckpt p.pt", "code"),
+    ("an archive that would run code", hostile_archive, "checkpoint.py evil.pt", "code"),
+    ("a checkpoint of something else", lambda: torch.save({"w": torch.zeros(2)}, "w.pt"), "checkpoint.py w.pt", "no network known"),
+    ("a checkpoint of another format", edited(lambda run: run.update(version=99)), SAMPLE, "version 99"),
+    ("a run that lacks its network's arguments", edited(lambda run: run["network"].pop("arguments")), SAMPLE, "arguments"),
+    ("a run whose weights do not fit", edited(lambda run: run["ema"].popitem()), SAMPLE, "final_layer"),
+    ("an unknown network class", edited(lambda run: run["network"].update({"class": "os.system"})), SAMPLE, "os.system"),
+    ("safetensors outside the file", safetensors(dict(dtype="F32", shape=[9], data_offsets=[0, 36])), "checkpoint.py w.safetensors",
+     "outside the file"),
+    ("safetensors of another shape", safetensors(dict(dtype="F32", shape=[2], data_offsets=[0, 16])), "checkpoint.py w.safetensors",
+     "16 bytes where"),
+    ("an unknown data set", nothing, f"{TRAIN} --data nowhere", "no data set 'nowhere'"),
+    ("an empty folder", lambda: os.mkdir("photos"), f"{TRAIN} --data photos --image-size 32", "photos holds no image"),
+    ("a folder without a size", images_of_two_classes, f"{TRAIN} --data photos", "--image-size"),
+    ("a corrupt image", corrupt_image, f"{TRAIN} --data photos --image-size 32", "torn.jpg"),
+    ("a huge image", huge_image, f"{TRAIN} --data photos --image-size 32", "huge.png"),
+    ("an image beside class folders", lambda: (images_of_two_classes(), image("photos/x.png")),
+     f"{TRAIN} --data photos --image-size 32", "x.png"),
+    ("a missing .npz", nothing, f"{TRAIN} --data images.npz", "images.npz"),
+    ("a broken .npz", bytes_of("images.npz", b"PK\x03\x04 no zip"), f"{TRAIN} --data images.npz", "images.npz"),
+    ("unequal label counts", npz(arr_0=pixels(5, 32, 32, 3), arr_1=np.zeros(4, int)), f"{TRAIN} --data images.npz", "5 images but labels"),
+    ("NaN in an array", npz(arr_0=np.full((5, 32, 32, 3), np.nan)), f"{TRAIN} --data images.npz", "NaN"),
+    ("an array of another range", npz(arr_0=np.full((5, 32, 32, 3), 200.0)), f"{TRAIN} --data images.npz", "[-1, 1]"),
+    ("an array of objects", npz(arr_0=np.array([Evil()], dtype=object)), f"{TRAIN} --data images.npz", "images.npz"),
+    ("two channels", npz(arr_0=pixels(5, 32, 32, 2)), f"{TRAIN} --data images.npz", "(5, 32, 32, 2)"),
+    ("negative labels", npz(arr_0=pixels(5, 32, 32, 3), arr_1=np.full(5, -1)), f"{TRAIN} --data images.npz", "labels"),
+    ("one image", npz(arr_0=pixels(1, 32, 32, 3)), f"{TRAIN} --data images.npz", "too few"),
+    ("a size the patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --data images.npz", "use 16 or 32"),
+    ("an unknown size", nothing, f"{TRAIN} --size XXL/2", "Ti, S, B, L, XL"),
+    ("a size without a patch", nothing, f"{TRAIN} --size S", "B/4"),
+    ("a batch that the micro-batches do not divide", nothing, f"{TRAIN} --accumulate 3", "not a multiple"),
+    ("a batch of nothing", nothing, f"{TRAIN} --batch-size 0", "--batch-size"),
+    ("a learning rate that is no number", nothing, f"{TRAIN} --lr nan", "--lr"),
+    ("dropping every label", nothing, f"{TRAIN} --cfg-drop 1", "--cfg-drop"),
+    ("an unknown flag", nothing, f"{TRAIN} --momentum 3", "--momentum"),
+    ("a run that exists", nothing, "train.py --steps 2", "run.pt exists: --resume"),
+    ("--resume without a run", nothing, "train.py --resume --out none.pt", "none.pt"),
+    ("--resume against its settings", nothing, "train.py --resume --lr 1 --steps 9", "--lr is 0.002 there, not 1.0"),
+    ("--resume of a finished run", nothing, "train.py --resume", "step 4 of 4"),
+    ("--resume of released weights", official_without_null_class, "train.py --resume --out official.pt", "not a run"),
+    ("--out in a folder that does not exist", nothing, f"{TRAIN} --out no/where.pt", "does not exist"),
+    ("--out without its ending", nothing, f"{TRAIN} --out model", ".pt"),
+    ("a class out of range", nothing, f"{SAMPLE} --classes 3,10", "'10' is not a class"),
+    ("a class that is no number", nothing, f"{SAMPLE} --classes seven", "0 to 9"),
+    ("classes of a run without labels", unlabelled_run, f"{SAMPLE} --classes 3", "without labels"),
+    ("guidance of a run without labels", unlabelled_run, f"{SAMPLE} --cfg-scale 2", "no unconditional input"),
+    ("guidance without a null class", official_without_null_class, "sample.py --ckpt official.pt --cfg-scale 4", "no unconditional input"),
+    ("more steps than there are", nothing, f"{SAMPLE} --steps 1001", "--steps 1001"),
+    ("an interval of one number", nothing, f"{SAMPLE} --cfg-interval 5", "LOW,HIGH"),
+    ("eta with another sampler", nothing, f"{SAMPLE} --eta 1", "eta"),
+    ("samples into a folder that does not exist", nothing, f"{SAMPLE} --out no/samples.png", "does not exist"),
+    ("a trajectory into a folder that does not exist", nothing, f"{SAMPLE} --trajectory no/way.gif", "does not exist"),
+    ("quality of a run without labels", unlabelled_run, "bench.py quality", "class-conditional"),
+    ("no subcommand", nothing, "bench.py", "command"),
+]
+if not torch.cuda.is_available():
+    CASES.append(("a GPU where there is none", nothing, f"{TRAIN} --device cuda", "CUDA"))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+            and "cache" not in path.parts}
+
+
+def refused(status, err, words):
+    lines = err.strip().splitlines()
+    assert status == 2, err
+    assert len(lines) == 1 and "Traceback" not in err, err
+    assert any(word in lines[0] for word in words.split("|")), err
+
+
+@pytest.mark.parametrize("make, command, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_bad_input_gets_one_line_and_status_2_and_nothing_is_overwritten(tmp_path, tiny_run, monkeypatch, capfd, make, command, words):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_run, "run.pt")
+    make()
+    before = contents(tmp_path)
+    program, *argv = command.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(program.removesuffix(".py")).main(argv)
+    err = "\n".join(line for line in capfd.readouterr().err.splitlines() if "image/s" not in line and "decoding" not in line)
+    refused(stop.value.code, err, words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["a pickle that would run code", "--resume against its settings", "NaN in an array"])
+def test_bad_input_in_a_process_of_its_own(tmp_path, tiny_run, monkeypatch, name):
+    _, make, command, words = next(case for case in CASES if case[0] == name)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_run, "run.pt")
+    make()
+    program, *argv = command.split()
+    done = subprocess.run([sys.executable, str(ROOT / program), *argv], capture_output=True, text=True)
+    refused(done.returncode, done.stderr, words)
+    assert not Path("pwned").exists()
+
+
+def test_skip_bad_goes_on_and_counts(tmp_path, monkeypatch, capfd):
+    import train
+    monkeypatch.chdir(tmp_path)
+    corrupt_image()
+    train.main([*TRAIN.split()[1:], "--data", "photos", "--image-size", "32", "--skip-bad"])
+    said = capfd.readouterr()
+    assert "left out 1 of 7" in said.out + said.err and Path("new.pt").exists()
+
+
+def test_a_second_run_on_the_same_file_is_refused(tmp_path, monkeypatch, capfd):
+    import train
+    monkeypatch.chdir(tmp_path)
+    with checkpoint.sole_writer("new.pt"):
+        with pytest.raises(SystemExit) as stop:
+            train.main(TRAIN.split()[1:])
+    refused(stop.value.code, "\n".join(line for line in capfd.readouterr().err.splitlines() if line), "another run")
+    assert not Path("new.pt").exists() and not Path("new.csv").exists()
+
+
+def test_a_full_disk_while_saving_leaves_the_previous_run_whole(tmp_path, tiny_run):
+    shutil.copy(tiny_run, tmp_path / "run.pt")
+    before = (tmp_path / "run.pt").read_bytes()
+    limited = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); import train; train.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", limited, "--resume", "--steps", "6"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    refused(done.returncode, done.stderr, "cannot write run.pt")
+    assert (tmp_path / "run.pt").read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_gradients_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, capfd):
+    """A run whose gradients turn infinite stops with status 2 and says what to do."""
+    import train
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TRAIN.split()[1:], "--steps", "50", "--lr", "1e20", "--warmup", "0", "--clip-grad", "0"])
+    err = capfd.readouterr().err
+    refused(stop.value.code, err, "lower --lr")
