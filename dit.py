@@ -20,7 +20,7 @@ from vit import Attention, Block, Mlp, PatchEmbed, pair, sincos_position_embeddi
 def modulate(x, shift, scale):
     """LayerNorm, whose scale and shift (N, D) come from the condition instead of being learned: adaLN of x (N, L, D)."""
     normal = F.layer_norm(x, x.shape[-1:], eps=1e-6)                     # epsilon of the released weights
-    return torch.addcmul(shift.unsqueeze(1), normal, 1 + scale.unsqueeze(1))         # normal (1 + scale) + shift
+    return normal * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -67,8 +67,8 @@ class AdaLNBlock(nn.Module):
             x = x + self.attn(modulate(x, shift_attn, scale_attn))
             return x + self.mlp(modulate(x, shift_mlp, scale_mlp))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        x = torch.addcmul(x, gate_attn.unsqueeze(1), self.attn(modulate(x, shift_attn, scale_attn)))
-        return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(modulate(x, shift_mlp, scale_mlp)))
+        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(x, shift_attn, scale_attn))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class CrossAttentionBlock(Block):
