@@ -138,7 +138,7 @@ def infer(state, config=None):
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     config = config or {}
 
-    def arguments(embedder, tokens, channels_out=None):
+    def arguments(embedder, tokens):
         dim, channels, patch, _ = state[f"{embedder}.proj.weight"].shape
         side = math.isqrt(tokens)
         if side ** 2 != tokens and "image_size" not in config:
@@ -175,7 +175,8 @@ def load(path, config=None):
                     raise ValueError(f"its {key} is a {type(content[key]).__name__}")
             return content
         if isinstance(content, dict):                    # Meta's training code wraps its state dicts
-            content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)), content)
+            content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)),
+                           content)
         if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
             raise ValueError("it holds no state dict")
         network = infer(content, config)

@@ -171,7 +171,7 @@ def download(url, sha256, folder, what):
     try:
         with atomic_file(path) as file, urllib.request.urlopen(url, timeout=30) as response:
             size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     digest.update(chunk)
@@ -247,7 +247,7 @@ def _cifar10(folder, split, cache):
         if extracted is not None:
             parts = [(extracted / name).read_bytes() for name in names]
         elif archive.exists():
-            with tarfile.open(archive, "r:gz") as tar:                           # members are read, never extracted to disk
+            with tarfile.open(archive, "r:gz") as tar:                   # members are read, never extracted to disk
                 parts = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
         else:
             raise ValueError(f"it has neither {names[0]} nor {archive.name}")
@@ -286,7 +286,8 @@ def open_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(path)
+            Image.init()
+            opened = Image.open(path, formats=sorted(set(Image.OPEN) - {"EPS"}))     # EPS would run Ghostscript on it
         with opened:                                     # an animation would stay open
             image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):                                   # 16-bit grey, which Pillow would clip, not scale
@@ -319,7 +320,7 @@ def _decode(path, size):
 def _folder(folder, size, cache, skip_bad, workers):
     if size is None:
         raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
-    known = set(Image.registered_extensions()) - {".pdf", ".palm"}       # which Pillow only writes
+    known = set(Image.registered_extensions()) - {".pdf", ".palm", ".eps", ".ps"}       # written only, or refused
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file()
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not files:
@@ -354,7 +355,7 @@ def _decode_all(files, size, target, skip_bad, workers):
     kept, bad, all_grey = [], [], True
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         raw = Path(scratch) / "pixels"
-        with open(raw, "wb") as out, tqdm(total=len(files), desc=f"decoding {target.stem}", unit="image") as bar:
+        with open(raw, "wb") as out, tqdm(total=len(files), desc=f"decoding {target.stem}", unit="image", disable=None) as bar:
             pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
             try:
                 decode = partial(_decode, size=size)

@@ -98,7 +98,7 @@ def settings(argv):
         raise ValueError(f"--out {out}: a run's name ends in .pt")
     if given.get("resume"):
         run = checkpoint.load(out)
-        if run["optimizer"] is None:
+        if run["optimizer"] is None or not {"bad_steps", "log"} <= set(run):
             raise ValueError(f"--resume: {out} is not a run of train.py")
         clashes = [f"--{key.replace('_', '-')} is {run['config'].get(key)} there, not {value}" for key, value in given.items()
                    if key not in MAY_CHANGE and value != run["config"].get(key)]
@@ -316,7 +316,7 @@ def train(args, run, device, rank, world):
                 bad_steps=int(bad_steps), log=sums.cpu()))
 
     if rank == 0:
-        print(f"{described['class']} {args.size}, {sum(p.numel() for p in parameters):,} parameters, on {len(dataset):,} images of "
+        print(f"{described['class']} {args.size}, {sum(value.numel() for value in network.state_dict().values()):,} parameters, on {len(dataset):,} images of "
               f"{args.data}, {dataset.channels}x{dataset.image_size[0]}x{dataset.image_size[1]}; {device}, {args.precision}, "
               f"{world} process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images", flush=True)
     log = Log(out.with_suffix(".csv"), args, start, run, device, rank)

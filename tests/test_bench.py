@@ -7,6 +7,7 @@ import torch
 
 import bench
 import data
+import ddpm
 import dit
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,8 +52,9 @@ def test_quality_prints_three_shares(tiny_run, capsys):
     assert len(shares) == 3 and shares[1] > 90 and all(0 <= share <= 100 for share in shares)
 
 
-def test_the_training_loop_is_timed_as_it_is(capsys):
+def test_the_training_loop_is_timed_as_it_is_and_left_as_it_was(capsys):
+    before = ddpm.Diffusion.losses, torch.Tensor.backward
     bench.main(["train", "--size", "Ti/16", "--batch-size", "8", "--steps", "4", "--device", "cpu"])
     said = capsys.readouterr().out
     assert "of a large product's" in said and "rest of the loop" in said
-    assert not hasattr(torch.Tensor.backward, "__closure__") or torch.Tensor.backward.__name__ == "backward"     # put back
+    assert (ddpm.Diffusion.losses, torch.Tensor.backward) == before
