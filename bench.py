@@ -35,6 +35,7 @@ def vote(labels, neighbours):
 
 
 def quality(args):
+    """Print how many samples of a run are recognised, beside real held-out images, and how many are no copies of each other."""
     run = load(args.ckpt)
     network, diffusion = build(run)
     if network.num_classes is None or run["vae"] or not run["data"]["spec"]:
@@ -140,6 +141,7 @@ def speed(args):
 
 
 def main(argv=None):
+    """The command: one subcommand a measurement."""
     parser = Parser(prog="bench.py", description="Measure the quality of a run's samples, or the speed of training.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     command = commands.add_parser("quality", help="score samples by their nearest training images")

@@ -233,6 +233,7 @@ def describe(path):
 
 
 def main(argv=None):
+    """The command: print what a file holds."""
     parser = Parser(prog="checkpoint.py", description="Show what a checkpoint holds.")
     parser.add_argument("file", help="run.pt, a released checkpoint, or a .safetensors file")
     args = parser.parse_args(argv)

@@ -11,16 +11,11 @@ torch.set_num_threads(1)                           # on a busy machine, threads 
 os.environ["OMP_NUM_THREADS"] = "1"                # also in the processes that tests start
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-
-
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def parse_classes(text, names, num_classes):
 
 
 def parse_interval(text):
+    """(low, high) of "LOW,HIGH", steps of 0 .. T-1."""
     try:
         low, high = (int(part) for part in text.split(","))
     except ValueError:
@@ -100,6 +101,7 @@ def parent_of(path):
 
 
 def flags():
+    """The command line."""
     parser = Parser(prog="sample.py", description="Draw images from a trained run or from released weights.")
     parser.add_argument("--ckpt", required=True, help="run.pt of train.py, or a released DiT checkpoint")
     parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16)")
@@ -130,6 +132,7 @@ def gather(parts, world):
 
 
 def run(args):
+    """Draw what the flags ask for and write it; under torchrun each process draws its share."""
     for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
         parent_of(path)
     if args.seed < 0:
@@ -196,6 +199,7 @@ def run(args):
 
 
 def main(argv=None):
+    """The command: parse, run, report errors in one line."""
     args = flags().parse_args(argv)
     with one_line_errors("sample.py"):
         run(args)

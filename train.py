@@ -363,6 +363,7 @@ def train(args, run, device, rank, world):
 
 
 def main(argv=None):
+    """The command: validate the flags, join the processes, train."""
     with one_line_errors("train.py"):
         args, run = settings(argv)
         device, rank, world = processes(args.device)
