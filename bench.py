@@ -61,7 +61,8 @@ def quality(args):
 
 
 def multiply_adds(description, t, y):
-    """Multiply-adds of one forward pass for len(t) images: counted on the meta device, which computes nothing."""
+    """Gflops as §2-7-1 and §4-3 count them: multiply-adds of one forward pass for len(t) images, on the meta device, which
+    computes nothing. The papers print them divided by 10^9."""
     with torch.device("meta"):
         network = NETWORKS[description["class"]](**description["arguments"])
         arguments = description["arguments"]

@@ -89,7 +89,7 @@ class Diffusion:
         self.prediction, self.variance, self.T = prediction, variance, len(self.betas)
         self.timesteps = np.arange(self.T) if timesteps is None else np.asarray(timesteps)
         self.alphas = 1 - self.betas
-        self.alpha_bars = np.cumprod(self.alphas)
+        self.alpha_bars = np.cumprod(self.alphas)                                                    # Eq. 2-3, by Eq. 2-4
         self.alpha_bars_prev = np.append(1.0, self.alpha_bars[:-1])
         self.beta_tildes = (1 - self.alpha_bars_prev) / (1 - self.alpha_bars) * self.betas           # Eq. 2-10
         # beta_tilde is 0 at t = 0, where no noise is added: its logarithm is taken from t = 1
@@ -102,8 +102,8 @@ class Diffusion:
             "sqrt_alpha_bar": np.sqrt(self.alpha_bars),
             "sqrt_one_minus_alpha_bar": np.sqrt(1 - self.alpha_bars),
             "log_one_minus_alpha_bar": np.log1p(-self.alpha_bars),
-            "posterior_x0": np.sqrt(self.alpha_bars_prev) * self.betas / (1 - self.alpha_bars),                  # Eq. 2-11
-            "posterior_xt": np.sqrt(self.alphas) * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars),           # Eq. 2-11
+            "posterior_x0": np.sqrt(self.alpha_bars_prev) * self.betas / (1 - self.alpha_bars),                  # Eq. 2-11, corrected
+            "posterior_xt": np.sqrt(self.alphas) * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars),           # Eq. 2-11, corrected
             "beta_tilde": self.beta_tildes,
             "log_beta_tilde": np.log(small),
             "log_beta": np.log(self.betas),
@@ -135,7 +135,7 @@ class Diffusion:
         return self.at("sqrt_alpha_bar", t, x0) * x0 + self.at("sqrt_one_minus_alpha_bar", t, x0) * eps
 
     def q_posterior(self, x0, xt, t):
-        """q(x_{t-1} | x_t, x_0), Eq. 2-8 and 2-9 (corrected: see REPORT.md) -> mean mu_tilde like xt, variance beta_tilde
+        """q(x_{t-1} | x_t, x_0), Eq. 2-8 … 2-11 (2-9 and 2-11 corrected: see REPORT.md) -> mean mu_tilde like xt, variance beta_tilde
         (N, 1, 1, 1), and its logarithm, clipped at t = 0 to the value of t = 1."""
         mu_tilde = self.at("posterior_x0", t, xt) * x0 + self.at("posterior_xt", t, xt) * xt         # Eq. 2-11
         return mu_tilde, self.at("beta_tilde", t, xt), self.at("log_beta_tilde", t, xt)              # Eq. 2-10
@@ -265,7 +265,7 @@ def _kept_steps(T, steps):
 
 
 def guided(model, y, y_null, scale, channels=None, interval=None):
-    """Classifier-free guidance as a callable(x, t): one batch holds both halves.  Ho & Salimans 2022, Eq. 6.
+    """Classifier-free guidance (§3) as a callable(x, t): one batch holds both halves.  Ho & Salimans 2022, Eq. 6.
 
     uncond + scale (cond - uncond) on all channels of the prediction, or on the first `channels` only; a learned variance
     stays the conditional one. Since eps, x0 and v are affine in each other, guiding one guides all. interval (low, high), in

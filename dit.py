@@ -24,7 +24,7 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    """Time t (N,) -> (N, D): sine-cosine features and a two-layer MLP."""
+    """Time t (N,) -> (N, D), §2-6-1: sine-cosine features and a two-layer MLP."""
 
     def __init__(self, dim, features=256):
         super().__init__()
@@ -36,7 +36,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels y (N,) -> (N, D), a table of `rows` rows."""
+    """Labels y (N,) -> (N, D), §2-6-1: a table of `rows` rows."""
 
     def __init__(self, rows, dim):
         super().__init__()
@@ -116,7 +116,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale))
 
 
-BLOCKS = {
+BLOCKS = {                                         # §2-8-3; Peebles & Xie 2023, figure 3
     "adaln-zero": AdaLNBlock,
     "adaln": lambda dim, heads: AdaLNBlock(dim, heads, gates=False),
     "cross-attention": CrossAttentionBlock,
@@ -212,7 +212,7 @@ class DiT(nn.Module):
         return unpatchify(x, self.grid, self.patch_size)                             # (N, out_channels, H, W)
 
 
-SIZES = {                                          # Peebles & Xie 2023, table 1; Ti is ours, for a laptop
+SIZES = {                                          # §4-3; Peebles & Xie 2023, table 1; Ti is ours, for a laptop
     "Ti": dict(dim=192, depth=6, heads=4),
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),

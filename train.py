@@ -156,7 +156,7 @@ def draw_batch(step, images, labels, part, args, null_label, T, device):
     if labels is None:
         return x0, t, None, eps
     y = labels.to(device, non_blocking=True)
-    if null_label is not None:                           # classifier-free guidance learns both, Ho & Salimans 2022, algorithm 1
+    if null_label is not None:                           # classifier-free guidance learns both (§3), Ho & Salimans 2022, algorithm 1
         dropped = (torch.rand(N, generator=generator(DROP), device=device) < args.cfg_drop)[part]
         y = torch.where(dropped, null_label, y)
     return x0, t, y, eps

@@ -78,7 +78,7 @@ def attention(q, k, v, fused=True):
 
 
 class PatchEmbed(nn.Module):
-    """Cut images into p x p patches, flatten each and embed it linearly (§2-4-2): (N, C, H, W) -> (N, L, D)."""
+    """Cut images into p x p patches, flatten each and embed it linearly (§2-4-2, §2-8-1): (N, C, H, W) -> (N, L, D)."""
 
     def __init__(self, patch_size, channels, dim):
         super().__init__()

@@ -37,9 +37,9 @@ def test_the_judge_recognises_real_held_out_digits():
 
 def test_multiply_adds_are_the_published_ones():
     cases = json.loads((GOLDEN / "complexity_transformers.json").read_text())["dit"]
-    for name in ("DiT-S/8 256", "DiT-XL/2 256"):
+    for name in cases:
         size, patch = name.removeprefix("DiT-").split()[0].split("/")
-        description = {"class": "DiT", "arguments": dict(image_size=(32, 32), patch_size=int(patch), channels=4, **dit.SIZES[size])}
+        description = {"class": "DiT", "arguments": dict(image_size=(cases[name]["config"]["input_size"],) * 2, patch_size=int(patch), channels=4, **dit.SIZES[size])}
         t = torch.zeros(1, dtype=torch.long)
         assert bench.multiply_adds(description, t, t) == cases[name]["macs_flop_counter"]
         assert bench.multiply_adds(description, t.repeat(3), t.repeat(3)) == 3 * cases[name]["macs_flop_counter"]

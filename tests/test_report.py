@@ -43,7 +43,8 @@ def test_every_section_has_its_row_in_the_reports_order():
 
 
 def test_every_equation_has_its_row():
-    assert [row[0] for row in ROWS[1:] if re.fullmatch(r"Eq\. 2-\d+", row[0]) and cited(row[2])] == [f"Eq. 2-{k}" for k in range(1, 12)]
+    rows = [row[0] for row in ROWS if row[0].startswith("Eq.") and cited(row[2])]
+    assert rows == [f"Eq. 2-{k}" for k in range(1, 12)]
 
 
 def test_what_is_implemented_is_proved_by_one_to_three_tests_and_the_rest_is_said_not_to_be():
