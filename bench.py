@@ -34,6 +34,12 @@ def vote(labels, neighbours):
     return torch.where(second == third, second, first)
 
 
+def unique_share(nearest):
+    """The share of samples whose nearest image, nearest (n,), is no other sample's nearest."""
+    counts = nearest.unique(return_counts=True)[1]
+    return (counts == 1).sum().item() / len(nearest)
+
+
 def quality(args):
     """Print how many samples of a run are recognised, beside real held-out images, and how many are no copies of each other."""
     run = load(args.ckpt)
@@ -41,8 +47,9 @@ def quality(args):
     if network.num_classes is None or run["vae"] or not run["data"]["spec"]:
         raise ValueError(f"{args.ckpt}: quality needs a class-conditional run of train.py on pixels")
     device, _, _ = processes(args.device)
-    spec, size, cache = run["data"]["spec"], run["config"]["image_size"], run["config"]["cache"]
-    real, held_out = (data.load(spec, size, split, cache) for split in ("train", "test"))
+    config = run["config"]
+    real, held_out = (data.load(run["data"]["spec"], config["image_size"], split, config["cache"], config["skip_bad"])
+                      for split in ("train", "test"))
     images, labels = real.batch(np.arange(len(real)))
     test_images, test_labels = held_out.batch(np.arange(len(held_out)))
 
@@ -53,11 +60,10 @@ def quality(args):
     neighbours = nearest(torch.cat(samples), images)
     right = (vote(labels, neighbours) == labels_of(range(args.n), classes)).float().mean().item()
     real_right = (vote(labels, nearest(test_images, images)) == test_labels).float().mean().item()
-    unique = len(neighbours[:, 0].unique()) / args.n
     print(f"{args.n} samples of {args.ckpt} (step {run['step']}), seed {args.seed}, dpm++ {STEPS} steps, guidance {scale:g}")
     print(f"samples recognised as their class   {right:6.1%}   by 3 nearest neighbours among {len(real)} training images")
     print(f"real held-out images, likewise      {real_right:6.1%}   of {len(held_out)}")
-    print(f"samples with a neighbour of their own {unique:4.1%}   (copies and collapsed samples share one)")
+    print(f"samples whose nearest training image is no other's {unique_share(neighbours[:, 0]):.1%}")
 
 
 def multiply_adds(description, t, y):
@@ -72,16 +78,19 @@ def multiply_adds(description, t, y):
     return counter.get_total_flops() // 2
 
 
-def product_rate(device, dtype, side=2048, repeats=8):
-    """FLOP/s of a large square matrix product."""
+def product_rate(device, side=2048):
+    """FLOP/s of a large square matrix product, float32 on the CPU and bfloat16 on CUDA, over half a second."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     a @ b
     _synchronize(device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    _synchronize(device)
-    return repeats * 2 * side ** 3 / (time.perf_counter() - began)
+    began, products = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.5:
+        for _ in range(8):
+            a @ b
+        _synchronize(device)
+        products += 8
+    return products * 2 * side ** 3 / (time.perf_counter() - began)
 
 
 def _synchronize(device):
@@ -113,12 +122,14 @@ class Stopwatch:
 
 def speed(args):
     """Run train.py's own loop with a stopwatch around forward, backward and optimizer."""
+    if args.steps < 2:
+        raise ValueError("--steps: time at least 2")
     warm, device = 3, processes(args.device)[0]
     watch = Stopwatch(device)
     undo = [watch.wrap(ddpm.Diffusion, "losses"), watch.wrap(torch.Tensor, "backward"), watch.wrap(torch.optim.AdamW, "step")]
     with tempfile.TemporaryDirectory() as folder:
         never = str(10 ** 9)
-        rates = [product_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)]
+        rates = [product_rate(device)]
         try:
             train.main(["--size", args.size, "--batch-size", str(args.batch_size), "--steps", str(warm + args.steps), "--data",
                         args.data, "--out", str(Path(folder) / "run.pt"), "--save-every", never, "--sample-every", never,
@@ -126,7 +137,7 @@ def speed(args):
         finally:
             for put_back in undo:
                 put_back()
-        rates.append(product_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32))
+        rates.append(product_rate(device))
         run = load(Path(folder) / "run.pt")
     starts = watch.starts["losses"]
     whole = (starts[-1] - starts[warm]) / (len(starts) - 1 - warm)                   # seconds a step, all included
@@ -135,8 +146,8 @@ def speed(args):
     work = 3 * 2 * multiply_adds(run["network"], t, None if run["data"]["num_classes"] is None else t)
     rate = np.mean(rates)
     print(f"{args.size}, batch {args.batch_size}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{args.batch_size / whole:.1f} images/s, {work / whole / 1e9:.1f} GFLOP/s: {work / whole / rate:.1%} of a large product's "
-          f"{rate / 1e9:.1f}")
+    print(f"{args.batch_size / whole:.1f} images/s, {work / whole / 1e9:.1f} GFLOP/s: {work / whole / rate:.1%} of a large "
+          f"product's {rate / 1e9:.1f}")
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in inside.items()) +
           f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms")
 

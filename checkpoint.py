@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import mmap
+import os
 import sys
 import warnings
 from contextlib import contextmanager
@@ -52,7 +53,10 @@ def sole_writer(path):
     with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
+            sole = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))          # and nobody removed it meanwhile
         except OSError:
+            sole = False
+        if not sole:
             raise ValueError(f"{path} is being written by another run: choose another --out") from None
         try:
             yield

@@ -3,6 +3,7 @@ import argparse
 import os
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors(command):
-    """Turn what a user can cause into one line on stderr and exit status 2; anything else keeps its traceback."""
+    """Turn ValueError and OSError, with which this code answers what a user can cause, and a full device memory into one line
+    on stderr and exit status 2; anything else keeps its traceback."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -60,15 +62,17 @@ def processes(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    rank = dist.get_rank() if world > 1 else 0
+    world, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    backend = "gloo"
     if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
         torch.set_float32_matmul_precision("high")                       # TF32
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    return torch.device(device), rank, world
+    if world > 1:                                        # others may wait for hours while the first decodes a data set
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    return torch.device(device), dist.get_rank() if world > 1 else 0, world
 
 
 def grid(images, columns, gap=2):

@@ -166,6 +166,10 @@ def download(url, sha256, folder, what):
     """Fetch a file once into a folder -> its path. OSError if it cannot be had, or its SHA-256 differs (it is not kept)."""
     path = Path(folder) / url.rsplit("/", 1)[-1]
     if path.exists():
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise OSError(f"{path} is not {what}: its SHA-256 is {found}, not {sha256}; delete it")
         return path
     digest = hashlib.sha256()
     try:

@@ -102,8 +102,9 @@ class Diffusion:
             "sqrt_alpha_bar": np.sqrt(self.alpha_bars),
             "sqrt_one_minus_alpha_bar": np.sqrt(1 - self.alpha_bars),
             "log_one_minus_alpha_bar": np.log1p(-self.alpha_bars),
-            "posterior_x0": np.sqrt(self.alpha_bars_prev) * self.betas / (1 - self.alpha_bars),                  # Eq. 2-11, corrected
-            "posterior_xt": np.sqrt(self.alphas) * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars),           # Eq. 2-11, corrected
+            # Eq. 2-11, corrected: see REPORT.md
+            "posterior_x0": np.sqrt(self.alpha_bars_prev) * self.betas / (1 - self.alpha_bars),
+            "posterior_xt": np.sqrt(self.alphas) * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars),
             "beta_tilde": self.beta_tildes,
             "log_beta_tilde": np.log(small),
             "log_beta": np.log(self.betas),
@@ -135,8 +136,8 @@ class Diffusion:
         return self.at("sqrt_alpha_bar", t, x0) * x0 + self.at("sqrt_one_minus_alpha_bar", t, x0) * eps
 
     def q_posterior(self, x0, xt, t):
-        """q(x_{t-1} | x_t, x_0), Eq. 2-8 … 2-11 (2-9 and 2-11 corrected: see REPORT.md) -> mean mu_tilde like xt, variance beta_tilde
-        (N, 1, 1, 1), and its logarithm, clipped at t = 0 to the value of t = 1."""
+        """q(x_{t-1} | x_t, x_0), Eq. 2-8 … 2-11 (2-9 and 2-11 corrected: see REPORT.md) -> mean mu_tilde like xt, variance
+        beta_tilde (N, 1, 1, 1), and its logarithm, clipped at t = 0 to the value of t = 1."""
         mu_tilde = self.at("posterior_x0", t, xt) * x0 + self.at("posterior_xt", t, xt) * xt         # Eq. 2-11
         return mu_tilde, self.at("beta_tilde", t, xt), self.at("log_beta_tilde", t, xt)              # Eq. 2-10
 
@@ -193,7 +194,7 @@ class Diffusion:
         """The simple loss, Ho et al. 2020, Eq. 14, or the hybrid one of Nichol & Dhariwal 2021, Eq. 16, where the variance
         is learned -> dict of (N,): "loss", "mse", and with learned variance "vb" in bits per dimension; loss = mse + vb."""
         xt = self.q_sample(x0, t, eps)
-        output = model(xt, self.original(t), y)
+        output = model(xt, self.original(t), y).to(x0.dtype)            # autocast's bfloat16 is too coarse for log variances
         prediction, interpolation = self.split(output, x0)
         a, s = self.at("sqrt_alpha_bar", t, x0), self.at("sqrt_one_minus_alpha_bar", t, x0)
         target = {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: a * eps - s * x0}[self.prediction]()
@@ -272,6 +273,8 @@ def guided(model, y, y_null, scale, channels=None, interval=None):
     original steps, inclusive, guides only there and evaluates the condition alone elsewhere.
     """
     def model_with_guidance(x, t):
+        if channels is not None and channels > x.shape[1]:
+            raise ValueError(f"guidance on {channels} channels, where x has {x.shape[1]}")
         if scale == 1 or (interval is not None and not interval[0] <= int(t[0]) <= interval[1]):
             return model(x, t, y)
         output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))     # (2N, C or 2C, H, W)
@@ -363,7 +366,8 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
     counts once), all T by default; eta: DDIM's noise. cfg_*: see `guided`; y_null defaults to model.null_label.
     noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T and then the noise of each step. seeds: one for each image
     (integers, or tuples of them), which then comes out the same in whatever batch. clip clamps each predicted x0 to [-1, 1]:
-    pixels, not latents. callback(t, x, x0) sees each step. ValueError on guidance without an unconditional input, and what else does not fit.
+    pixels, not latents. callback(t, x, x0) sees each step. ValueError on guidance without an unconditional input, and on
+    what else does not fit.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")

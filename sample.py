@@ -83,6 +83,8 @@ def parse_interval(text):
         low, high = (int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--cfg-interval {text!r}: give two steps as LOW,HIGH") from None
+    if low > high:
+        raise ValueError(f"--cfg-interval {text}: the first step is after the last")
     return low, high
 
 
@@ -137,6 +139,7 @@ def run(args):
         parent_of(path)
     if args.seed < 0:
         raise ValueError("--seed must be 0 or more")
+    interval = parse_interval(args.cfg_interval) if args.cfg_interval else None
     described = load(args.ckpt)
     network, diffusion = build(described)
     if not hasattr(network, "channels"):
@@ -152,14 +155,16 @@ def run(args):
     if steps > diffusion.T:
         raise ValueError(f"--steps {steps}: the process has {diffusion.T}")
     latent = bool(described.get("vae"))
+    if latent and args.trajectory:
+        raise ValueError("--trajectory: the network works on latents, which are no pictures")
     as_folder = args.out.endswith("/") or Path(args.out).is_dir()
     mine = list(range(rank * n // world, (rank + 1) * n // world))
     columns = len(classes) if classes and len(classes) <= 16 else math.ceil(math.sqrt(min(n, 64)))
-    frames, images = [], []
+    frames, images = {}, []
 
-    def keep_frame(step, x, x0):
-        if rank == 0 and not images:                     # the first batch only
-            frames.append(grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns))
+    def keep_frame(t, x, x0):
+        if rank == 0 and not images:                     # of the first batch; a smaller try after a full memory replaces them
+            frames[t] = grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns)
 
     if as_folder and not latent and rank == 0:
         Path(args.out).mkdir(exist_ok=True)
@@ -168,15 +173,13 @@ def run(args):
     with tqdm(total=len(mine), unit="image", disable=rank > 0 or not sys.stderr.isatty()) as bar:
         for part, x in draw(network, diffusion, mine, classes, args.seed, args.batch_size, bar, sampler=args.sampler,
                             steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, clip=not latent,
-                            cfg_interval=args.cfg_interval and parse_interval(args.cfg_interval),
-                            callback=keep_frame if args.trajectory and not latent else None):
+                            cfg_interval=interval, callback=keep_frame if args.trajectory else None):
             images.append((x if latent else to_uint8(x)).cpu().numpy())
             if as_folder and not latent:
                 for i, image in zip(part, images[-1]):
                     save_image(Path(args.out) / f"{i:06d}.png", image)
-    if as_folder and not args.npz and not latent:
-        images = []                                      # they are on disk already: nothing to gather
-    images = gather(images, world)
+    if latent or args.npz or not as_folder:              # else they are on disk already
+        images = gather(images, world)
     if rank > 0:
         return
     written = [args.out] if as_folder and not latent else []
@@ -185,7 +188,7 @@ def run(args):
         npz = npz or str(Path(args.out.rstrip("/")).with_suffix(".npz"))
         print(f"the network works on an autoencoder's latents: they are written as they are, float32 NCHW, to {npz}")
     elif not as_folder:
-        save_image(args.out, grid(images[:4096], columns))               # more would be no picture
+        save_image(args.out, grid(images[:400], columns))                # more would be no picture
         written.append(args.out)
     if npz:
         labels = labels_of(range(n), classes)
@@ -193,7 +196,7 @@ def run(args):
             np.savez(file, arr_0=images, **({} if labels is None else {"arr_1": labels.numpy()}))
         written.append(npz)
     if frames:
-        write_gif(args.trajectory, frames)
+        write_gif(args.trajectory, list(frames.values()))
         written.append(args.trajectory)
     print(f"{n} images, {args.sampler}, {steps} steps, guidance {scale:g}, seed {args.seed}: wrote {', '.join(written)}")
 

@@ -35,8 +35,8 @@ MODELS = {"dit": (dit.DiT, dit.SIZES)}
 COMMON = dict(model="dit", size="Ti/8", conditioning="adaln-zero", data="mnist", image_size=None, flip=False, shift=0,
               skip_bad=False, cache=None, accumulate=1, seed=0, device="auto", precision=None, compile=False,
               checkpointing=False, out="run.pt", resume=False)
-LAPTOP = dict(schedule="linear", prediction="v", variance="small", steps=2900, batch_size=32, lr=2e-3, warmup=100,
-              decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, sample_every=580, save_every=290)
+LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
+              decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, sample_every=560, save_every=280)
 PAPER = dict(schedule="linear", prediction="eps", variance="learned", steps=400_000, batch_size=256, lr=1e-4, warmup=0,
              decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, sample_every=5000, save_every=1000)
 RECIPES = {"Ti": LAPTOP}                         # any other size: PAPER, Peebles & Xie 2023, section 4
@@ -44,19 +44,21 @@ TIME, NOISE, DROP, FLIP, SHIFT = range(5)        # what a generator draws, so th
 LOG_EVERY = 50                                   # steps between rows of run.csv
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
-              "cache", "out", "resume"}          # on --resume: what does not change the mathematics of a step
+              "cache", "out", "resume"}          # on --resume: the end (a cosine stretches to it), the machine, when to save
 
 
 def flags():
     """The command line; what it leaves out is None, and filled in by `settings`."""
+    def default(key):
+        return f"default: {LAPTOP[key]} for Ti, else {PAPER[key]}"
     parser = Parser(prog="train.py", description="Train a diffusion transformer. Flags left out take the recipe of the size.")
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, help="default: dit")
     model.add_argument("--size", help="Ti S B L XL and the patch, as B/4 (default: Ti/8, for a laptop)")
     model.add_argument("--conditioning", choices=dit.BLOCKS, help="default: adaln-zero, the best of DiT's")
-    model.add_argument("--schedule", choices=SCHEDULES, help="of the noise (default: linear)")
-    model.add_argument("--prediction", choices=PREDICTIONS, help="what the network outputs (default: v for Ti, else eps)")
-    model.add_argument("--variance", choices=VARIANCES, help="of the reverse step (default: small for Ti, else learned)")
+    model.add_argument("--schedule", choices=SCHEDULES, help=f"of the noise ({default('schedule')})")
+    model.add_argument("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
+    model.add_argument("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
     where = parser.add_argument_group("data")
     where.add_argument("--data", help="mnist, cifar10[:DIR], a folder of images, or an .npz (default: mnist)")
     where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
@@ -65,14 +67,14 @@ def flags():
     where.add_argument("--skip-bad", action="store_true", default=None, help="leave out image files that cannot be read")
     where.add_argument("--cache", help="folder for decoded images and downloads (default: the user's cache)")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--steps", type=positive, help="default: 2900 for Ti, else 400,000")
-    optimisation.add_argument("--batch-size", type=positive, help="images a step, of all processes (default: 32 for Ti, else 256)")
-    optimisation.add_argument("--lr", type=not_negative, help="AdamW's (default: 2e-3 for Ti, else 1e-4)")
-    optimisation.add_argument("--warmup", type=int, help="steps in which the rate rises (default: 100 for Ti, else 0)")
-    optimisation.add_argument("--decay", choices=("none", "cosine"), help="of the rate, to 0 (default: cosine for Ti, else none)")
+    optimisation.add_argument("--steps", type=positive, help=default('steps'))
+    optimisation.add_argument("--batch-size", type=positive, help=f"images a step, of all processes ({default('batch_size')})")
+    optimisation.add_argument("--lr", type=not_negative, help=f"AdamW's ({default('lr')})")
+    optimisation.add_argument("--warmup", type=int, help=f"steps in which the rate rises ({default('warmup')})")
+    optimisation.add_argument("--decay", choices=("none", "cosine"), help=f"of the rate, to 0 ({default('decay')})")
     optimisation.add_argument("--weight-decay", type=not_negative, help="default: 0")
-    optimisation.add_argument("--clip-grad", type=not_negative, help="largest gradient norm; 0 is none (default: 1 for Ti, else 0)")
-    optimisation.add_argument("--ema", type=not_negative, help="decay of the averaged weights (default: 0.999 for Ti, else 0.9999)")
+    optimisation.add_argument("--clip-grad", type=not_negative, help=f"largest gradient norm; 0 is none ({default('clip_grad')})")
+    optimisation.add_argument("--ema", type=not_negative, help=f"decay of the averaged weights ({default('ema')})")
     optimisation.add_argument("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
     optimisation.add_argument("--accumulate", type=positive, help="micro-batches a step, to save memory (default: 1)")
     optimisation.add_argument("--seed", type=int, help="default: 0")
@@ -80,13 +82,19 @@ def flags():
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
     machine.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on CUDA, fp32 on the CPU")
     machine.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
-    machine.add_argument("--checkpointing", action="store_true", default=None, help="recompute activations: less memory, a third more work")
+    machine.add_argument("--checkpointing", action="store_true", default=None,
+                         help="recompute activations: less memory, a third more work")
     saving = parser.add_argument_group("saving")
     saving.add_argument("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
     saving.add_argument("--resume", action="store_true", default=None, help="go on with --out; flags left out are the run's own")
-    saving.add_argument("--sample-every", type=positive, help="steps between pictures (default: 580 for Ti, else 5000)")
-    saving.add_argument("--save-every", type=positive, help="steps between saves (default: 290 for Ti, else 1000)")
+    saving.add_argument("--sample-every", type=positive, help=f"steps between pictures ({default('sample_every')})")
+    saving.add_argument("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
     return parser
+
+
+def recipe(chosen):
+    """The recipe of the size chosen, or of the default one."""
+    return RECIPES.get(chosen.get("size", COMMON["size"]).split("/")[0], PAPER)
 
 
 def settings(argv):
@@ -104,13 +112,13 @@ def settings(argv):
                    if key not in MAY_CHANGE and value != run["config"].get(key)]
         if clashes:
             raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
-        chosen = {**run["config"], **given, "out": str(out)}         # a run may have been moved
+        chosen = {**COMMON, **recipe(run["config"]), **run["config"], **given, "out": str(out)}      # it may have been moved
         if run["step"] >= chosen["steps"]:
             raise ValueError(f"--resume: {out} is at step {run['step']} of {chosen['steps']} already: --steps sets a later end")
     else:
         if out.exists():
             raise ValueError(f"{out} exists: --resume goes on with it, --out NAME.pt starts another")
-        chosen = {**COMMON, **RECIPES.get(given.get("size", COMMON["size"]).split("/")[0], PAPER), **given}
+        chosen = {**COMMON, **recipe(given), **given}
     args = argparse.Namespace(**chosen)
     if not 0 <= args.ema < 1 or not 0 <= args.cfg_drop < 1:
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
@@ -156,7 +164,7 @@ def draw_batch(step, images, labels, part, args, null_label, T, device):
     if labels is None:
         return x0, t, None, eps
     y = labels.to(device, non_blocking=True)
-    if null_label is not None:                           # classifier-free guidance learns both (§3), Ho & Salimans 2022, algorithm 1
+    if null_label is not None:                           # guidance (§3) needs both, Ho & Salimans 2022, algorithm 1
         dropped = (torch.rand(N, generator=generator(DROP), device=device) < args.cfg_drop)[part]
         y = torch.where(dropped, null_label, y)
     return x0, t, y, eps
@@ -220,6 +228,12 @@ class Log:
             print(f"step {step}: loss {mean:.4f}, {rate:.0f} images/s, {left:.1f} minutes left", flush=True)
 
 
+def ignore_signals(worker):
+    """In a worker of the DataLoader: the main process decides when to stop."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def stop_signals():
     """A list that fills when Ctrl-C or SIGTERM comes; the loop looks at it between steps."""
@@ -260,26 +274,36 @@ def save_picture(path, ema, diffusion, dataset, seed):
     columns = min(dataset.num_classes or 8, 10)
     scale = CFG_SCALE if ema.null_label is not None else 1.0
     classes = list(range(columns)) if dataset.num_classes else None
-    images = [data.to_uint8(x).cpu() for _, x in draw(ema, diffusion, range(8 * columns), classes, seed, clip=True, cfg_scale=scale)]
-    save_image(path, grid(torch.cat(images).numpy(), columns))
+    batches = draw(ema, diffusion, range(8 * columns), classes, seed, clip=True, cfg_scale=scale)
+    images = torch.cat([data.to_uint8(x).cpu() for _, x in batches])
+    save_image(path, grid(images.numpy(), columns))
+
+
+def load_data(args, rank, world):
+    """The training split. The first process alone downloads and decodes; the others find its cache."""
+    if rank > 0:
+        dist.barrier()
+    dataset = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return dataset
 
 
 def train(args, run, device, rank, world):
     """Train from the start, or from where `run` stopped."""
     out, start = Path(args.out), run["step"] if run else 0
     if args.batch_size % (world * args.accumulate):
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} micro-batches")
+        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} "
+                         "micro-batches")
     part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     micro = args.batch_size // (world * args.accumulate)
 
-    if rank > 0:
-        dist.barrier()                                   # rank 0 alone downloads and decodes; the others find the cache
-    dataset = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
-    if rank == 0 and world > 1:
-        dist.barrier()
+    dataset = load_data(args, rank, world)
     batches = data.Batches(dataset, args.batch_size, args.seed, part)
+    workers = 2 if device.type == "cuda" and dataset.in_files else 0     # what is in memory needs none
     loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps), pin_memory=device.type == "cuda",
-                        num_workers=2 if device.type == "cuda" and dataset.in_files else 0)
+                        num_workers=workers, worker_init_fn=ignore_signals,
+                        multiprocessing_context="fork" if workers else None)         # pickling a memory map would read it all
 
     network, described = build_network(args, dataset)
     if run and run["network"] != described:
@@ -291,10 +315,16 @@ def train(args, run, device, rank, world):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     bad_steps = torch.zeros((), device=device)           # non-finite gradients in a row
     if run:
-        network.load_state_dict(run["model"])
-        ema.load_state_dict(run["ema"])
-        optimizer.load_state_dict(run["optimizer"])
-        bad_steps += run["bad_steps"]
+        try:
+            network.load_state_dict(run["model"])
+            ema.load_state_dict(run["ema"])
+            optimizer.load_state_dict(run["optimizer"])
+            bad_steps += run["bad_steps"]
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(f"--resume: {out} is damaged: {error}") from None
+    log = Log(out.with_suffix(".csv"), args, start, run, device, rank)
+    if run:
+        run.clear()                                      # it takes as much memory as the network and its optimizer
     model = torch.compile(network) if args.compile else network
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
@@ -308,7 +338,7 @@ def train(args, run, device, rank, world):
         sums = total(log.sums, world)
         if rank == 0:
             checkpoint.save(out, dict(
-                version=checkpoint.VERSION, step=step, config=vars(args), network=described,
+                version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=described,
                 diffusion=dict(schedule=args.schedule, T=diffusion.T, prediction=args.prediction, variance=args.variance),
                 data=dict(spec=args.data, classes=dataset.classes, num_classes=dataset.num_classes, channels=dataset.channels,
                           image_size=list(dataset.image_size)), vae=None,
@@ -316,12 +346,12 @@ def train(args, run, device, rank, world):
                 bad_steps=int(bad_steps), log=sums.cpu()))
 
     if rank == 0:
-        print(f"{described['class']} {args.size}, {sum(value.numel() for value in network.state_dict().values()):,} parameters, on {len(dataset):,} images of "
-              f"{args.data}, {dataset.channels}x{dataset.image_size[0]}x{dataset.image_size[1]}; {device}, {args.precision}, "
+        count, size = sum(value.numel() for value in network.state_dict().values()), "x".join(map(str, dataset.image_size))
+        print(f"{described['class']} {args.size}, {count:,} parameters, on {len(dataset):,} images of {args.data}, {size} "
+              f"pixels, {dataset.channels} channel{'s' * (dataset.channels > 1)}; {device}, {args.precision}, "
               f"{world} process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images", flush=True)
-    log = Log(out.with_suffix(".csv"), args, start, run, device, rank)
     began = time.perf_counter()
-    with stop_signals() as stop:
+    with stop_signals() as stop, log.bar:
         for step, (images, labels) in zip(range(start, args.steps), loader):
             batch = draw_batch(step, images, labels, part, args, network.null_label, diffusion.T, device)
             for i in range(args.accumulate):
@@ -340,8 +370,14 @@ def train(args, run, device, rank, world):
 
             done = step + 1
             ended, stopping = done == args.steps, world == 1 and bool(stop)
-            if done - start == 10 and rank == 0:
-                print(f"about {(time.perf_counter() - began) / 10 * (args.steps - done) / 60:.1f} minutes to go", flush=True)
+            if done - start in (5, 10) and rank == 0:    # the first steps compile and warm up
+                norm.item()                              # waits for the device
+                if done - start == 5:
+                    fifth = time.perf_counter()
+                else:
+                    minutes = (time.perf_counter() - fifth) / 5 * (args.steps - done) / 60
+                    tqdm.write(f"about {minutes:.1f} minutes to go")
+                    sys.stdout.flush()
             if done % LOG_EVERY == 0 or ended:           # the only steps that wait for the device
                 log.write(total(log.sums, world), done, norm)
                 if bad_steps >= MAX_BAD_STEPS:
@@ -354,7 +390,6 @@ def train(args, run, device, rank, world):
                 save(done)
             if stopping:
                 break
-    log.bar.close()
     if rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"{done - start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}" +

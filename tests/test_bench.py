@@ -37,12 +37,17 @@ def test_the_judge_recognises_real_held_out_digits():
 
 def test_multiply_adds_are_the_published_ones():
     cases = json.loads((GOLDEN / "complexity_transformers.json").read_text())["dit"]
-    for name in cases:
+    for name in ("DiT-S/8 256", "DiT-L/2 256", "DiT-XL/2 256", "DiT-XL/2 512"):
         size, patch = name.removeprefix("DiT-").split()[0].split("/")
         description = {"class": "DiT", "arguments": dict(image_size=(cases[name]["config"]["input_size"],) * 2, patch_size=int(patch), channels=4, **dit.SIZES[size])}
         t = torch.zeros(1, dtype=torch.long)
         assert bench.multiply_adds(description, t, t) == cases[name]["macs_flop_counter"]
         assert bench.multiply_adds(description, t.repeat(3), t.repeat(3)) == 3 * cases[name]["macs_flop_counter"]
+
+
+def test_a_sample_that_shares_its_neighbour_is_not_unique():
+    assert bench.unique_share(torch.tensor([7, 7, 3, 5])) == 0.5
+    assert bench.unique_share(torch.tensor([1, 2, 3])) == 1 and bench.unique_share(torch.tensor([1, 1])) == 0
 
 
 def test_quality_prints_three_shares(tiny_run, capsys):

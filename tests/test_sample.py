@@ -1,5 +1,4 @@
 """sample.py: image i of a seed is one image, however it is drawn; and what is written is what was drawn."""
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +42,13 @@ def test_two_processes_draw_what_one_draws(tmp_path, tiny_run):
     one, labels = drawn(tmp_path, tiny_run, "--n", "5")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", str(ROOT / "sample.py"),
                "--ckpt", str(tiny_run), "--steps", "3", "--n", "5", "--npz", str(tmp_path / "two.npz"), "--out", f"{tmp_path}/d/"]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, capture_output=True)
     with np.load(tmp_path / "two.npz") as archive:
         assert_close(one, archive["arr_0"])
         assert (archive["arr_1"] == labels).all()
     assert len(list((tmp_path / "d").glob("*.png"))) == 5
+    done = subprocess.run([word for word in command if word not in ("--npz", str(tmp_path / "two.npz"))], capture_output=True)
+    assert done.returncode == 0                          # nothing to gather, nothing to fail on
 
 
 def test_seeds_give_other_images_and_the_same_seed_the_same(tmp_path, tiny_run):
@@ -63,12 +64,7 @@ def test_labels_cycle_through_the_classes_by_number_or_name(tmp_path, tiny_run):
 
 
 def test_guidance_and_its_interval_change_the_image_and_scale_one_does_not(tmp_path, tiny_run):
-    run = checkpoint.load(tiny_run)                       # a few steps of training leave classes alike: tell them apart
-    torch.manual_seed(0)
-    run["ema"] = {name: value + 0.05 * torch.randn_like(value) for name, value in run["ema"].items()}
-    nudged = tmp_path / "nudged.pt"
-    checkpoint.save(nudged, run)
-    plain, guided, nowhere, late = (drawn(tmp_path, nudged, "--n", "2", *argv)[0] for argv in (
+    plain, guided, nowhere, late = (drawn(tmp_path, tiny_run, "--n", "2", *argv)[0] for argv in (
         ["--cfg-scale", "1"], ["--cfg-scale", "5"], ["--cfg-scale", "5", "--cfg-interval", "5000,6000"],
         ["--cfg-scale", "5", "--cfg-interval", "0,500"]))
     assert_close(plain, nowhere)
