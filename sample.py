@@ -102,6 +102,11 @@ def parent_of(path):
         raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
 
 
+def is_folder(out):
+    """Whether --out names a folder: by a slash at its end, or because it is one."""
+    return out.endswith("/") or Path(out).is_dir()
+
+
 def flags():
     """The command line."""
     parser = Parser(prog="sample.py", description="Draw images from a trained run or from released weights.")
@@ -133,6 +138,27 @@ def gather(parts, world):
     return np.concatenate([part for part in everyone if part is not None]) if everyone else None
 
 
+def write(args, images, frames, labels, columns, latent):
+    """Write what rank 0 has: the grid or the .npz (latents have no grid), and the trajectory -> the paths, as text."""
+    written, npz = [], args.npz
+    if latent:
+        npz = npz or str(Path(args.out.rstrip("/")).with_suffix(".npz"))
+        print(f"the network works on an autoencoder's latents: they are written as they are, float32 NCHW, to {npz}")
+    elif is_folder(args.out):
+        written.append(args.out)                         # image by image, while they were drawn
+    else:
+        save_image(args.out, grid(images[:400], columns))                # more would be no picture
+        written.append(args.out)
+    if npz:
+        with atomic_file(npz) as file:
+            np.savez(file, arr_0=images, **({} if labels is None else {"arr_1": labels.numpy()}))
+        written.append(npz)
+    if frames:
+        write_gif(args.trajectory, frames)
+        written.append(args.trajectory)
+    return ", ".join(written)
+
+
 def run(args):
     """Draw what the flags ask for and write it; under torchrun each process draws its share."""
     for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
@@ -145,9 +171,8 @@ def run(args):
     if not hasattr(network, "channels"):
         raise ValueError(f"{args.ckpt} holds a classifier: there is nothing to sample")
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
-    device, rank, world = processes(args.device)
-    network = network.to(device)
-    n = args.n or (4 * len(classes) if classes and len(classes) <= 16 else 16)
+    few = bool(classes) and len(classes) <= 16
+    n = args.n or (4 * len(classes) if few else 16)
     scale = args.cfg_scale if args.cfg_scale is not None else CFG_SCALE if network.null_label is not None else 1.0
     if scale != 1 and network.null_label is None:
         raise ValueError(f"--cfg-scale {scale:g}: the network has no unconditional input, which guidance needs")
@@ -157,48 +182,32 @@ def run(args):
     latent = bool(described.get("vae"))
     if latent and args.trajectory:
         raise ValueError("--trajectory: the network works on latents, which are no pictures")
-    as_folder = args.out.endswith("/") or Path(args.out).is_dir()
-    mine = list(range(rank * n // world, (rank + 1) * n // world))
-    columns = len(classes) if classes and len(classes) <= 16 else math.ceil(math.sqrt(min(n, 64)))
+
+    device, rank, world = processes(args.device)
+    network = network.to(device)
+    one_by_one = is_folder(args.out) and not latent
+    if one_by_one:
+        Path(args.out).mkdir(exist_ok=True)
+    mine = range(rank * n // world, (rank + 1) * n // world)
+    columns = len(classes) if few else math.ceil(math.sqrt(min(n, 64)))
     frames, images = {}, []
 
     def keep_frame(t, x, x0):
         if rank == 0 and not images:                     # of the first batch; a smaller try after a full memory replaces them
             frames[t] = grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns)
 
-    if as_folder and not latent and rank == 0:
-        Path(args.out).mkdir(exist_ok=True)
-    if world > 1:
-        dist.barrier()
     with tqdm(total=len(mine), unit="image", disable=rank > 0 or not sys.stderr.isatty()) as bar:
         for part, x in draw(network, diffusion, mine, classes, args.seed, args.batch_size, bar, sampler=args.sampler,
-                            steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, clip=not latent,
-                            cfg_interval=interval, callback=keep_frame if args.trajectory else None):
+                            steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, cfg_interval=interval,
+                            clip=not latent, callback=keep_frame if args.trajectory else None):
             images.append((x if latent else to_uint8(x)).cpu().numpy())
-            if as_folder and not latent:
-                for i, image in zip(part, images[-1]):
-                    save_image(Path(args.out) / f"{i:06d}.png", image)
-    if latent or args.npz or not as_folder:              # else they are on disk already
+            for i, image in zip(part, images[-1] if one_by_one else ()):
+                save_image(Path(args.out) / f"{i:06d}.png", image)
+    if args.npz or not one_by_one:                       # else they are on disk already
         images = gather(images, world)
-    if rank > 0:
-        return
-    written = [args.out] if as_folder and not latent else []
-    npz = args.npz
-    if latent:
-        npz = npz or str(Path(args.out.rstrip("/")).with_suffix(".npz"))
-        print(f"the network works on an autoencoder's latents: they are written as they are, float32 NCHW, to {npz}")
-    elif not as_folder:
-        save_image(args.out, grid(images[:400], columns))                # more would be no picture
-        written.append(args.out)
-    if npz:
-        labels = labels_of(range(n), classes)
-        with atomic_file(npz) as file:
-            np.savez(file, arr_0=images, **({} if labels is None else {"arr_1": labels.numpy()}))
-        written.append(npz)
-    if frames:
-        write_gif(args.trajectory, list(frames.values()))
-        written.append(args.trajectory)
-    print(f"{n} images, {args.sampler}, {steps} steps, guidance {scale:g}, seed {args.seed}: wrote {', '.join(written)}")
+    if rank == 0:
+        written = write(args, images, list(frames.values()), labels_of(range(n), classes), columns, latent)
+        print(f"{n} images, {args.sampler}, {steps} steps, guidance {scale:g}, seed {args.seed}: wrote {written}")
 
 
 def main(argv=None):

@@ -1290,3 +1290,13 @@ def test_generators_of_keys_that_differ_in_zeros_only_differ():
     keys = [0, (0, 0), 1, (1, 0), (1, 0, 0), (0, 1)]
     draws = {torch.randint(1 << 60, (1,), generator=ddpm.keyed_generator(key)).item() for key in keys}
     assert len(draws) == len(keys)
+
+
+def test_a_network_in_bfloat16_has_its_bound_computed_in_float32():
+    torch.manual_seed(0)
+    diffusion = ddpm.Diffusion(ddpm.linear_betas(), variance="learned")
+    x0, eps, halves = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    t = torch.tensor([1, 100, 500])
+    output = torch.cat([eps, halves], dim=1).bfloat16()
+    coarse, fine = (diffusion.losses(lambda x, t, y: z, x0, t, None, eps) for z in (output, output.float()))
+    assert all(torch.equal(coarse[term], fine[term]) and coarse[term].dtype == torch.float32 for term in fine)
