@@ -1,6 +1,7 @@
-"""What every command shares: flags, errors in one line, the device and the processes, a grid of images."""
+"""What the commands share: flags, errors in one line, devices, processes and signals, a grid of images."""
 import argparse
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -73,6 +74,32 @@ def processes(device="auto"):
     if world > 1:                                        # others may wait for hours while the first decodes a data set
         dist.init_process_group(backend, timeout=timedelta(days=1))
     return torch.device(device), dist.get_rank() if world > 1 else 0, world
+
+
+def ignore_signals(worker):
+    """In a worker of the DataLoader: the main process decides when to stop."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+@contextmanager
+def stop_signals():
+    """A list that fills when Ctrl-C or SIGTERM comes; the loop looks at it between steps."""
+    received = []
+    old = {name: signal.signal(name, lambda number, frame: received.append(number)) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for name, handler in old.items():
+            signal.signal(name, handler)
+
+
+def total(tensor, world):
+    """The sum of a tensor over all processes, as a new tensor."""
+    tensor = tensor.clone()
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def grid(images, columns, gap=2):

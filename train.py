@@ -12,7 +12,6 @@ import contextlib
 import copy
 import csv
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import dit
-from cli import Parser, grid, not_negative, one_line_errors, positive, processes, save_image
+from cli import (Parser, grid, ignore_signals, not_negative, one_line_errors, positive, processes, save_image, stop_signals,
+                 total)
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, Diffusion, keyed_generator
 from sample import CFG_SCALE, draw, parent_of
 
@@ -226,32 +226,6 @@ class Log:
         if self.bar.disable:
             left = (self.args.steps - step) * self.args.batch_size / rate / 60
             print(f"step {step}: loss {mean:.4f}, {rate:.0f} images/s, {left:.1f} minutes left", flush=True)
-
-
-def ignore_signals(worker):
-    """In a worker of the DataLoader: the main process decides when to stop."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list that fills when Ctrl-C or SIGTERM comes; the loop looks at it between steps."""
-    received = []
-    old = {name: signal.signal(name, lambda number, frame: received.append(number)) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for name, handler in old.items():
-            signal.signal(name, handler)
-
-
-def total(tensor, world):
-    """The sum of a tensor over all processes, as a new tensor."""
-    tensor = tensor.clone()
-    if world > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def guarded_step(optimizer, parameters, clip):

@@ -1260,7 +1260,7 @@ def test_sampling_refuses_what_it_cannot_do(options, message):
         draw(**options)
 
 
-# --- what does not fit is refused, instead of being broadcast or ignored ---
+# What does not fit is refused, instead of being broadcast or ignored.
 
 
 @pytest.mark.parametrize("variance, channels", [("small", 2), ("large", 2), ("learned", 1)])
