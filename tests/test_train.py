@@ -297,6 +297,28 @@ def test_processes_draw_their_parts_of_one_batch(tmp_path):
     assert all(torch.equal(torch.cat(pieces), all_of_it) for pieces, all_of_it in zip(zip(*parts), whole))
 
 
+def test_every_draw_of_every_step_has_a_generator_of_its_own(tmp_path, monkeypatch):
+    keys, original = [], train.keyed_generator
+
+    def recorded(key, device):
+        keys.append(key)
+        return original(key, device)
+    monkeypatch.setattr(train, "keyed_generator", recorded)
+    args = settings_of("--out", str(tmp_path / "run.pt"), "--flip", "--shift", "3")
+    images, labels = torch.zeros(8, 6, 6, 1, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)
+    first, second = (train.draw_batch(step, images, labels, slice(0, 8), args, 10, 1000, torch.device("cpu")) for step in (3, 4))
+    assert len(keys) == 10 and len(set(keys)) == 10      # times, noise, dropped labels, flips and shifts, in two steps
+    assert not torch.equal(first[1], second[1]) and not torch.equal(first[3], second[3])
+
+
+def test_resuming_drops_rows_beyond_the_checkpoint_and_half_a_row(tmp_path):
+    args = settings_of("--out", str(tmp_path / "run.pt"))
+    names, row = ",".join(train.Log.COLUMNS), ",1,1,1,1,1,1,1,1,1"
+    (tmp_path / "run.csv").write_text(f"{names}\n50{row}\n100{row}\n150{row}\n200,1,1")
+    train.Log(tmp_path / "run.csv", args, 120, {"log": torch.zeros(2, 4)}, torch.device("cpu"), 0)
+    assert (tmp_path / "run.csv").read_text() == f"{names}\n50{row}\n100{row}\n"
+
+
 def test_augmentation_does_not_disturb_times_noise_and_labels(tmp_path):
     images = torch.randint(0, 256, (8, 6, 6, 1), dtype=torch.uint8)
     plain = draw(settings_of("--out", str(tmp_path / "run.pt")), images, slice(0, 8))
