@@ -35,15 +35,6 @@ SMALL = dict(image_size=8, patch_size=2, channels=3, dim=16, depth=2, heads=1, n
 every_design = pytest.mark.parametrize("conditioning", dit.BLOCKS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny here: on a busy machine a second thread would cost more than all the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network(**changes):
     return fill(DiT(**SMALL | changes), computed=["pos_embed"])
 

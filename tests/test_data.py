@@ -29,15 +29,6 @@ from data import Batches, Dataset, atomic_file, augment, center_crop, load, open
 SQUARE = np.array([[0, 10, 20], [30, 40, 50], [60, 70, 250]], np.uint8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny here: on a busy machine a second thread would cost more than all the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
