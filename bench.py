@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import ddpm
 import train
-from checkpoint import NETWORKS, build, load
+from checkpoint import build, load
 from cli import Parser, one_line_errors, positive, processes
 from sample import CFG_SCALE, STEPS, draw, labels_of
 
@@ -44,7 +43,7 @@ def quality(args):
     """Print how many samples of a run are recognised, beside real held-out images, and how many are no copies of each other."""
     run = load(args.ckpt)
     network, diffusion = build(run)
-    if network.num_classes is None or run["vae"] or not run["data"]["spec"]:
+    if diffusion is None or network.num_classes is None or run["vae"] or not run["data"]["spec"]:
         raise ValueError(f"{args.ckpt}: quality needs a class-conditional run of train.py on pixels")
     device, _, _ = processes(args.device)
     config = run["config"]
@@ -64,18 +63,6 @@ def quality(args):
     print(f"samples recognised as their class   {right:6.1%}   by 3 nearest neighbours among {len(real)} training images")
     print(f"real held-out images, likewise      {real_right:6.1%}   of {len(held_out)}")
     print(f"samples whose nearest training image is no other's {unique_share(neighbours[:, 0]):.1%}")
-
-
-def multiply_adds(description, t, y):
-    """Gflops as §2-7-1 and §4-3 count them: multiply-adds of one forward pass for len(t) images, on the meta device, which
-    computes nothing. The papers print them divided by 10^9."""
-    with torch.device("meta"):
-        network = NETWORKS[description["class"]](**description["arguments"])
-        arguments = description["arguments"]
-        x = torch.empty(len(t), arguments["channels"], *arguments["image_size"])
-        with FlopCounterMode(display=False) as counter:
-            network(x, t.to("meta"), None if y is None else y.to("meta"))
-    return counter.get_total_flops() // 2
 
 
 def product_rate(device, side=2048):

@@ -1,9 +1,9 @@
 """Files of a run: save and load run.pt, read official checkpoints and .safetensors, show what is inside.
 
 Report §4-7 … §4-9 (released models). A run is one dict of plain values and tensors: version, step, config (every flag),
-network (class, arguments), diffusion (schedule, T, prediction, variance), data (spec, classes, channels, image size), vae
-(None for pixels), model, ema, optimizer, and what training accumulates. Nothing else is ever unpickled: files are read with
-weights_only=True. Meta's released DiT files load by name; what their shapes do not show comes from a table.
+network (class, arguments), diffusion (schedule, T, prediction, variance; None for a classifier), data (spec, classes,
+channels, image size), vae (None for pixels), model, ema, optimizer, and what training accumulates. Nothing else is ever unpickled: files are read with
+weights_only=True. Released DiT, U-ViT, ViT and U-Net files load by name; what their shapes do not show comes from tables.
 
     python checkpoint.py run.pt
 """
@@ -17,19 +17,23 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import dit
+import models
+import unet
+import uvit
 import vit
 from cli import Parser, one_line_errors
 from data import atomic_file
 from ddpm import SCHEDULES, Diffusion
 
 VERSION = 1
-FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": dict, "data": dict, "vae": (dict, type(None)),
+FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": (dict, type(None)), "data": dict, "vae": (dict, type(None)),
           "model": dict, "ema": dict, "optimizer": dict}
-NETWORKS = {"DiT": dit.DiT, "ViT": vit.ViT}
-HEADS = {(size["dim"], size["depth"]): size["heads"] for size in (*vit.SIZES.values(), *dit.SIZES.values())}
+HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()}
+LDM_PREFIX = "model.diffusion_model."
 IMAGENET_CLASSES = 1000
 SD_SCALE = 0.18215                               # of Stable Diffusion's autoencoder, whose latents Meta's DiT was trained on
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -136,35 +140,95 @@ def read_safetensors(path):
 def infer(state, config=None):
     """The description of a network from its official state dict -> {"class", "arguments"}.
 
-    config overrides arguments, as heads=4. A label table of 1000 rows is ImageNet's without a null class; else the last row
-    is the null class. ValueError if the names are of no network that is known here.
+    config overrides arguments, as dict(heads=4); for a U-Net it may be the name of a configuration of unet.SIZES. A label table
+    of 1000 rows is ImageNet's without a null class; else the last row is the null class. ValueError if the names are of no
+    network that is known here.
     """
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     config = config or {}
 
-    def arguments(embedder, tokens):
+    def depth(stem):
+        return len({name.split(".")[1] for name in state if name.startswith(f"{stem}.")})
+
+    def labels(table):
+        """num_classes and null_class, from the rows of a label table, or from its lack."""
+        rows = len(state.get(table, ()))
+        num_classes = config.get("num_classes", rows if rows in (0, IMAGENET_CLASSES) else rows - 1) or None
+        return dict(num_classes=num_classes, null_class=num_classes is not None and rows > num_classes)
+
+    def transformer(embedder, tokens, blocks):
         dim, channels, patch, _ = state[f"{embedder}.proj.weight"].shape
-        side = math.isqrt(tokens)
+        side = math.isqrt(max(0, tokens))
         if side ** 2 != tokens and "image_size" not in config:
             raise ValueError(f"{tokens} position rows are no square: give image_size")
-        return dict(image_size=side * patch, patch_size=patch, channels=channels, dim=dim, depth=depth,
-                    heads=HEADS.get((dim, depth), max(1, dim // 64)))
+        return dict(image_size=side * patch, patch_size=patch, channels=channels, dim=dim, depth=blocks,
+                    heads=HEADS.get((dim, blocks), max(1, dim // 64)))
 
     if "x_embedder.proj.weight" in state and "final_layer.linear.weight" in state:
-        found = arguments("x_embedder", state["pos_embed"].shape[1])
+        found = transformer("x_embedder", state["pos_embed"].shape[1], depth("blocks"))
         modulation = state.get("blocks.0.adaLN_modulation.1.weight")
-        rows = len(state.get("y_embedder.embedding_table.weight", ()))
-        num_classes = config.get("num_classes", rows if rows in (0, IMAGENET_CLASSES) else rows - 1) or None
-        found |= dict(num_classes=num_classes, null_class=num_classes is not None and rows > num_classes,
+        found |= dict(**labels("y_embedder.embedding_table.weight"),
                       learn_sigma=len(state["final_layer.linear.weight"]) == 2 * found["patch_size"] ** 2 * found["channels"],
                       conditioning="cross-attention" if "blocks.0.cross_attn.q.weight" in state else
                       "in-context" if modulation is None else
                       "adaln-zero" if len(modulation) == 6 * found["dim"] else "adaln")
         return {"class": "DiT", "arguments": {**found, **config}}
+    if "decoder_pred.weight" in state and "mid_block.norm1.weight" in state:
+        found = labels("label_emb.weight")
+        extras = 1 + (found["num_classes"] is not None)
+        if "context_embed.weight" in state:
+            found |= dict(context_dim=state["context_embed.weight"].shape[1], context_tokens=config.get("context_tokens", 77))
+            extras += found["context_tokens"]
+        found |= dict(mlp_time_embed="time_embed.0.weight" in state, conv="final_layer.weight" in state,
+                      skip="out_blocks.0.skip_linear.weight" in state or not depth("out_blocks"))
+        return {"class": "UViT", "arguments": {**found, **transformer("patch_embed", state["pos_embed"].shape[1] - extras,
+                                                                      2 * depth("in_blocks")), **config}}
     if "cls_token" in state and "head.weight" in state:
-        found = arguments("patch_embed", state["pos_embed"].shape[1] - 1)
+        found = transformer("patch_embed", state["pos_embed"].shape[1] - 1, depth("blocks"))
         return {"class": "ViT", "arguments": {**found, "num_classes": len(state["head.weight"]), **config}}
-    raise ValueError("its tensors have the names of no network known here: it is neither a run of train.py nor a released DiT")
+    if "input_blocks.0.0.weight" in state and "out.2.weight" in state:
+        return infer_unet(state, labels("label_emb.weight"), config)
+    raise ValueError("its tensors have the names of no network known here: it is neither a run of train.py nor a released DiT, "
+                     "U-ViT, ViT or U-Net")
+
+
+def infer_unet(state, labels, config):
+    """As `infer`, for a U-Net: the configuration of unet.SIZES with the same names and shapes, or the one that config names."""
+    name, changes = (config, {}) if isinstance(config, str) else (None, config)
+    if name is not None and name not in unet.SIZES:
+        raise ValueError(f"no U-Net is called {name!r}: it is one of {', '.join(unet.SIZES)}")
+    for size in [name] if name else unet.SIZES:
+        network, fixed = models.named("unet", size)
+        arguments = {"image_size": 32, **fixed, "channels": state["input_blocks.0.0.weight"].shape[1] // network.inputs,
+                     "out_channels": len(state["out.2.weight"]), **labels, **changes}
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in network(**arguments).state_dict().items()}
+        if shapes == {key: value.shape for key, value in state.items()}:
+            return {"class": network.__name__, "arguments": arguments}
+    raise ValueError(f"its shapes are not those of {name}" if name else "it is a U-Net of no configuration known here: its heads, "
+                     "which shapes do not show, must be given with all other arguments")
+
+
+def released_process(network):
+    """What a released network was trained on, as run.pt describes it, or None if it is not among what can be sampled here.
+
+    "range" holds the schedule's ends, "time" the scale and offset by which the network is told the step.
+    """
+    kind, arguments = network["class"], network["arguments"]
+    linear = dict(schedule="linear", T=1000, prediction="eps", variance="learned")
+    if kind == "DiT":
+        return {**linear, "variance": "learned" if arguments["learn_sigma"] else "small"}
+    if kind == "UViT":                 # H and the text models count n = t + 1; the others were trained in continuous time
+        discrete = arguments["channels"] == 4 and (not arguments["conv"] or "context_dim" in arguments)
+        return {**linear, "schedule": "scaled-linear", "variance": "small", "time": (1, 1)} if discrete else None
+    if kind != "UNet":
+        return None
+    size = next((name for name, size in unet.SIZES.items() if size.items() <= arguments.items()), "")
+    if size.startswith("ldm"):
+        return {**linear, "schedule": "scaled-linear", "variance": "small", "range": (0.0015, 0.0195)}
+    if size.startswith("iddpm"):
+        return {**linear, "schedule": "cosine", "T": 4000, "time": (0.25, 0)}        # their rescale_timesteps
+    learned = arguments["out_channels"] == 2 * arguments["channels"]
+    return {**linear, "schedule": "cosine" if size == "adm-64" else "linear", "variance": "learned" if learned else "large"}
 
 
 def load(path, config=None):
@@ -181,6 +245,9 @@ def load(path, config=None):
         if isinstance(content, dict):                    # Meta's training code wraps its state dicts
             content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)),
                            content)
+            if any(key.startswith(LDM_PREFIX) for key in content if isinstance(key, str)):
+                content = {key.removeprefix(LDM_PREFIX): content.get("model_ema." + key.removeprefix("model.").replace(".", ""), value)
+                           for key, value in content.items() if key.startswith(LDM_PREFIX)}      # the averaged weights, if there
         if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
             raise ValueError("it holds no state dict")
         network = infer(content, config)
@@ -188,23 +255,23 @@ def load(path, config=None):
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {path}: {reason}") from None
     arguments = network["arguments"]
-    diffusion = dict(schedule="linear", T=1000, prediction="eps",
-                     variance="learned" if arguments.get("learn_sigma") else "small")
-    latent = arguments["channels"] == 4
+    latent = arguments["channels"] == 4 or unet.SIZES["ldm-4"].items() <= arguments.items()
     data = dict(spec=None, classes=None, num_classes=arguments["num_classes"], channels=arguments["channels"],
                 image_size=arguments["image_size"])
-    return dict(version=VERSION, step=None, config={}, network=network, diffusion=diffusion, data=data,
+    return dict(version=VERSION, step=None, config={}, network=network, diffusion=released_process(network), data=data,
                 vae=dict(scale=SD_SCALE) if latent else None, model=content, ema=content, optimizer=None)
 
 
 def build(run, weights="ema"):
-    """The network and the Diffusion of a run; weights: "ema" or "model".  ValueError if they do not fit each other."""
+    """The network and the Diffusion (or None) of a run; weights: "ema" or "model".  ValueError if they do not fit."""
     try:
-        network = NETWORKS[run["network"]["class"]](**run["network"]["arguments"])
+        network = models.build(run["network"])
         network.load_state_dict(run[weights], strict=True)
-        described = run["diffusion"]
-        diffusion = Diffusion(SCHEDULES[described["schedule"]](described["T"]), described["prediction"],
-                              described["variance"])
+        diffusion, described = None, run["diffusion"]
+        if described is not None:
+            betas = SCHEDULES[described["schedule"]](described["T"], *described.get("range", ()))
+            scale, offset = described.get("time", (1, 0))
+            diffusion = Diffusion(betas, described["prediction"], described["variance"], np.arange(len(betas)) * scale + offset)
     except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"the checkpoint does not describe its network: {str(error).strip()[:300]}") from None
     return network.eval(), diffusion
@@ -223,7 +290,7 @@ def describe(path):
         lines = [f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}"),
                  f"network    {network['class']} " + ", ".join(f"{k}={v}" for k, v in network["arguments"].items()),
                  f"parameters {sum(value.numel() for value in run['model'].values()):,}",
-                 "diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items()),
+                 *["diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items())] * (run["diffusion"] is not None),
                  "data       " + ", ".join(f"{k}={v}" for k, v in run["data"].items() if v is not None)]
         if run["vae"]:
             lines.append(f"latents    of an autoencoder, scaled by {run['vae']['scale']}")

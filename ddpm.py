@@ -37,11 +37,16 @@ PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("small", "large", "learned")
 
 
-def keyed_generator(key, device="cpu"):
-    """A random generator for a key, a whole number >= 0 or a tuple of them: its draws depend on the key alone."""
+def key_seed(key):
+    """A seed for a key, a whole number >= 0 or a tuple of them: other keys have other, unrelated seeds."""
     key = key if isinstance(key, tuple) else (key,)
     entropy = (len(key), *key)                           # with the length, as a SeedSequence ignores zeros at the end
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+def keyed_generator(key, device="cpu"):
+    """A random generator for a key as in `key_seed`: its draws depend on the key alone."""
+    return torch.Generator(device).manual_seed(key_seed(key))
 
 
 def mean_flat(x):
@@ -76,7 +81,8 @@ class Diffusion:
     betas (T,) in (0, 1). prediction: what the network outputs, the noise "eps", the image "x0", or
     "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0. variance of the reverse step: "small" is beta_tilde, "large" is beta,
     "learned" interpolates between their logarithms. The tables .betas .alphas .alpha_bars .beta_tildes are float64 arrays of
-    length T; .timesteps holds the original steps. ValueError on unknown names or betas outside (0, 1).
+    length T; .timesteps (T,) is the time that the model is told at each step, 0 .. T-1 by default; released weights may count
+    otherwise. ValueError on unknown names or betas outside (0, 1).
     """
 
     def __init__(self, betas, prediction="eps", variance="small", timesteps=None):
@@ -228,8 +234,8 @@ class Diffusion:
         return {"total": vb.sum(dim=1) + prior, "prior": prior, "vb": vb, "mse": mse}
 
     def original(self, t):
-        """The steps of the process this one was respaced from: what the model was trained with. t (N,) -> (N,) int64."""
-        return self.at("timestep", t, t)
+        """What the model is told at t (N,): .timesteps there, for a respaced process the steps of the one it came from."""
+        return self.at("timestep", t, t.to(self.tables["timestep"].dtype))
 
     def respaced(self, steps):
         """A Diffusion over a subset of the steps with the same alpha_bar there.  Nichol & Dhariwal 2021, section 4.

@@ -14,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vit import Attention, Block, Mlp, PatchEmbed, pair, sincos_position_embedding, timestep_embedding, token_grid, unpatchify
+from vit import (Attention, Block, Mlp, PatchEmbed, checked, pair, sincos_position_embedding, timestep_embedding, token_grid,
+                 unpatchify)
 
 
 def modulate(x, shift, scale):
@@ -181,26 +182,12 @@ class DiT(nn.Module):
         """What the blocks are told: one vector t + y (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two."""
         t_embedding = self.t_embedder(t)                                             # (N, D)
         if self.context_dim is not None:
-            if y is None or y.ndim != 3 or len(y) != len(t) or y.shape[2] != self.context_dim:
-                raise ValueError(f"this network wants a text context y of shape ({len(t)}, M, {self.context_dim})")
             return torch.cat([t_embedding.unsqueeze(1), self.context_embedder(y)], dim=1)        # (N, 1 + M, D)
-        embeddings = [t_embedding]
-        if self.num_classes is not None:
-            if y is None and self.null_label is None:
-                raise ValueError("this network has no null class: it wants labels y")
-            if y is not None and (y.shape != t.shape or y.is_floating_point()):
-                raise ValueError(f"y of shape {tuple(y.shape)}, {y.dtype}: it must be whole numbers ({len(t)},)")
-            embeddings.append(self.y_embedder(torch.full_like(t, self.null_label, dtype=torch.long) if y is None else y))
-        elif y is not None:
-            raise ValueError("labels given to an unconditional network: y must be None")
+        embeddings = [t_embedding] if y is None else [t_embedding, self.y_embedder(y)]
         return sum(embeddings) if self.conditioning.startswith("adaln") else torch.stack(embeddings, dim=1)
 
     def forward(self, x, t, y=None):
-        if tuple(x.shape[1:]) != (self.channels, *self.image_size):
-            raise ValueError(f"input of shape {tuple(x.shape[1:])} where the network was built for "
-                             f"{(self.channels, *self.image_size)}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t of shape {tuple(t.shape)} for {len(x)} images: it must be (N,)")
+        y = checked(self, x, t, y)
         c = self.condition(t, y)                                                     # (N, D) or (N, M, D)
         x = self.x_embedder(x) + self.pos_embed                                      # (N, L, D)
         if self.conditioning == "in-context":

@@ -168,8 +168,12 @@ def run(args):
     interval = parse_interval(args.cfg_interval) if args.cfg_interval else None
     described = load(args.ckpt)
     network, diffusion = build(described)
-    if not hasattr(network, "channels"):
-        raise ValueError(f"{args.ckpt} holds a classifier: there is nothing to sample")
+    if diffusion is None:
+        kind = described["network"]["class"]
+        raise ValueError(f"{args.ckpt} holds a {kind}, which " + {
+            "ViT": "classifies: there is nothing to sample",
+            "SuperResUNet": "enlarges images: it needs small ones to start from",
+        }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
     few = bool(classes) and len(classes) <= 16
     n = args.n or (4 * len(classes) if few else 16)

@@ -1,10 +1,10 @@
-"""Train a diffusion transformer.
+"""Train a network: DiT, U-ViT or U-Net to denoise, ViT to classify.
 
-Report §4-5: noise an image, tell the network the time and the class, let it predict the noise, descend. Ho et al. 2020,
-algorithm 1. What a step draws depends on (seed, step) alone, so a run resumes exactly, and one process or eight train alike.
+Report §4-5 and §2-4. What a step draws and minimises is in objectives.py and depends on (seed, step) alone, so a run resumes
+exactly, and one process or eight train alike; the loop here is the same for all.
 
     python train.py                                                       a small DiT on the embedded digits, minutes on a CPU
-    python train.py --model dit --size B/4 --data cifar10 --flip          the paper's recipe
+    python train.py --model uvit --size S/2 --data cifar10 --flip         the paper's recipe
     torchrun --nproc-per-node 8 train.py --size L/2 --data photos/ --image-size 64
 """
 import argparse
@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -26,21 +27,34 @@ from tqdm import tqdm
 import checkpoint
 import data
 import dit
-from cli import (Parser, grid, ignore_signals, not_negative, one_line_errors, positive, processes, save_image, stop_signals,
-                 total)
-from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, Diffusion, keyed_generator
-from sample import CFG_SCALE, draw, parent_of
+from cli import Parser, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
+from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
+from models import MODELS, build, describe
+from objectives import DROPOUT, Classification, Denoising
+from sample import parent_of
 
-MODELS = {"dit": (dit.DiT, dit.SIZES)}
-COMMON = dict(model="dit", size="Ti/8", conditioning="adaln-zero", data="mnist", image_size=None, flip=False, shift=0,
-              skip_bad=False, cache=None, accumulate=1, seed=0, device="auto", precision=None, compile=False,
-              checkpointing=False, out="run.pt", resume=False)
+COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, flip=False, skip_bad=False,
+              cache=None, accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt",
+              resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
-              decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, sample_every=560, save_every=280)
-PAPER = dict(schedule="linear", prediction="eps", variance="learned", steps=400_000, batch_size=256, lr=1e-4, warmup=0,
-             decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, sample_every=5000, save_every=1000)
-RECIPES = {"Ti": LAPTOP}                         # any other size: PAPER, Peebles & Xie 2023, section 4
-TIME, NOISE, DROP, FLIP, SHIFT = range(5)        # what a generator draws, so that one use does not disturb another
+              decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
+DIT = dict(schedule="linear", prediction="eps", variance="learned", steps=400_000, batch_size=256, lr=1e-4, warmup=0,
+           decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, shift=0, sample_every=5000, save_every=1000)
+UVIT = {**DIT, "variance": "small", "steps": 500_000, "batch_size": 128, "lr": 2e-4, "weight_decay": 0.03, "warmup": 2500}
+DDPM = {**DIT, "variance": "large", "steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "clip_grad": 1.0}
+IDDPM = {**DIT, "schedule": "cosine", "steps": 500_000, "batch_size": 128}
+VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 0.05, "warmup": 6250, "decay": "cosine",
+       "clip_grad": 1.0}
+DENOISING = ("schedule", "prediction", "variance", "cfg_drop")           # flags that a classifier has no use for
+RECIPES = {                            # by model and the size's first word; None: any other size
+    "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
+    "uvit": {"Ti": LAPTOP, None: UVIT},                                  # Bao et al. 2023, appendix, for CIFAR-10
+    "unet": {"Ti": {**LAPTOP, "steps": 1200, "sample_every": 240, "save_every": 120},
+             "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal; Dhariwal & Nichol, both 2021; Ho et al. 2020
+    "vit": {"Ti": {**LAPTOP, "steps": 2400, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05, "shift": 2},
+            None: VIT},                                                  # Touvron et al. 2021, table 9
+}
+DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8"}          # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
@@ -50,12 +64,15 @@ MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accum
 def flags():
     """The command line; what it leaves out is None, and filled in by `settings`."""
     def default(key):
-        return f"default: {LAPTOP[key]} for Ti, else {PAPER[key]}"
-    parser = Parser(prog="train.py", description="Train a diffusion transformer. Flags left out take the recipe of the size.")
+        return f"default: {LAPTOP[key]} for dit Ti, {DIT[key]} for dit B; others have their own"
+    parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, or a ViT to classify. "
+                    "Flags left out take the recipe of the model and its size.")
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, help="default: dit")
-    model.add_argument("--size", help="Ti S B L XL and the patch, as B/4 (default: Ti/8, for a laptop)")
-    model.add_argument("--conditioning", choices=dit.BLOCKS, help="default: adaln-zero, the best of DiT's")
+    model.add_argument("--size", help="Ti S B L XL … and the patch, as B/4; a U-Net's has no patch (default: Ti/8 or Ti, "
+                       "for a laptop; an unknown size gets the list)")
+    model.add_argument("--conditioning", choices=dit.BLOCKS, help="how a DiT is told (default: adaln-zero, the best)")
+    model.add_argument("--hybrid", action="store_true", default=None, help="a ViT's patches are a small CNN's features")
     model.add_argument("--schedule", choices=SCHEDULES, help=f"of the noise ({default('schedule')})")
     model.add_argument("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
     model.add_argument("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
@@ -63,7 +80,7 @@ def flags():
     where.add_argument("--data", help="mnist, cifar10[:DIR], a folder of images, or an .npz (default: mnist)")
     where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
     where.add_argument("--flip", action="store_true", default=None, help="mirror half of the images; not for digits")
-    where.add_argument("--shift", type=int, help="move images by up to N pixels (default: 0)")
+    where.add_argument("--shift", type=int, help="move images by up to N pixels (default: 2 for vit Ti, else 0)")
     where.add_argument("--skip-bad", action="store_true", default=None, help="leave out image files that cannot be read")
     where.add_argument("--cache", help="folder for decoded images and downloads (default: the user's cache)")
     optimisation = parser.add_argument_group("optimisation")
@@ -72,7 +89,7 @@ def flags():
     optimisation.add_argument("--lr", type=not_negative, help=f"AdamW's ({default('lr')})")
     optimisation.add_argument("--warmup", type=int, help=f"steps in which the rate rises ({default('warmup')})")
     optimisation.add_argument("--decay", choices=("none", "cosine"), help=f"of the rate, to 0 ({default('decay')})")
-    optimisation.add_argument("--weight-decay", type=not_negative, help="default: 0")
+    optimisation.add_argument("--weight-decay", type=not_negative, help=default('weight_decay'))
     optimisation.add_argument("--clip-grad", type=not_negative, help=f"largest gradient norm; 0 is none ({default('clip_grad')})")
     optimisation.add_argument("--ema", type=not_negative, help=f"decay of the averaged weights ({default('ema')})")
     optimisation.add_argument("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
@@ -87,14 +104,18 @@ def flags():
     saving = parser.add_argument_group("saving")
     saving.add_argument("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
     saving.add_argument("--resume", action="store_true", default=None, help="go on with --out; flags left out are the run's own")
-    saving.add_argument("--sample-every", type=positive, help=f"steps between pictures ({default('sample_every')})")
+    saving.add_argument("--sample-every", type=positive, help=f"steps between pictures, and a ViT's held-out accuracy ({default('sample_every')})")
     saving.add_argument("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
     return parser
 
 
 def recipe(chosen):
-    """The recipe of the size chosen, or of the default one."""
-    return RECIPES.get(chosen.get("size", COMMON["size"]).split("/")[0], PAPER)
+    """The recipe of the model and size chosen, or of the default ones."""
+    model = chosen.get("model", COMMON["model"])
+    size = chosen.get("size", DEFAULT_SIZE[model])
+    recipes = RECIPES[model]
+    found = {**recipes.get(re.split("[/-]", size)[0], recipes[None]), "size": size}
+    return found if model != "vit" else {**found, **dict.fromkeys(DENOISING)}
 
 
 def settings(argv):
@@ -120,7 +141,10 @@ def settings(argv):
             raise ValueError(f"{out} exists: --resume goes on with it, --out NAME.pt starts another")
         chosen = {**COMMON, **recipe(given), **given}
     args = argparse.Namespace(**chosen)
-    if not 0 <= args.ema < 1 or not 0 <= args.cfg_drop < 1:
+    useless = [f"--{key.replace('_', '-')}" for key in DENOISING if args.model == "vit" and key in given]
+    if useless:
+        raise ValueError(f"{useless[0]}: a ViT classifies, it does not denoise")
+    if not 0 <= args.ema < 1 or not 0 <= (args.cfg_drop or 0) < 1:
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
     if min(args.shift, args.warmup, args.seed) < 0:
         raise ValueError("--shift, --warmup and --seed must not be negative")
@@ -128,18 +152,20 @@ def settings(argv):
 
 
 def build_network(args, dataset):
-    """The network that the flags name, at the data's size, channels and classes.  ValueError on an unknown size."""
-    network_class, sizes = MODELS[args.model]
-    name, _, patch = args.size.partition("/")
-    if name not in sizes or not patch.isdigit() or int(patch) < 1:
-        raise ValueError(f"--size {args.size}: it is one of {', '.join(sizes)} and a patch size, as in B/4")
-    arguments = dict(image_size=dataset.image_size, patch_size=int(patch), channels=dataset.channels, **sizes[name],
-                     num_classes=dataset.num_classes, null_class=args.cfg_drop > 0, learn_sigma=args.variance == "learned",
-                     conditioning=args.conditioning)
+    """The network that the flags name, at the data's size, channels and classes, and its description.
+
+    ValueError on a size that there is not, or one that needs what no data set here has.
+    """
+    described = describe(args.model, args.size, dataset.image_size, dataset.channels, dataset.num_classes,
+                         null_class=bool(args.cfg_drop), learn_sigma=args.variance == "learned", conditioning=args.conditioning,
+                         hybrid=args.hybrid)
+    if described["class"] == "SuperResUNet" or "context_dim" in described["arguments"]:
+        raise ValueError(f"--size {args.size} sees more than a noisy image and its class, a smaller image or a text: it can be "
+                         "loaded and counted, but not trained here yet")
     torch.manual_seed(args.seed)
-    network = network_class(**arguments)
+    network = build(described)
     network.checkpointing = args.checkpointing
-    return network, {"class": network_class.__name__, "arguments": arguments}
+    return network, described
 
 
 def learning_rate(step, args):
@@ -147,27 +173,6 @@ def learning_rate(step, args):
     rise = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
     fall = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.decay == "cosine" else 1.0
     return args.lr * rise * fall
-
-
-def draw_batch(step, images, labels, part, args, null_label, T, device):
-    """All of a step's randomness, drawn for the whole batch and cut to this process's part -> x0, t, y, eps."""
-    def generator(purpose):
-        return keyed_generator((args.seed, step, purpose), device)
-    N = args.batch_size
-    x0 = data.to_float(images.to(device, non_blocking=True))                         # (n, C, H, W), n of N images
-    if args.flip or args.shift:
-        flip = (torch.rand(N, generator=generator(FLIP), device=device) < 0.5)[part] if args.flip else None
-        offset = torch.randint(-args.shift, args.shift + 1, (N, 2), generator=generator(SHIFT), device=device)[part]
-        x0 = data.augment(x0, flip, offset if args.shift else None)
-    t = torch.randint(T, (N,), generator=generator(TIME), device=device)[part]
-    eps = torch.randn((N, *x0.shape[1:]), generator=generator(NOISE), device=device)[part]
-    if labels is None:
-        return x0, t, None, eps
-    y = labels.to(device, non_blocking=True)
-    if null_label is not None:                           # guidance (§3) needs both, Ho & Salimans 2022, algorithm 1
-        dropped = (torch.rand(N, generator=generator(DROP), device=device) < args.cfg_drop)[part]
-        y = torch.where(dropped, null_label, y)
-    return x0, t, y, eps
 
 
 @torch.no_grad()
@@ -183,28 +188,26 @@ def update_ema(ema, network, step, decay, finite):
 class Log:
     """run.csv and the line or bar on the terminal. Losses are summed on the device and read once a row."""
 
-    COLUMNS = ("step", "images", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr", "images_per_s")
-
-    def __init__(self, path, args, start, run, device, rank):
-        self.path, self.args, self.rank = path, args, rank
-        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=device)            # loss and count, by quarter of t
-        self.bar = tqdm(total=args.steps, initial=start, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
+    def __init__(self, path, args, objective, start, sums, rank):
+        self.path, self.args, self.objective, self.rank = path, args, objective, rank
+        self.sums = sums                                 # (2, G): of losses, and how many, by group, since the last row
+        self.columns = ("step", "images", "loss", *objective.groups, *objective.scores, "grad_norm", "lr", "images_per_s")
+        self.scores = {}                                 # of the next row
         self.since = (start, time.perf_counter())
+        self.bar = tqdm(total=args.steps, initial=start, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
         if rank > 0:
             return
         rows = []
-        if run and path.exists():
+        if start and path.exists():
             with open(path, newline="") as file:         # rows beyond the checkpoint's step are trained again
-                rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS) and row[0].isdigit()
+                rows = [row for row in csv.reader(file) if len(row) == len(self.columns) and row[0].isdigit()
                         and int(row[0]) <= start]
-        if run:
-            self.sums += run["log"].to(device)
         with data.atomic_file(path) as file:
-            file.write("".join(",".join(row) + "\n" for row in (self.COLUMNS, *rows)).encode())
+            file.write("".join(",".join(row) + "\n" for row in (self.columns, *rows)).encode())
 
-    def add(self, losses, t, T):
-        """Sum losses (n,) at times t (n,) by quarter of 0 .. T-1."""
-        masks = t * 4 // T == torch.arange(4, device=t.device).unsqueeze(1)          # (4, n)
+    def add(self, losses, groups):
+        """Sum losses (n,) of samples that belong to groups (n,)."""
+        masks = groups == torch.arange(self.sums.shape[1], device=groups.device).unsqueeze(1)    # (G, n)
         self.sums[0] += torch.where(masks, losses.detach().double(), 0.0).sum(dim=1)
         self.sums[1] += masks.sum(dim=1)
 
@@ -217,15 +220,19 @@ class Log:
         if self.rank > 0:
             return
         losses, counts = sums.tolist()
-        mean = sum(losses) / sum(counts)
-        quarters = (loss / count if count else math.nan for loss, count in zip(losses, counts))
-        values = (f"{value:.8g}" for value in (mean, *quarters, norm.item(), learning_rate(step - 1, self.args)))
+        mean, groups, scores = sum(losses) / sum(counts), self.objective.groups, self.objective.scores
+        by_group = [loss / count if count else math.nan for loss, count in zip(losses, counts)] if groups else []
+        values = (mean, *by_group, *map(self.scores.get, scores), norm.item(), learning_rate(step - 1, self.args))
         with open(self.path, "a") as file:
-            file.write(",".join([str(step), str(step * self.args.batch_size), *values, f"{rate:.1f}"]) + "\n")
+            file.write(",".join([str(step), str(step * self.args.batch_size),
+                                 *("" if value is None else f"{value:.8g}" for value in values), f"{rate:.1f}"]) + "\n")
+        said = "".join(f", held-out {name} {value:.1%}" for name, value in self.scores.items())
+        self.scores = {}
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
-        if self.bar.disable:
+        if self.bar.disable or said:
             left = (self.args.steps - step) * self.args.batch_size / rate / 60
-            print(f"step {step}: loss {mean:.4f}, {rate:.0f} images/s, {left:.1f} minutes left", flush=True)
+            tqdm.write(f"step {step}: loss {mean:.4f}{said}, {rate:.0f} images/s, {left:.1f} minutes left")
+            sys.stdout.flush()
 
 
 def guarded_step(optimizer, parameters, clip):
@@ -241,16 +248,6 @@ def guarded_step(optimizer, parameters, clip):
     optimizer.step()
     optimizer.zero_grad()
     return norm, finite
-
-
-def save_picture(path, ema, diffusion, dataset, seed):
-    """EMA samples, eight rows; one column a class, for the first ten classes."""
-    columns = min(dataset.num_classes or 8, 10)
-    scale = CFG_SCALE if ema.null_label is not None else 1.0
-    classes = list(range(columns)) if dataset.num_classes else None
-    batches = draw(ema, diffusion, range(8 * columns), classes, seed, clip=True, cfg_scale=scale)
-    images = torch.cat([data.to_uint8(x).cpu() for _, x in batches])
-    save_image(path, grid(images.numpy(), columns))
 
 
 def load_data(args, rank, world):
@@ -282,38 +279,39 @@ def train(args, run, device, rank, world):
     network, described = build_network(args, dataset)
     if run and run["network"] != described:
         raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
-    diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
+    objective = (Classification if args.model == "vit" else Denoising)(args, dataset, network, device)
     network = network.to(device).train()
     ema = copy.deepcopy(network).eval().requires_grad_(False)
     parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     bad_steps = torch.zeros((), device=device)           # non-finite gradients in a row
+    sums = torch.zeros(2, max(1, len(objective.groups)), dtype=torch.float64, device=device)     # of losses, and how many
     if run:
         try:
             network.load_state_dict(run["model"])
             ema.load_state_dict(run["ema"])
             optimizer.load_state_dict(run["optimizer"])
             bad_steps += run["bad_steps"]
-        except (RuntimeError, KeyError, TypeError) as error:
+            sums += run["log"].to(device)
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--resume: {out} is damaged: {error}") from None
-    log = Log(out.with_suffix(".csv"), args, start, run, device, rank)
-    if run:
         run.clear()                                      # it takes as much memory as the network and its optimizer
+    log = Log(out.with_suffix(".csv"), args, objective, start, sums, rank)
     model = torch.compile(network) if args.compile else network
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    def loss(x0, t, y, eps):
+    def loss(batch):
         with autocast:
-            return diffusion.losses(model, x0, t, y, eps)["loss"]                    # (n,)
+            return objective.loss(model, *batch)                                     # of (n,) samples, and their groups (n,)
 
     def save(step):
         sums = total(log.sums, world)
         if rank == 0:
             checkpoint.save(out, dict(
                 version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=described,
-                diffusion=dict(schedule=args.schedule, T=diffusion.T, prediction=args.prediction, variance=args.variance),
+                diffusion=objective.description(),
                 data=dict(spec=args.data, classes=dataset.classes, num_classes=dataset.num_classes, channels=dataset.channels,
                           image_size=list(dataset.image_size)), vae=None,
                 model=network.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
@@ -327,16 +325,16 @@ def train(args, run, device, rank, world):
     began = time.perf_counter()
     with stop_signals() as stop, log.bar:
         for step, (images, labels) in zip(range(start, args.steps), loader):
-            batch = draw_batch(step, images, labels, part, args, network.null_label, diffusion.T, device)
+            batch = objective.draw(step, images, labels, part)
             for i in range(args.accumulate):
-                x0, t, y, eps = (None if z is None else z[i * micro:(i + 1) * micro] for z in batch)
+                torch.manual_seed(key_seed((args.seed, step, DROPOUT, i, rank)))     # of dropout, which draws globally
                 last = world == 1 or i + 1 == args.accumulate
                 with contextlib.nullcontext() if last else model.no_sync():          # exchange gradients once a step
-                    losses = loss(x0, t, y, eps)
+                    losses, groups = loss([None if z is None else z[i * micro:(i + 1) * micro] for z in batch])
                     (losses.mean() / args.accumulate).backward()
-                log.add(losses, t, diffusion.T)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+                log.add(losses, groups)
+            for parameter_group in optimizer.param_groups:
+                parameter_group["lr"] = learning_rate(step, args)
             norm, finite = guarded_step(optimizer, parameters, args.clip_grad)
             bad_steps = (bad_steps + 1) * (1 - finite)
             update_ema(ema, network, step, args.ema, finite)
@@ -352,14 +350,15 @@ def train(args, run, device, rank, world):
                     minutes = (time.perf_counter() - fifth) / 5 * (args.steps - done) / 60
                     tqdm.write(f"about {minutes:.1f} minutes to go")
                     sys.stdout.flush()
-            if done % LOG_EVERY == 0 or ended:           # the only steps that wait for the device
+            reporting = done % args.sample_every == 0 or ended
+            if rank == 0 and reporting:
+                log.scores = objective.report(ema, out.with_suffix(".png"))
+            if done % LOG_EVERY == 0 or reporting:       # the only steps that wait for the device
                 log.write(total(log.sums, world), done, norm)
                 if bad_steps >= MAX_BAD_STEPS:
                     raise ValueError(f"{int(bad_steps)} steps in a row had a NaN or infinite gradient, and none was taken: lower "
                                      "--lr, set --clip-grad, or look at the data")
                 stopping = total(torch.tensor(float(bool(stop)), device=device), world) > 0      # all processes agree
-            if rank == 0 and (done % args.sample_every == 0 or ended):
-                save_picture(out.with_suffix(".png"), ema, diffusion, dataset, args.seed)
             if done % args.save_every == 0 or ended or stopping:
                 save(done)
             if stopping:
@@ -367,7 +366,8 @@ def train(args, run, device, rank, world):
     if rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"{done - start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}" +
-              (f", {out.with_suffix('.png')}; python sample.py --ckpt {out} draws more" if ended else
+              (f", {out.with_suffix('.png')}" + ("" if args.model == "vit" else f"; python sample.py --ckpt {out} draws more")
+               if ended else
                f" at step {done}; python train.py --resume --out {out} goes on"))
 
 

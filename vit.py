@@ -19,15 +19,49 @@ def pair(size):
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def divided(image_size, factor, what):
+    """Rows and columns left when both sides are divided by a factor, which is `what` of the network.
+
+    ValueError, with the nearest sizes that work, where it does not divide a side.
+    """
+    sides = pair(image_size)
+    for side in sides:
+        if side < factor or side % factor:
+            lower, upper = side // factor * factor, max(1, -(-side // factor)) * factor
+            nearest = f"{lower} or {upper}" if lower else upper
+            raise ValueError(f"image size {side} is not a multiple of {what} {factor}: use {nearest}")
+    return sides[0] // factor, sides[1] // factor
+
+
 def token_grid(image_size, patch_size):
     """Rows and columns of patches. ValueError, with the nearest sizes that work, where the patch does not divide a side."""
-    height, width = pair(image_size)
-    for side in (height, width):
-        if side < patch_size or side % patch_size:
-            lower, upper = side // patch_size * patch_size, max(1, -(-side // patch_size)) * patch_size
-            nearest = f"{lower} or {upper}" if lower else upper
-            raise ValueError(f"image size {side} is not a multiple of patch size {patch_size}: use {nearest}")
-    return height // patch_size, width // patch_size
+    return divided(image_size, patch_size, "patch size")
+
+
+def checked(network, x, t, y):
+    """Check what a denoiser is given, at its door -> y, with the null label where it is None and there is one.
+
+    x (N, C, H, W) must be of the size that network.channels and .image_size say, t (N,), and y labels (N,), a context
+    (N, M, context_dim) or None, as its .num_classes, .null_label and .context_dim ask. ValueError otherwise.
+    """
+    if tuple(x.shape[1:]) != (network.channels, *network.image_size):
+        raise ValueError(f"input of shape {tuple(x.shape[1:])} where the network was built for "
+                         f"{(network.channels, *network.image_size)}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t of shape {tuple(t.shape)} for {len(x)} images: it must be (N,)")
+    if network.context_dim is not None:
+        if y is None or y.ndim != 3 or len(y) != len(x) or y.shape[2] != network.context_dim:
+            raise ValueError(f"this network wants a text context y of shape ({len(x)}, M, {network.context_dim})")
+    elif network.num_classes is None:
+        if y is not None:
+            raise ValueError("labels given to an unconditional network: y must be None")
+    elif y is None:
+        if network.null_label is None:
+            raise ValueError("this network has no null class: it wants labels y")
+        return torch.full_like(t, network.null_label, dtype=torch.long)
+    elif y.shape != t.shape or y.is_floating_point():
+        raise ValueError(f"y of shape {tuple(y.shape)}, {y.dtype}: it must be whole numbers ({len(x)},)")
+    return y
 
 
 def timestep_embedding(t, dim):
@@ -133,13 +167,16 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block (§2-4-2): LayerNorm before self-attention and before the MLP, a residual around each."""
+    """A pre-norm encoder block (§2-4-2): LayerNorm before self-attention and before the MLP, a residual around each.
 
-    def __init__(self, dim, heads, approximate="none"):
+    eps is that of ViT's and DiT's released weights.
+    """
+
+    def __init__(self, dim, heads, approximate="none", eps=1e-6, qkv_bias=True):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)          # epsilon of ViT's and DiT's released weights
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, approximate)
 
     def forward(self, x):
@@ -170,6 +207,7 @@ class ViT(nn.Module):
                  hybrid=False):
         super().__init__()
         self.grid = token_grid(image_size, patch_size)
+        self.image_size, self.channels = pair(image_size), channels
         self.patch_size, self.num_classes = patch_size, num_classes
         if hybrid and patch_size % ConvStem.reduction:
             raise ValueError(f"the hybrid's feature map has a quarter of the image's sides: patch size {patch_size} is not a "
@@ -194,9 +232,8 @@ class ViT(nn.Module):
 
     def tokens(self, x):
         """All tokens after the last norm (N, 1 + L, D), the class token first."""
-        if token_grid(x.shape[2:], self.patch_size) != self.grid:
-            raise ValueError(f"images of {tuple(x.shape[2:])} pixels where the network was built for "
-                             f"{tuple(side * self.patch_size for side in self.grid)}")
+        if tuple(x.shape[2:]) != self.image_size:
+            raise ValueError(f"images of {tuple(x.shape[2:])} pixels where the network was built for {self.image_size}")
         x = self.patch_embed(self.stem(x))                                               # (N, L, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)                 # (N, 1 + L, D)
         x = x + self.pos_embed

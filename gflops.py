@@ -1,0 +1,171 @@
+"""What a network costs: parameters and multiply-adds, beside the numbers that the report quotes.
+
+Report §2-7-1, §4-3, §4-10, Fig. 5-1 and 5-2. Convention, that of the papers: Gflops are the 10^9 multiply-adds of one forward
+pass for one image, in linear layers, convolutions and both products of attention; biases, norms, activations, softmax and
+resampling are not counted. Guidance doubles them. Counting runs on PyTorch's meta device, which knows shapes only, so neither
+memory nor time depends on the width of the network.
+
+    python gflops.py                                            every table of the report
+    python gflops.py --model uvit --size H/2 --image-size 64    one network, and the memory that training it takes
+"""
+import functools
+import sys
+
+import torch
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+from cli import Parser, one_line_errors, positive
+from models import MODELS, build, describe
+
+# What the networks see: latents of 256 x 256 and 512 x 512 images (four channels, an eighth of the sides), or pixels
+LATENT, LATENT_512 = (dict(image_size=side, channels=4, num_classes=1000) for side in (32, 64))
+DIT, DIT_512 = ({**size, "learn_sigma": True} for size in (LATENT, LATENT_512))
+TEXT = dict(image_size=32, channels=4, context_dim=768)                  # latents and CLIP's 77 tokens
+
+
+def pixels(side, num_classes=None):
+    return dict(image_size=side, channels=3, num_classes=num_classes)
+
+
+def adm(side):
+    return dict(**pixels(side, 1000), null_class=False, learn_sigma=True)
+
+
+# A row: name, the networks that it runs once each, published 10^6 parameters and Gflops as they are printed, remark
+TABLES = {
+    "§4-3: DiT on latents of 256x256 images (Peebles & Xie 2023, tables 1 and 4)": [
+        ("DiT-S/8", [("dit", "S/8", DIT)], "33", "0.36", ""),
+        ("DiT-S/4", [("dit", "S/4", DIT)], "33", "1.41", ""),
+        ("DiT-S/2", [("dit", "S/2", DIT)], "33", "6.06", ""),
+        ("DiT-B/8", [("dit", "B/8", DIT)], "131", "1.42", ""),
+        ("DiT-B/4", [("dit", "B/4", DIT)], "130", "5.56", ""),
+        ("DiT-B/2", [("dit", "B/2", DIT)], "130", "23.01", ""),
+        ("DiT-L/8", [("dit", "L/8", DIT)], "459", "5.01", ""),
+        ("DiT-L/4", [("dit", "L/4", DIT)], "458", "19.70", ""),
+        ("DiT-L/2", [("dit", "L/2", DIT)], "458", "80.71", ""),
+        ("DiT-XL/8", [("dit", "XL/8", DIT)], "676", "7.39", ""),
+        ("DiT-XL/4", [("dit", "XL/4", DIT)], "675", "29.05", ""),
+        ("DiT-XL/2", [("dit", "XL/2", DIT)], "675", "118.64", ""),
+        ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525", ""),
+    ],
+    "§2-8-3: the four blocks of DiT-XL/2 (Peebles & Xie 2023, figure 5)": [
+        (f"DiT-XL/2 {name}", [("dit", "XL/2", {**DIT, "conditioning": name})], None, published, "")
+        for name, published in zip(dit.BLOCKS, ("118.64", "118.56", "137.62", "119.37"))
+    ],
+    "§4-1: U-ViT (Bao et al. 2023, table 1)": [
+        ("U-ViT-S/2 CIFAR-10", [("uvit", "S/2", pixels(32))], "44", None, ""),
+        ("U-ViT-S/4 CelebA 64", [("uvit", "S/4", pixels(64))], "44", None, ""),
+        ("U-ViT-M/4 ImageNet 64", [("uvit", "M/4", {**pixels(64, 1000), "null_class": False})], "131", None, ""),
+        ("U-ViT-L/4 ImageNet 64", [("uvit", "L/4", {**pixels(64, 1000), "null_class": False})], "287", None, ""),
+        ("U-ViT-L/2 ImageNet 256", [("uvit", "L/2", LATENT)], "287", None, ""),
+        ("U-ViT-H/2 ImageNet 256", [("uvit", "H/2", LATENT)], "501", None, ""),
+        ("U-ViT-L/4 ImageNet 512", [("uvit", "L/4", LATENT_512)], "287", None, ""),
+        ("U-ViT-H/4 ImageNet 512", [("uvit", "H/4", LATENT_512)], "501", None, ""),
+    ],
+    "Fig. 5-1: MS-COCO, the denoiser's parameters alone": [
+        ("U-ViT-S/2", [("uvit", "S/2", TEXT)], "45", None, ""),
+        ("U-ViT-S/2 Deep", [("uvit", "S-deep/2", TEXT)], "58", None, ""),
+        ("U-Net", [("unet", "ldm-coco", TEXT)], "53", None, "a configuration of that size; theirs is not published"),
+    ],
+    "§4-10, Fig. 5-2: ImageNet (Dhariwal & Nichol 2021; Rombach et al. 2022; Peebles & Xie 2023)": [
+        ("ADM at 256x256", [("unet", "adm-256", adm(256))], "554", "1120", ""),
+        ("ADM-U at 256x256", [("unet", "adm-64", adm(64)), ("unet", "adm-64-256", adm(256))], None, "742", ""),
+        ("LDM-8", [("unet", "ldm-8", dict(image_size=32, channels=4))], "395", "57", ""),
+        ("LDM-4", [("unet", "ldm-4", dict(image_size=64, channels=3))], "400", "103.6", "not explained"),
+        ("DiT-XL/2", [("dit", "XL/2", DIT)], "675", "119", ""),
+        ("ADM at 512x512", [("unet", "adm-512", adm(512))], None, "1983", ""),
+        ("ADM-U at 512x512", [("unet", "adm-128", adm(128)), ("unet", "adm-128-512", adm(512))], None, "2813", ""),
+        ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525", ""),
+    ],
+}
+
+
+@torch.no_grad()
+def count(model, *inputs):
+    """Parameters of a network, and multiply-adds of its forward pass for inputs, tensors or None, by the convention above.
+
+    It stays where it is and computes nothing: shapes alone pass through it. Parameters are the numbers of its state dict, so
+    DiT's fixed positions are among them, as in the published counts.
+    """
+    state = {name: value.to("meta") for name, value in (*model.named_parameters(), *model.named_buffers())}
+    with FlopCounterMode(display=False) as counter:      # on the CPU it would miss the fused kernel of attention
+        functional_call(model, state, tuple(None if z is None else z.to("meta") for z in inputs))
+    return sum(value.numel() for value in model.state_dict().values()), counter.get_total_flops() // 2
+
+
+@functools.cache
+def cost(model, size, **options):
+    """Parameters, and multiply-adds for one image, of a named network; options as in `models.describe`."""
+    description = describe(model, size, **options)
+    with torch.device("meta"):
+        network = build(description)
+        x, t = torch.empty(1, network.channels, *network.image_size), torch.zeros(1, dtype=torch.long)
+        context = getattr(network, "context_dim", None)
+        y = t if context is None else torch.empty(1, getattr(network, "context_tokens", 1), context)     # LDM's class: a token
+        low = torch.empty(1, network.channels, *(side // 4 for side in network.image_size))
+    if description["class"] == "ViT":
+        return count(network, x)
+    inputs = x, t, y if network.num_classes is not None or context is not None else None
+    return count(network, *inputs, *([low] if description["class"] == "SuperResUNet" else []))
+
+
+def beside(ours, published):
+    """Our number and the published one, a text, as columns -> text, and whether more than 0.5 % lies between them unexplained.
+
+    A number that rounds to the printed digits is "as printed".
+    """
+    if published is None:
+        return f"{ours:10.2f} {'':>9} {'':>11}", False
+    places = len(published.partition(".")[2])
+    difference = ours / float(published) - 1
+    same = f"{ours:.{places}f}" == published
+    return f"{ours:10.2f} {published:>9} {'as printed' if same else f'{difference:+.2%}':>11}", not same and abs(difference) > 0.005
+
+
+def show(tables):
+    """Print tables of rows like those of TABLES, ours beside theirs."""
+    for title, rows in tables.items():
+        print(f"\n{title}")
+        print(f"{'':24}{'M parameters':>13} {'published':>9} {'':>11}{'Gflops':>11} {'published':>9}")
+        for name, networks, parameters, gflops, remark in rows:
+            costs = [cost(model, size, **options) for model, size, options in networks]
+            left, far = beside(sum(p for p, _ in costs) / 1e6, parameters)
+            right, further = beside(sum(m for _, m in costs) / 1e9, gflops)
+            print(f"{name:27}{left} {right}  {remark or ('not explained' if far or further else '')}".rstrip())
+
+
+def show_one(args):
+    """Print the cost of one network, and what training it takes."""
+    options = dict(image_size=args.image_size, channels=args.channels, num_classes=args.num_classes or None,
+                   conditioning=args.conditioning, hybrid=args.hybrid)
+    description = describe(args.model, args.size, **options)
+    parameters, multiply_adds = cost(args.model, args.size, **options)
+    print(f"{description['class']} {args.size}: " + ", ".join(f"{k}={v}" for k, v in description["arguments"].items()))
+    print(f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops (multiply-adds) an image, guided sampling twice that, "
+          "a training step three times")
+    weights = 4 * parameters / 2 ** 30
+    print(f"memory in float32: weights {weights:.2f} GiB; with gradients and Adam's two moments {4 * weights:.2f} GiB, with the "
+          f"averaged weights {5 * weights:.2f} GiB; activations come on top, with the batch")
+
+
+def main(argv=None):
+    """The command: all tables, or one network."""
+    parser = Parser(prog="gflops.py", description="Parameters and multiply-adds: the report's tables, or one network.")
+    parser.add_argument("--model", choices=MODELS, help="one network instead of the tables")
+    parser.add_argument("--size", help="as for train.py: B/4 of dit, H/2 of uvit, adm-256 of unet, S/16 of vit")
+    parser.add_argument("--image-size", type=positive, default=32, help="side of what the network sees (default: 32)")
+    parser.add_argument("--channels", type=positive, default=3, help="of what the network sees; latents have 4 (default: 3)")
+    parser.add_argument("--num-classes", type=int, default=1000, help="0 is none (default: 1000)")
+    parser.add_argument("--conditioning", choices=dit.BLOCKS, help="of a DiT (default: adaln-zero)")
+    parser.add_argument("--hybrid", action="store_true", help="of a ViT")
+    args = parser.parse_args(argv)
+    with one_line_errors("gflops.py"):
+        if (args.model is None) != (args.size is None):
+            raise ValueError("give both --model and --size, or neither for the report's tables")
+        show(TABLES) if args.model is None else show_one(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

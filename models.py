@@ -1,0 +1,64 @@
+"""The networks by name: what --model and --size mean, and how a run describes its network.
+
+A description is {"class": name, "arguments": {…}}, plain values that run.pt holds; `build` makes the network of it.
+"""
+import dit
+import unet
+import uvit
+import vit
+
+MODELS = {                             # each module lists its sizes in the order of their cost
+    "dit": (dit.DiT, dit.SIZES),
+    "uvit": (uvit.UViT, uvit.SIZES),
+    "unet": (unet.UNet, unet.SIZES),
+    "vit": (vit.ViT, vit.SIZES),
+}
+NETWORKS = {network.__name__: network for network in (*(network for network, _ in MODELS.values()), unet.SuperResUNet)}
+
+
+def named(model, size):
+    """The class and the arguments that a size fixes: ("dit", "B/4") -> DiT, dict(dim=768, depth=12, heads=12, patch_size=4).
+
+    Transformers take a patch size after the slash, U-Nets none. ValueError, with the list, on a size that there is not.
+    """
+    network, sizes = MODELS[model]
+    name, slash, patch = size.partition("/")
+    if name not in sizes or (patch.isdigit() and int(patch) > 0) != (model != "unet") or bool(slash) != bool(patch):
+        raise ValueError(f"--size {size}: for --model {model} it is one of {', '.join(sizes)}"
+                         + (", without a patch size" if model == "unet" else " and a patch size, as in B/4"))
+    if model == "unet":
+        return (unet.SuperResUNet if name in unet.UPSAMPLERS else network), dict(sizes[name])
+    return network, {**sizes[name], "patch_size": int(patch)}
+
+
+def describe(model, size, image_size, channels, num_classes=None, null_class=True, learn_sigma=False, conditioning=None,
+             context_dim=None, hybrid=False):
+    """The description of a named network for images of a size and a number of channels and classes.
+
+    learn_sigma: it puts out a variance beside its prediction. context_dim: a text's width, which takes the classes' place.
+    conditioning is DiT's, hybrid ViT's. ValueError on an option that the network does not have.
+    """
+    if conditioning is not None and model != "dit":
+        raise ValueError(f"--conditioning {conditioning} is a choice of DiT's, not of {model}")
+    if hybrid and model != "vit":
+        raise ValueError(f"--hybrid is a choice of ViT's, not of {model}")
+    if learn_sigma and model == "uvit":
+        raise ValueError("--variance learned: a U-ViT puts out no variance; use small or large")
+    network, fixed = named(model, size)
+    arguments = {**fixed, "image_size": image_size, "channels": channels, "num_classes": num_classes}
+    if model != "vit":
+        arguments |= dict(null_class=null_class)
+    if context_dim is not None:
+        arguments |= dict(context_dim=context_dim)
+    if model == "dit":
+        arguments |= dict(learn_sigma=learn_sigma, conditioning=conditioning or "adaln-zero")
+    if model == "unet":
+        arguments |= dict(out_channels=channels * (2 if learn_sigma else 1))
+    if model == "vit":
+        arguments |= dict(hybrid=hybrid)
+    return {"class": network.__name__, "arguments": arguments}
+
+
+def build(description):
+    """The network of a description, freshly initialised."""
+    return NETWORKS[description["class"]](**description["arguments"])
