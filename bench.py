@@ -1,7 +1,7 @@
 """Measure what the project claims: the quality of a run's samples, the speed of training.
 
     python bench.py quality --ckpt run.pt              samples judged by their nearest training images
-    python bench.py train --size S/4 --batch-size 32   images/s and GFLOP/s, beside a large matrix product in the same run
+    python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
-import ddpm
 import train
 from checkpoint import build, load
 from cli import Parser, one_line_errors, positive, processes
+from gflops import count, inputs_of
+from models import MODELS
+from objectives import Classification, Denoising
 from sample import CFG_SCALE, STEPS, draw, labels_of
 
 
@@ -65,19 +68,36 @@ def quality(args):
     print(f"samples whose nearest training image is no other's {unique_share(neighbours[:, 0]):.1%}")
 
 
-def product_rate(device, side=2048):
-    """FLOP/s of a large square matrix product, float32 on the CPU and bfloat16 on CUDA, over half a second."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    a @ b
+def rate_of(operation, flops, device):
+    """FLOP/s of an operation of so many FLOP, over half a second."""
+    operation()
     _synchronize(device)
-    began, products = time.perf_counter(), 0
+    began, times = time.perf_counter(), 0
     while time.perf_counter() - began < 0.5:
         for _ in range(8):
-            a @ b
+            operation()
         _synchronize(device)
-        products += 8
-    return products * 2 * side ** 3 / (time.perf_counter() - began)
+        times += 8
+    return times * flops / (time.perf_counter() - began)
+
+
+def _random(device, *shape):
+    """Normal numbers, float32 on the CPU and bfloat16 on CUDA, as training computes."""
+    return torch.randn(shape, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def product_rate(device, side=2048):
+    """FLOP/s of a large square matrix product."""
+    a, b = _random(device, side, side), _random(device, side, side)
+    return rate_of(lambda: a @ b, 2 * side ** 3, device)
+
+
+def convolution_rate(device, channels=256, side=32, n=8):
+    """FLOP/s of a large 3 x 3 convolution, channels last."""
+    images, kernels = (_random(device, *shape).to(memory_format=torch.channels_last)
+                       for shape in ((n, channels, side, side), (channels, channels, 3, 3)))
+    with torch.no_grad():
+        return rate_of(lambda: F.conv2d(images, kernels, padding=1), 2 * n * 9 * channels ** 2 * side ** 2, device)
 
 
 def _synchronize(device):
@@ -111,30 +131,32 @@ def speed(args):
     """Run train.py's own loop with a stopwatch around forward, backward and optimizer."""
     if args.steps < 2:
         raise ValueError("--steps: time at least 2")
+    size = args.size or train.DEFAULT_SIZE[args.model]
     warm, device = 3, processes(args.device)[0]
+    measure, ruler = (convolution_rate, "convolution") if args.model == "unet" else (product_rate, "product")
     watch = Stopwatch(device)
-    undo = [watch.wrap(ddpm.Diffusion, "losses"), watch.wrap(torch.Tensor, "backward"), watch.wrap(torch.optim.AdamW, "step")]
+    objective = Classification if args.model == "vit" else Denoising
+    undo = [watch.wrap(objective, "loss"), watch.wrap(torch.Tensor, "backward"), watch.wrap(torch.optim.AdamW, "step")]
     with tempfile.TemporaryDirectory() as folder:
         never = str(10 ** 9)
-        rates = [product_rate(device)]
+        rates = [measure(device)]
         try:
-            train.main(["--size", args.size, "--batch-size", str(args.batch_size), "--steps", str(warm + args.steps), "--data",
-                        args.data, "--out", str(Path(folder) / "run.pt"), "--save-every", never, "--sample-every", never,
-                        "--device", args.device] + (["--compile"] if args.compile else []))
+            train.main(["--model", args.model, "--size", size, "--batch-size", str(args.batch_size), "--steps",
+                        str(warm + args.steps), "--data", args.data, "--out", str(Path(folder) / "run.pt"), "--save-every", never,
+                        "--sample-every", never, "--device", args.device] + (["--compile"] if args.compile else []))
         finally:
             for put_back in undo:
                 put_back()
-        rates.append(product_rate(device))
-        run = load(Path(folder) / "run.pt")
-    starts = watch.starts["losses"]
+        rates.append(measure(device))
+        network, _ = build(load(Path(folder) / "run.pt"))
+    starts = watch.starts["loss"]
     whole = (starts[-1] - starts[warm]) / (len(starts) - 1 - warm)                   # seconds a step, all included
     inside = {name: np.mean(seconds[warm:-1]) for name, seconds in watch.seconds.items()}
-    t = torch.zeros(args.batch_size, dtype=torch.long)
-    work = 3 * 2 * multiply_adds(run["network"], t, None if run["data"]["num_classes"] is None else t)
+    work = 3 * 2 * args.batch_size * count(network, *inputs_of(network))[1]          # backward: twice forward; two FLOP each
     rate = np.mean(rates)
-    print(f"{args.size}, batch {args.batch_size}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{args.model} {size}, batch {args.batch_size}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{args.batch_size / whole:.1f} images/s, {work / whole / 1e9:.1f} GFLOP/s: {work / whole / rate:.1%} of a large "
-          f"product's {rate / 1e9:.1f}")
+          f"{ruler}'s {rate / 1e9:.1f}")
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in inside.items()) +
           f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms")
 
@@ -150,7 +172,8 @@ def main(argv=None):
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=quality)
     command = commands.add_parser("train", help="time the training loop")
-    command.add_argument("--size", default="S/4", help="default: S/4")
+    command.add_argument("--model", default="dit", choices=MODELS, help="default: dit")
+    command.add_argument("--size", help="as for train.py (default: its own)")
     command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     command.add_argument("--steps", type=positive, default=20, help="timed steps (default: 20)")
     command.add_argument("--data", default="mnist", help="default: mnist")

@@ -16,6 +16,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
+import unet
+import vit
 from cli import Parser, one_line_errors, positive
 from models import MODELS, build, describe
 
@@ -95,20 +97,25 @@ def count(model, *inputs):
     return sum(value.numel() for value in model.state_dict().values()), counter.get_total_flops() // 2
 
 
+def inputs_of(network):
+    """What a network takes for one image, as tensors on the meta device."""
+    with torch.device("meta"):
+        x, t = torch.empty(1, network.channels, *network.image_size), torch.zeros(1, dtype=torch.long)
+        if isinstance(network, vit.ViT):
+            return (x,)
+        y = None if network.num_classes is None else t
+        if network.context_dim is not None:
+            y = torch.empty(1, getattr(network, "context_tokens", 1), network.context_dim)       # LDM's class is one token
+        low = torch.empty(1, network.channels, *(side // 4 for side in network.image_size))
+    return (x, t, y, low) if isinstance(network, unet.SuperResUNet) else (x, t, y)
+
+
 @functools.cache
 def cost(model, size, **options):
     """Parameters, and multiply-adds for one image, of a named network; options as in `models.describe`."""
-    description = describe(model, size, **options)
     with torch.device("meta"):
-        network = build(description)
-        x, t = torch.empty(1, network.channels, *network.image_size), torch.zeros(1, dtype=torch.long)
-        context = getattr(network, "context_dim", None)
-        y = t if context is None else torch.empty(1, getattr(network, "context_tokens", 1), context)     # LDM's class: a token
-        low = torch.empty(1, network.channels, *(side // 4 for side in network.image_size))
-    if description["class"] == "ViT":
-        return count(network, x)
-    inputs = x, t, y if network.num_classes is not None or context is not None else None
-    return count(network, *inputs, *([low] if description["class"] == "SuperResUNet" else []))
+        network = build(describe(model, size, **options))
+    return count(network, *inputs_of(network))
 
 
 def beside(ours, published):

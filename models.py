@@ -40,6 +40,8 @@ def describe(model, size, image_size, channels, num_classes=None, null_class=Tru
     """
     if conditioning is not None and model != "dit":
         raise ValueError(f"--conditioning {conditioning} is a choice of DiT's, not of {model}")
+    if model == "vit" and num_classes is None:
+        raise ValueError("--model vit learns labels, and the data has none")
     if hybrid and model != "vit":
         raise ValueError(f"--hybrid is a choice of ViT's, not of {model}")
     if learn_sigma and model == "uvit":

@@ -3,7 +3,6 @@
 One table: a case is the files it lays out in a folder, a command run there, and words of the line it must get.
 """
 import importlib
-
 import json
 import os
 import pickle
@@ -22,6 +21,7 @@ from PIL import Image
 
 import checkpoint
 import dit
+import vit
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,6 +116,13 @@ def unlabelled_run():
     torch.save(run, "run.pt")
 
 
+def classifiers_run():
+    """The folder's run with a ViT in it."""
+    network = dict(image_size=8, patch_size=4, channels=1, dim=16, depth=1, heads=2, num_classes=10)
+    run, state = torch.load("run.pt", weights_only=True), vit.ViT(**network).state_dict()
+    torch.save(run | dict(network={"class": "ViT", "arguments": network}, diffusion=None, model=state, ema=state), "vit.pt")
+
+
 def pixels(*shape):
     return np.zeros(shape, np.uint8)
 
@@ -162,7 +169,22 @@ CASES = [
     ("one image", npz(arr_0=pixels(1, 32, 32, 3)), f"{TRAIN} --data images.npz", "too few"),
     ("a size the patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --data images.npz", "use 16 or 32"),
     ("an unknown size", nothing, f"{TRAIN} --size XXL/2", "Ti, S, B, L, XL"),
+    ("an unknown U-ViT", nothing, f"{TRAIN} --model uvit --size XL/2", "Ti, S, S-deep, M, L, H"),
+    ("an unknown U-Net", nothing, f"{TRAIN} --model unet --size adm-1024", "adm-256, adm-512"),
     ("a size without a patch", nothing, f"{TRAIN} --size S", "B/4"),
+    ("a U-Net with a patch", nothing, f"{TRAIN} --model unet --size S/2", "without a patch"),
+    ("a size that a U-Net cannot halve", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --model unet --size Ti --data images.npz",
+     "use 28 or 32"),
+    ("a size that a U-ViT's patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --model uvit --data images.npz",
+     "use 16 or 32"),
+    ("an upsampler", nothing, f"{TRAIN} --model unet --size adm-64-256", "not trained here yet"),
+    ("a U-Net that reads text", nothing, f"{TRAIN} --model unet --size ldm-4", "not trained here yet"),
+    ("a variance that a U-ViT has not", nothing, f"{TRAIN} --model uvit --variance learned", "small or large"),
+    ("a block design of a U-Net", nothing, f"{TRAIN} --model unet --size Ti --conditioning adaln", "DiT's, not of unet"),
+    ("a hybrid DiT", nothing, f"{TRAIN} --hybrid", "ViT's, not of dit"),
+    ("a hybrid whose patch 4 does not divide", nothing, f"{TRAIN} --model vit --size Ti/2 --hybrid", "multiple of 4"),
+    ("a classifier without labels", npz(arr_0=pixels(5, 32, 32, 3)), f"{TRAIN} --model vit --data images.npz", "has none"),
+    ("a schedule for a classifier", nothing, f"{TRAIN} --model vit --schedule cosine", "does not denoise"),
     ("a batch that the micro-batches do not divide", nothing, f"{TRAIN} --accumulate 3", "not a multiple"),
     ("a batch of nothing", nothing, f"{TRAIN} --batch-size 0", "from 1 on"),
     ("a learning rate that is no number", nothing, f"{TRAIN} --lr nan", "nan is not a number"),
@@ -171,6 +193,8 @@ CASES = [
     ("a run that exists", nothing, "train.py --steps 2", "run.pt exists: --resume"),
     ("--resume without a run", nothing, "train.py --resume --out none.pt", "none.pt"),
     ("--resume against its settings", nothing, "train.py --resume --lr 1 --steps 9", "--lr is 0.002 there, not 1.0"),
+    ("--resume of another backbone", nothing, "train.py --resume --model unet --steps 9", "--model is dit there, not unet"),
+    ("--resume whose log is damaged", edited(lambda run: run.update(log=torch.zeros(3))), "train.py --resume --steps 9", "damaged"),
     ("--resume of a finished run", nothing, "train.py --resume", "step 4 of 4"),
     ("--resume of a run that lacks a tensor", edited(lambda run: run["model"].popitem()), "train.py --resume --steps 9", "damaged"),
     ("--resume of a run without its optimizer", edited(lambda run: run.update(optimizer={})), "train.py --resume --steps 9", "damaged"),
@@ -191,6 +215,12 @@ CASES = [
     ("a trajectory into a folder that does not exist", nothing, f"{SAMPLE} --trajectory no/way.gif", "does not exist"),
     ("quality of a run without labels", unlabelled_run, "bench.py quality", "class-conditional"),
     ("timing a single step", nothing, "bench.py train --steps 1", "at least 2"),
+    ("samples of a classifier", classifiers_run, "sample.py --ckpt vit.pt", "a ViT, which classifies"),
+    ("quality of a classifier", classifiers_run, "bench.py quality --ckpt vit.pt", "class-conditional"),
+    ("the cost of a model without a size", nothing, "gflops.py --model dit", "both --model and --size"),
+    ("the cost of an unknown size", nothing, "gflops.py --model uvit --size XL/2", "S-deep"),
+    ("the cost at a size that the stride does not divide", nothing, "gflops.py --model unet --size adm-64 --image-size 36",
+     "use 32 or 40"),
     ("no subcommand", nothing, "bench.py", "command"),
 ]
 if not torch.cuda.is_available():
