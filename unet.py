@@ -63,7 +63,11 @@ class RonnebergerUNet(nn.Module):
 
 
 def norm(channels, eps=1e-5):
-    """GroupNorm of 32 groups; eps is that of the released weights."""
+    """GroupNorm of 32 groups; eps is that of the released weights.
+
+    Maps stay in PyTorch's default layout: with channels last, the CPU's kernel takes the variance as E[x^2] - E[x]^2 and is wrong by
+    a tenth where a group's mean is a thousand deviations, and the convolutions gained 5 % from it.
+    """
     return nn.GroupNorm(32, channels, eps=eps)
 
 
@@ -301,7 +305,6 @@ class UNet(nn.Module):
                     ds //= 2
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(norm(width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1)))
-        self.to(memory_format=torch.channels_last)       # the layout that convolutions compute in: no copies around each
 
     def denoise(self, x, t, y):
         """The network itself: x (N, inputs C, H, W), t (N,), y checked -> (N, out_channels, H, W)."""
