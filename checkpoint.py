@@ -144,7 +144,7 @@ def infer(state, config=None):
     of 1000 rows is ImageNet's without a null class; else the last row is the null class. ValueError if the names are of no
     network that is known here.
     """
-    config = config or {}
+    name, config = (config, {}) if isinstance(config, str) else (None, config or {})
 
     def depth(stem):
         return len({name.split(".")[1] for name in state if name.startswith(f"{stem}.")})
@@ -186,26 +186,31 @@ def infer(state, config=None):
         found = transformer("patch_embed", state["pos_embed"].shape[1] - 1, depth("blocks"))
         return {"class": "ViT", "arguments": {**found, "num_classes": len(state["head.weight"]), **config}}
     if "input_blocks.0.0.weight" in state and "out.2.weight" in state:
-        return infer_unet(state, labels("label_emb.weight"), config)
+        return infer_unet(state, name, {**labels("label_emb.weight"), **config})
     raise ValueError("its tensors have the names of no network known here: it is neither a run of train.py nor a released DiT, "
                      "U-ViT, ViT or U-Net")
 
 
-def infer_unet(state, labels, config):
-    """As `infer`, for a U-Net: the configuration of unet.SIZES with the same names and shapes, or the one that config names."""
-    name, changes = (config, {}) if isinstance(config, str) else (None, config)
+def infer_unet(state, name, changes):
+    """As `infer`, for a U-Net: the configuration of unet.SIZES with these names and shapes, or the named one, with changes."""
     if name is not None and name not in unet.SIZES:
         raise ValueError(f"no U-Net is called {name!r}: it is one of {', '.join(unet.SIZES)}")
     for size in [name] if name else unet.SIZES:
         network, fixed = models.named("unet", size)
         arguments = {"image_size": 32, **fixed, "channels": state["input_blocks.0.0.weight"].shape[1] // network.inputs,
-                     "out_channels": len(state["out.2.weight"]), **labels, **changes}
-        with torch.device("meta"):
-            shapes = {key: value.shape for key, value in network(**arguments).state_dict().items()}
-        if shapes == {key: value.shape for key, value in state.items()}:
+                     "out_channels": len(state["out.2.weight"]), **changes}
+        with torch.device("meta"):                       # at its own image size, of which no shape depends
+            built = network(**{**arguments, "image_size": fixed.get("image_size", 32)})
+        if {key: value.shape for key, value in built.state_dict().items()} == {key: value.shape for key, value in state.items()}:
             return {"class": network.__name__, "arguments": arguments}
     raise ValueError(f"its shapes are not those of {name}" if name else "it is a U-Net of no configuration known here: its heads, "
                      "which shapes do not show, must be given with all other arguments")
+
+
+def unet_name(arguments):
+    """The configuration of unet.SIZES, at whatever image size, that a U-Net's arguments are of, or ""."""
+    return next((name for name, size in unet.SIZES.items()
+                 if {**size, "image_size": arguments["image_size"]}.items() <= arguments.items()), "")
 
 
 def released_process(network):
@@ -222,7 +227,7 @@ def released_process(network):
         return {**linear, "schedule": "scaled-linear", "variance": "small", "time": (1, 1)} if discrete else None
     if kind != "UNet":
         return None
-    size = next((name for name, size in unet.SIZES.items() if size.items() <= arguments.items()), "")
+    size = unet_name(arguments)
     if size.startswith("ldm"):
         return {**linear, "schedule": "scaled-linear", "variance": "small", "range": (0.0015, 0.0195)}
     if size.startswith("iddpm"):
@@ -255,7 +260,7 @@ def load(path, config=None):
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {path}: {reason}") from None
     arguments = network["arguments"]
-    latent = arguments["channels"] == 4 or unet.SIZES["ldm-4"].items() <= arguments.items()
+    latent = arguments["channels"] == 4 or network["class"] == "UNet" and unet_name(arguments).startswith("ldm")
     data = dict(spec=None, classes=None, num_classes=arguments["num_classes"], channels=arguments["channels"],
                 image_size=arguments["image_size"])
     return dict(version=VERSION, step=None, config={}, network=network, diffusion=released_process(network), data=data,

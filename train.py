@@ -15,6 +15,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -299,7 +300,9 @@ def train(args, run, device, rank, world):
     log = Log(out.with_suffix(".csv"), args, objective, start, sums, rank)
     model = torch.compile(network) if args.compile else network
     if world > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        with warnings.catch_warnings():                  # torch 2.13 has another name for broadcast_buffers, 2.11 this one only
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     def loss(batch):
@@ -366,7 +369,7 @@ def train(args, run, device, rank, world):
     if rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"{done - start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}" +
-              (f", {out.with_suffix('.png')}" + ("" if args.model == "vit" else f"; python sample.py --ckpt {out} draws more")
+              (f", {out.with_suffix('.png')}" + (f"; python sample.py --ckpt {out} draws more" if objective.description() else "")
                if ended else
                f" at step {done}; python train.py --resume --out {out} goes on"))
 

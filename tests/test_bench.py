@@ -1,16 +1,10 @@
-"""bench.py: its judge is right on digits whose class is known, and its count is the published one."""
-import json
-from pathlib import Path
-
+"""bench.py: its judge is right on digits whose class is known, and its stopwatch changes nothing."""
 import numpy as np
 import torch
 
 import bench
 import data
 import ddpm
-import dit
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_neighbours_are_those_of_a_search_by_hand():
@@ -33,16 +27,6 @@ def test_the_judge_recognises_real_held_out_digits():
     queries, truth = held_out.batch(np.arange(300))
     right = (bench.vote(labels, bench.nearest(queries, images)) == truth).float().mean().item()
     assert right > 0.9                                     # about 94 %: 300 digits leave a standard error of 1.4 %
-
-
-def test_multiply_adds_are_the_published_ones():
-    cases = json.loads((GOLDEN / "complexity_transformers.json").read_text())["dit"]
-    for name in ("DiT-S/8 256", "DiT-L/2 256", "DiT-XL/2 256", "DiT-XL/2 512"):
-        size, patch = name.removeprefix("DiT-").split()[0].split("/")
-        description = {"class": "DiT", "arguments": dict(image_size=(cases[name]["config"]["input_size"],) * 2, patch_size=int(patch), channels=4, **dit.SIZES[size])}
-        t = torch.zeros(1, dtype=torch.long)
-        assert bench.multiply_adds(description, t, t) == cases[name]["macs_flop_counter"]
-        assert bench.multiply_adds(description, t.repeat(3), t.repeat(3)) == 3 * cases[name]["macs_flop_counter"]
 
 
 def test_a_sample_that_shares_its_neighbour_is_not_unique():

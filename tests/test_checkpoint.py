@@ -1,7 +1,9 @@
 """checkpoint.py: a run survives the disk bit for bit, released weights load by name, a hostile file is refused in one line.
 
-Networks are tiny and have formula weights. A released DiT is its official state dict written to a file: names, shapes and the
-expected output come from golden/. A .safetensors file is written by hand, so that the reader is not checked against itself.
+Networks are tiny and have formula weights. A released DiT or U-ViT is its official state dict written to a file: names, shapes
+and the expected output come from golden/. Published U-Nets are known by their shapes, on the meta device; where a file is needed,
+the table of configurations holds small ones under the same names. A .safetensors file is written by hand, so that the reader is
+not checked against itself.
 """
 import io
 import json
@@ -21,13 +23,20 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 import checkpoint
+import ddpm
 import dit
+import models
 import sample
+import unet
+import uvit
 import vit
-from checkpoint import build, describe, infer, load, load_network, main, read, read_safetensors, save, sole_writer
+from checkpoint import (build, describe, infer, load, load_network, main, read, read_safetensors, released_process, save,
+                        sole_writer)
 from ddpm import cosine_betas
 from dit import DiT
 from formula import fill, formula_weight, golden, golden_json
+from unet import ADM, UNet
+from uvit import UViT
 from vit import ViT
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +68,13 @@ def a_run(**changes):
                 data=dict(spec="mnist", classes=list("abcde"), num_classes=5, channels=3, image_size=[8, 8]), vae=None,
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), bad_steps=0,
                 log=torch.arange(8, dtype=torch.float64).reshape(2, 4)) | changes
+
+
+def classifiers_run():
+    """A run of a ViT, as train.py saves it: nothing is denoised."""
+    arguments = dict(image_size=8, patch_size=2, channels=3, dim=16, depth=1, heads=2, num_classes=5)
+    state = fill(ViT(**arguments)).state_dict()
+    return a_run(network={"class": "ViT", "arguments": arguments}, diffusion=None, model=state, ema=state)
 
 
 def saved(path, content):
@@ -125,6 +141,24 @@ def test_a_run_describes_its_diffusion():
     _, diffusion = build(a_run())
     assert (diffusion.T, diffusion.prediction, diffusion.variance) == (50, "v", "learned")
     np.testing.assert_allclose(diffusion.alpha_bars, np.cumprod(1 - cosine_betas(50)))
+
+
+def test_a_run_describes_the_time_its_network_is_told_and_the_ends_of_its_schedule(tmp_path):
+    described = dict(schedule="linear", T=50, prediction="eps", variance="small", time=(0.25, 1), range=(0.1, 0.2))
+    save(tmp_path / "run.pt", a_run(diffusion=described))
+    _, diffusion = build(load(tmp_path / "run.pt"))
+    assert diffusion.original(torch.tensor([0, 1, 49])).tolist() == [1, 1.25, 13.25]
+    np.testing.assert_allclose(diffusion.betas, np.linspace(0.1, 0.2, 50))
+
+
+def test_a_classifiers_run_loads_builds_and_is_described_without_a_diffusion(tmp_path):
+    path, run = tmp_path / "run.pt", classifiers_run()
+    save(path, run)
+    network, diffusion = build(load(path))
+    assert diffusion is None and isinstance(network, ViT)
+    assert all(value.equal(run["ema"][name]) for name, value in network.state_dict().items())
+    said = "\n".join(describe(path))
+    assert "a run at step 1" in said and "ViT" in said and "num_classes=5" in said and "diffusion" not in said
 
 
 def test_an_optimizer_goes_on_where_it_was_saved(tmp_path):
@@ -262,7 +296,8 @@ MISFITS = {
     "another depth": dict(network={"class": "DiT", "arguments": SMALL | {"depth": 1}}),
     "no heads": dict(network={"class": "DiT", "arguments": SMALL | {"heads": 0}}),
     "a patch of nothing": dict(network={"class": "DiT", "arguments": SMALL | {"patch_size": 0}}),
-    "an unknown class": dict(network={"class": "UNet", "arguments": SMALL}),
+    "an unknown class": dict(network={"class": "GAN", "arguments": SMALL}),
+    "another network's class": dict(network={"class": "UNet", "arguments": SMALL}),
     "an unknown argument": dict(network={"class": "DiT", "arguments": SMALL | {"layers": 3}}),
     "text for a number": dict(network={"class": "DiT", "arguments": SMALL | {"depth": "2"}}),
     "no class": dict(network={}),
@@ -271,6 +306,9 @@ MISFITS = {
     "an unknown schedule": dict(diffusion=dict(schedule="sigmoid", T=50, prediction="v", variance="small")),
     "an unknown prediction": dict(diffusion=dict(schedule="linear", T=50, prediction="score", variance="small")),
     "no steps": dict(diffusion=dict(schedule="linear", T=0, prediction="v", variance="small")),
+    "three ends": dict(diffusion=dict(schedule="linear", T=50, prediction="v", variance="small", range=(0.1, 0.2, 0.3))),
+    "an end beyond 1": dict(diffusion=dict(schedule="linear", T=50, prediction="v", variance="small", range=(0.1, 2))),
+    "times of text": dict(diffusion=dict(schedule="linear", T=50, prediction="v", variance="small", time=("a", "b"))),
 }
 
 
@@ -532,6 +570,297 @@ def test_a_file_that_wraps_itself_without_end_is_refused(tmp_path):
     endless["ema"] = endless
     path = saved(tmp_path / "weights.pt", endless)
     refusal(lambda: load(path), path)
+
+
+# Released U-ViTs
+
+@pytest.mark.parametrize("write", [lambda path, state: saved(path / "uvit.pt", state),
+                                   lambda path, state: written(path / "uvit.safetensors", state)], ids=["pt", "safetensors"])
+@pytest.mark.parametrize("name, config", [("uvit_small_unconditional", dict(heads=4)), ("uvit_small_class", dict(heads=3)),
+                                          ("uvit_small_text", dict(heads=4, context_tokens=7))])
+def test_a_released_uvit_loads_by_name_and_repeats_its_authors_output(tmp_path, name, config, write):
+    state, data, meta = official(name)
+    model = load_network(write(tmp_path, state), config)
+    with torch.no_grad():
+        output = model(data["in_x"], data["in_timesteps"], data.get("in_y", data.get("in_context")))
+    assert_close(output, data["out"], **meta["tolerance"])
+
+
+UVITS = golden_json("complexity_transformers")["uvit"]
+
+
+def published_uvit(name):
+    """The arguments of a published U-ViT; its authors count the null class among the classes, and -1 is none."""
+    config = UVITS[name]["config"]
+    condition = ({"context_dim": 768, "context_tokens": 77, "num_classes": None, "null_class": False} if "clip_dim" in config else
+                 {"num_classes": None if config["num_classes"] < 0 else 1000, "null_class": config["num_classes"] == 1001})
+    return dict(image_size=config["img_size"], patch_size=config["patch_size"], channels=config["in_chans"],
+                dim=config["embed_dim"], depth=config["depth"], heads=config["num_heads"], conv=config["conv"],
+                mlp_time_embed=config["mlp_time_embed"], skip=True, **condition)
+
+
+@pytest.mark.parametrize("name", UVITS)
+def test_every_published_uvit_is_known_by_its_shapes(name):
+    with torch.device("meta"):
+        state = UViT(**published_uvit(name)).state_dict()
+    assert infer(state) == {"class": "UViT", "arguments": published_uvit(name)}
+
+
+@pytest.mark.parametrize("size", uvit.SIZES)
+def test_every_size_of_uvit_is_known_by_its_shapes(size):
+    arguments = dict(image_size=32, patch_size=4, channels=3, num_classes=10, null_class=True, mlp_time_embed=False, skip=True,
+                     conv=True) | uvit.SIZES[size]
+    with torch.device("meta"):
+        state = UViT(**arguments).state_dict()
+    assert infer(state) == {"class": "UViT", "arguments": arguments}
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3, 4]), st.integers(1, 3), st.integers(1, 2),
+       st.none() | st.integers(2, 9) | st.just("text"), st.booleans(), st.booleans(), st.booleans())
+def test_every_argument_of_a_uvit_is_read_off_its_shapes(tokens, patch, channels, heads, half, condition, mlp, conv, skip):
+    arguments = dict(image_size=tokens * patch, patch_size=patch, channels=channels, dim=64 * heads, depth=2 * half, heads=heads,
+                     num_classes=condition, null_class=condition is not None, mlp_time_embed=mlp, conv=conv, skip=skip)
+    if condition == "text":
+        arguments |= dict(num_classes=None, null_class=False, context_dim=5, context_tokens=77)
+    with torch.device("meta"):
+        state = UViT(**arguments).state_dict()
+    assert infer(state)["arguments"] == arguments
+
+
+# Released U-Nets
+
+THOUSAND, LEARNED = dict(num_classes=1000), dict(out_channels=6)
+UNETS = {                                    # of the releases: whatever differs from 3 channels in and out and no classes
+    "ddpm-cifar10": {}, "ddpm-256": {}, "iddpm-cifar10": LEARNED, "iddpm-64": LEARNED, "adm-64": LEARNED | THOUSAND,
+    "adm-128": LEARNED | THOUSAND, "adm-256": LEARNED | THOUSAND, "adm-512": LEARNED | THOUSAND,
+    "adm-64-256": LEARNED | THOUSAND, "adm-128-512": LEARNED | THOUSAND, "ldm-4": {}, "ldm-8": dict(channels=4, out_channels=4)}
+every_unet = pytest.mark.parametrize("name", UNETS)
+
+
+def unet_description(name):
+    """Of a release."""
+    network, fixed = models.named("unet", name)
+    released = dict(channels=3, out_channels=3, num_classes=None, null_class=False) | UNETS[name]
+    return {"class": network.__name__, "arguments": fixed | released}
+
+
+def unet_state(name):
+    """The names and shapes of a release."""
+    with torch.device("meta"):
+        return models.build(unet_description(name)).state_dict()
+
+
+@every_unet
+def test_every_published_unet_is_known_by_its_shapes(name):
+    assert infer(unet_state(name)) == unet_description(name)
+
+
+@every_unet
+def test_every_published_unet_is_known_by_its_name(name):
+    assert infer(unet_state(name), name) == unet_description(name)
+
+
+def test_an_unconditional_adm_is_known_by_its_shapes():
+    unconditional = {"class": "UNet", "arguments": unet_description("adm-256")["arguments"] | dict(num_classes=None)}
+    with torch.device("meta"):
+        state = models.build(unconditional).state_dict()
+    assert infer(state) == unconditional
+
+
+FEW = dict(image_size=8, dim=32, res_blocks=1, multipliers=(1,), attention_ds=(), scale_shift=False, updown=False,
+           context_dim=None)
+SMALL_UNETS = {"ddpm-cifar10": FEW, "iddpm-cifar10": FEW | dict(scale_shift=True), "adm-64": FEW | ADM | dict(multipliers=(1, 1)),
+               "adm-256": FEW | ADM | dict(attention_ds=(1,)), "adm-64-256": FEW | ADM | dict(multipliers=(1, 2)),
+               "ldm-4": FEW | dict(context_dim=8)}
+
+
+@pytest.fixture
+def small_unets(monkeypatch):
+    """Released U-Nets have hundreds of megabytes: here are all configurations, under their names, with half a megabyte each."""
+    for name in list(unet.SIZES):
+        monkeypatch.delitem(unet.SIZES, name)
+    for name, size in SMALL_UNETS.items():
+        monkeypatch.setitem(unet.SIZES, name, size)
+
+
+def released_unet(name):
+    """A small network under a release's name, with formula weights."""
+    return fill(models.build(unet_description(name)))
+
+
+def unet_inputs(network):
+    """Three images, times, and what else it asks for."""
+    x, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 400, 800])
+    if network.context_dim is not None:
+        return x, t, torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(1))
+    y = None if network.num_classes is None else torch.tensor([0, 5, 999])
+    return (x, t, y, x[..., ::4, ::4]) if isinstance(network, unet.SuperResUNet) else (x, t, y)
+
+
+@pytest.mark.parametrize("name", SMALL_UNETS)
+def test_a_released_unet_gives_the_same_output_after_the_disk(tmp_path, small_unets, name):
+    model = released_unet(name)
+    for path in saved(tmp_path / "unet.pt", model.state_dict()), written(tmp_path / "unet.safetensors", model.state_dict()):
+        again = load_network(path)
+        with torch.no_grad():
+            assert again(*unet_inputs(model)).equal(model(*unet_inputs(model)))
+
+
+def lightning(state, averaged=None):
+    """A checkpoint of latent diffusion: the U-Net among other networks; averaged weights under names without dots."""
+    content = {"first_stage_model.encoder.conv_in.weight": torch.ones(2), "cond_stage_model.embedding.weight": torch.ones(2),
+               "betas": torch.ones(2), **{f"model.diffusion_model.{name}": value for name, value in state.items()}}
+    if averaged:
+        content |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+        content |= {f"model_ema.diffusion_model{name.replace('.', '')}": value for name, value in averaged.items()}
+    return {"epoch": 5, "global_step": 9, "state_dict": content}
+
+
+@pytest.mark.parametrize("has_average", [False, True])
+def test_a_lightning_checkpoint_of_latent_diffusion_gives_its_unets_averaged_weights(tmp_path, small_unets, has_average):
+    state = released_unet("ldm-4").state_dict()
+    averaged = {name: value + 1 for name, value in state.items()} if has_average else None
+    run = load(saved(tmp_path / "ldm.ckpt", lightning(state, averaged)))
+    assert run["network"] == unet_description("ldm-4") and run["vae"]
+    assert identical(run["model"], averaged or state) and identical(run["ema"], averaged or state)
+
+
+def test_the_networks_beside_a_lightning_checkpoints_unet_are_passed_over(tmp_path, small_unets):
+    model = released_unet("ldm-4")
+    again = load_network(written(tmp_path / "ldm.safetensors", lightning(model.state_dict())["state_dict"]))
+    with torch.no_grad():
+        assert again(*unet_inputs(model)).equal(model(*unet_inputs(model)))
+
+
+OTHER_UNET = FEW | dict(channels=3, out_channels=3, multipliers=(1, 3), attention_ds=(2,), heads=4, head_dim=None)
+
+
+def test_a_unet_of_no_known_configuration_is_refused_unless_all_its_arguments_are_given(tmp_path):
+    path = saved(tmp_path / "unet.pt", fill(UNet(**OTHER_UNET)).state_dict())
+    refusal(lambda: load(path), path, "no configuration known here", "heads", "given with all other arguments")
+    assert OTHER_UNET.items() <= load(path, OTHER_UNET)["network"]["arguments"].items()
+
+
+def test_a_unet_with_a_tensor_missing_or_of_another_shape_is_refused(tmp_path, small_unets):
+    state = released_unet("adm-256").state_dict()
+    for change in ({}, {"out.2.bias": torch.ones(7)}):
+        path = saved(tmp_path / "unet.pt", {name: value for name, value in state.items() if name != "out.2.bias"} | change)
+        refusal(lambda: load(path), path, "no configuration known here")
+
+
+def test_a_unets_name_that_is_wrong_is_refused_and_one_that_there_is_not_gets_the_list(tmp_path, small_unets):
+    path = saved(tmp_path / "unet.pt", released_unet("adm-256").state_dict())
+    refusal(lambda: load(path, "adm-64"), path, "not those of adm-64")
+    refusal(lambda: load(path, "adm-1024"), path, "'adm-1024'", ", ".join(SMALL_UNETS))
+
+
+def test_a_released_unet_may_be_built_for_another_image_size():
+    given = dict(image_size=(48, 80))                    # legal for it, though not for every configuration before it
+    assert infer(unet_state("iddpm-64"), given)["arguments"] == unet_description("iddpm-64")["arguments"] | given
+
+
+@pytest.mark.parametrize("name", ["iddpm-cifar10", "adm-64", "ldm-4"])
+def test_a_released_unet_at_another_image_size_keeps_its_process(tmp_path, small_unets, name):
+    path = saved(tmp_path / "unet.pt", released_unet(name).state_dict())
+    at_size, at_another = load(path), load(path, dict(image_size=16))
+    assert at_another["diffusion"] == at_size["diffusion"] and at_another["vae"] == at_size["vae"]
+
+
+# What released networks were trained on
+
+LINEAR = dict(schedule="linear", T=1000, prediction="eps")
+COSINE, SCALED = LINEAR | dict(schedule="cosine"), LINEAR | dict(schedule="scaled-linear", variance="small")
+OF_UNETS = {
+    **dict.fromkeys(("ddpm-cifar10", "ddpm-256"), LINEAR | dict(variance="large")),
+    **dict.fromkeys(("iddpm-cifar10", "iddpm-64"), COSINE | dict(T=4000, variance="learned", time=(0.25, 0))),
+    "adm-64": COSINE | dict(variance="learned"),
+    **dict.fromkeys(("adm-128", "adm-256", "adm-512"), LINEAR | dict(variance="learned")),
+    **dict.fromkeys(("adm-64-256", "adm-128-512"), None),                # they start from a small image
+    **dict.fromkeys(("ldm-4", "ldm-8"), SCALED | dict(range=(0.0015, 0.0195))),
+}
+
+
+@every_unet
+def test_a_released_unet_comes_with_its_papers_process(name):
+    assert released_process(unet_description(name)) == OF_UNETS[name]
+
+
+@pytest.mark.parametrize("name", UVITS)
+def test_the_huge_and_the_text_uvits_count_discrete_time_and_the_others_a_continuous_one(name):
+    expected = SCALED | dict(time=(1, 1)) if "huge" in name or "mscoco" in name else None
+    assert released_process({"class": "UViT", "arguments": published_uvit(name)}) == expected
+
+
+def small_uvit(**changes):
+    return fill(UViT(**dict(image_size=8, patch_size=2, channels=4, dim=64, depth=2, heads=1) | changes))
+
+
+OF_LATENTS = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2                    # Stable Diffusion's
+TOLD = {           # network, betas, and what it is told at steps 0, 1, 2 and the last one
+    "DiT": (network, np.linspace(1e-4, 0.02, 1000), [0, 1, 2, 999]),
+    "U-ViT-H": (lambda: small_uvit(num_classes=5, conv=False), OF_LATENTS, [1, 2, 3, 1000]),
+    "U-ViT text": (lambda: small_uvit(context_dim=8), OF_LATENTS, [1, 2, 3, 1000]),
+    "ddpm-cifar10": (None, np.linspace(1e-4, 0.02, 1000), [0, 1, 2, 999]),
+    "iddpm-cifar10": (None, cosine_betas(4000), [0, 0.25, 0.5, 999.75]),
+    "adm-64": (None, cosine_betas(1000), [0, 1, 2, 999]),
+    "adm-256": (None, np.linspace(1e-4, 0.02, 1000), [0, 1, 2, 999]),
+    "ldm-4": (None, np.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, 1000) ** 2, [0, 1, 2, 999]),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_released_network_is_told_the_time_that_it_was_trained_with(tmp_path, small_unets, name):
+    make, betas, told = TOLD[name]
+    model = make() if make else released_unet(name)
+    _, diffusion = build(load(saved(tmp_path / "released.pt", model.state_dict())))
+    np.testing.assert_allclose(diffusion.betas, betas, rtol=1e-12)
+    assert diffusion.original(torch.tensor([0, 1, 2, len(betas) - 1])).tolist() == told
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", [0, 1000, 2000, 2999, 3999]), ("ddpm", [0, 1000, 2000, 2999, 3999]),
+                                            ("dpm++", [160, 640, 1440, 2559, 3999])])
+def test_a_respaced_process_tells_the_network_its_own_scale_of_time(tmp_path, small_unets, sampler, steps):
+    run = load(saved(tmp_path / "iddpm.pt", released_unet("iddpm-cifar10").state_dict()))
+    model, diffusion = build(run)
+    told = []
+    model.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1].tolist()))
+    x = ddpm.sample(diffusion, model, (2, 3, 8, 8), sampler=sampler, steps=5, seeds=[0, 1])
+    assert told == [[step / 4] * 2 for step in reversed(steps)] and x.isfinite().all()
+
+
+def test_training_on_a_released_process_tells_the_network_the_same_times(tmp_path):
+    _, diffusion = build(load(saved(tmp_path / "uvit.pt", small_uvit(conv=False).state_dict())))
+    told, t = [], torch.tensor([0, 400, 999])
+    diffusion.losses(lambda x, t, y: told.append(t.tolist()) or x, torch.ones(3, 4, 8, 8), t, None, torch.ones(3, 4, 8, 8))
+    assert told == [[1, 401, 1000]]
+
+
+def test_released_weights_with_another_time_are_sampled_by_the_command_and_described(tmp_path, small_unets):
+    path = saved(tmp_path / "iddpm.pt", released_unet("iddpm-cifar10").state_dict())
+    sample.main(["--ckpt", str(path), "--n", "2", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "out.png")])
+    assert (tmp_path / "out.png").is_file()
+    assert "diffusion  schedule=cosine, T=4000, prediction=eps, variance=learned, time=(0.25, 0)" in describe(path)
+
+
+UNSAMPLED = {
+    "continuous time, pixels": (lambda: small_uvit(channels=3).state_dict(), "trained in continuous time"),
+    "continuous time, latents": (lambda: small_uvit(num_classes=5).state_dict(), "trained in continuous time"),
+    "an upsampler": (lambda: released_unet("adm-64-256").state_dict(), "needs small ones"),
+    "a released ViT": (lambda: classifiers_run()["ema"], "classifies"),
+    "a classifier's run": (classifiers_run, "classifies"),
+    "a text": (lambda: small_uvit(context_dim=8).state_dict(), "text context"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAMPLED)
+def test_what_cannot_be_sampled_here_is_refused_in_one_line(tmp_path, small_unets, capsys, case):
+    make, said = UNSAMPLED[case]
+    path = saved(tmp_path / "released.pt", make())
+    with pytest.raises(SystemExit) as exit:
+        sample.main(["--ckpt", str(path), "--n", "1", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out.png")])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and said in err
+    assert os.listdir(tmp_path) == ["released.pt"]
 
 
 # .safetensors

@@ -42,6 +42,7 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 every_label_network, every_text_network = (
     pytest.mark.parametrize("name", [name for name, (_, arguments) in NETWORKS.items() if key in arguments])
     for key in ("num_classes", "context_dim"))
+every_unet = pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("unet")])
 every_textless_network = pytest.mark.parametrize("name", [name for name in NETWORKS if "context_dim" not in NETWORKS[name][1]])
 
 
@@ -51,7 +52,7 @@ def fresh(name, **changes):
     return network(**arguments | changes)
 
 
-@functools.cache
+@functools.cache                             # a U-Net's weights take longer to make than to run
 def filled_once(name, **changes):
     network = fresh(name, **changes)
     return fill(network, computed=[key for key, _ in network.named_buffers()]).double()
@@ -71,7 +72,7 @@ def batch(network, n=3):
     height, width = network.image_size
     inputs = dict(x=normal(n, network.channels, height, width), t=torch.tensor([0, 437, 999])[3 - n:])
     if network.num_classes is not None:
-        inputs["y"] = torch.tensor([1, 4, 5])[3 - n:]
+        inputs["y"] = torch.tensor([1, 3, 5])[3 - n:]
     if network.context_dim is not None:
         inputs["y"] = normal(n, 4, network.context_dim, seed=1)
     if isinstance(network, SuperResUNet):
@@ -136,12 +137,17 @@ def test_each_output_pixel_depends_on_every_input_pixel_and_token(name):
 
 
 @every_network
-def test_every_parameter_gets_a_gradient_for_all_that_its_layer_is_given(name):
-    network = filled(name)
-    output = network(**batch(network))
-    (output * normal(*output.shape, seed=3)).sum().backward()
+def test_every_row_and_column_of_every_parameter_gets_a_gradient(name):
+    network, weight = filled(name), normal(3, 1, 4, 6, seed=3)
+    inputs = batch(network)
+    (network(**inputs) * weight).sum().backward()
+    if network.num_classes is not None:
+        (network(**inputs | dict(y=5 - inputs["y"])) * weight).sum().backward()          # the other rows of the label table
     # 1e-9 is far above rounding: an offset that a norm takes away has a gradient of 1e-15 instead of 0
-    assert [key for key, value in network.named_parameters() if value.grad.abs().amax(dim=0).min() < 1e-9] == []
+    for key, value in network.named_parameters():
+        size = value.grad.abs()
+        assert size.amax(dim=0).min() > 1e-9, key                        # of a bias the largest: softmax takes away the keys'
+        assert value.ndim == 1 or size.flatten(1).amax(dim=1).min() > 1e-9, key
 
 
 @every_network
@@ -154,7 +160,7 @@ def test_the_gradient_is_the_slope_of_the_output(name):
         return (torch.func.functional_call(network, parameters, kwargs=inputs) * weight).sum()
     grown(1).backward()
     slope = sum((value * value.grad).sum() for value in network.parameters())
-    # a central difference errs by h^2 / 6 third derivatives: 1e-7 slopes where these are several thousand; allow a hundred times it
+    # a central difference errs by h^2 / 6 third derivatives: 1e-7 slopes if these are some thousand; allow a hundred times it
     assert ((grown(1 + h) - grown(1 - h)) / (2 * h)).item() == pytest.approx(slope.item(), rel=1e-5)
 
 
@@ -171,12 +177,24 @@ def test_without_dropout_a_network_holds_no_randomness(name):
     assert torch.equal(network(**batch(network)), network(**batch(network)))
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("unet")])
+@every_unet
 def test_dropout_is_random_while_training_and_gone_afterwards(name):
     network = filled(name, dropout=0.5).train()
     inputs = batch(network)
     assert not torch.allclose(network(**inputs), network(**inputs), atol=1e-3)
     assert torch.equal(network.eval()(**inputs), filled(name)(**inputs))
+
+
+@every_unet
+def test_dropout_drops_the_given_share(name):
+    network, dropped = filled(name, dropout=0.25).train(), []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, inputs, output: dropped.append((output == 0).flatten()))
+    torch.manual_seed(0)
+    network(**batch(network))
+    share = torch.cat(dropped).double()
+    assert share.mean().item() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / len(share)) ** 0.5)         # five standard errors
 
 
 # Times and conditions

@@ -1,0 +1,160 @@
+"""models.py: every name builds its network, a wrong name gets the list, and a description is plain values that say all.
+
+Networks are built on the meta device: shapes without numbers, at 64 x 64, which every total stride and patch here divides.
+"""
+import copy
+
+import pytest
+import torch
+
+from models import MODELS, NETWORKS, build, describe, named
+
+NAMES = [(model, size if model == "unet" else f"{size}/4") for model, (_, sizes) in MODELS.items() for size in sizes]
+every_name = pytest.mark.parametrize("model, size", NAMES, ids=[f"{model} {size}" for model, size in NAMES])
+UPSAMPLERS = {"adm-64-256", "adm-128-512"}                               # that a file name says both sides is their mark
+
+
+def on_meta(description):
+    with torch.device("meta"):
+        return build(description)
+
+
+def shapes(network):
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def output_shape(network, *inputs):
+    """Of what a network makes of two images."""
+    with torch.device("meta"):
+        x = torch.empty(2, network.channels, *network.image_size)
+        return tuple(network(x, torch.zeros(2, dtype=torch.long), *inputs).shape)
+
+
+def plain(value):
+    """Whether a value is made of numbers, text, None, tuples, lists and dicts alone: no array, no class, no type."""
+    if type(value) is dict:
+        return all(map(plain, (*value, *value.values())))
+    return all(map(plain, value)) if type(value) in (list, tuple) else type(value) in (int, float, str, bool, type(None))
+
+
+# Names and sizes
+
+@every_name
+def test_every_size_builds_what_its_description_says(model, size):
+    description = describe(model, size, 64, 3, num_classes=10)
+    network = on_meta(description)
+    fixed = {name: value for name, value in MODELS[model][1][size.removesuffix("/4")].items() if name != "image_size"}
+    assert fixed.items() <= description["arguments"].items()             # a published side gives way to the data's
+    assert type(network).__name__ == description["class"]
+    assert (network.image_size, network.channels) == ((64, 64), 3)
+    assert network.num_classes == (None if "context_dim" in fixed else 10)
+
+
+@every_name
+def test_a_description_survives_the_disk_and_builds_the_same_network_again(tmp_path, model, size):
+    description = describe(model, size, 64, 3, num_classes=10)
+    assert plain(description)
+    torch.save(description, tmp_path / "description.pt")
+    again = torch.load(tmp_path / "description.pt", weights_only=True)
+    assert again == description and list(again["arguments"]) == list(description["arguments"])
+    network, other = on_meta(description), on_meta(again)
+    assert str(network) == str(other) and shapes(network) == shapes(other)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_transformers_size_is_one_of_its_table_with_the_patch_after_a_slash(model):
+    network, sizes = MODELS[model]
+    size = list(sizes)[-1]
+    patch = {} if model == "unet" else dict(patch_size=16)
+    assert named(model, size + "/16" * bool(patch)) == (network, sizes[size] | patch)
+
+
+def test_exactly_adms_upsamplers_see_a_small_image_too():
+    described = {size: describe("unet", size, 64, 3) for size in MODELS["unet"][1]}
+    assert {size for size, description in described.items() if description["class"] == "SuperResUNet"} == UPSAMPLERS
+    for size in UPSAMPLERS:
+        network = on_meta(described[size])
+        assert network.input_blocks[0][0].in_channels == 6
+        assert output_shape(network, None, torch.empty(2, 3, 16, 16, device="meta")) == (2, 3, 64, 64)
+
+
+def test_every_described_class_can_be_built():
+    assert {describe(model, size, 64, 3, num_classes=10)["class"] for model, size in NAMES} == set(NETWORKS)
+
+
+def test_describing_and_changing_a_description_leave_the_tables_as_they_are():
+    before = copy.deepcopy({model: sizes for model, (_, sizes) in MODELS.items()})
+    for model, size in NAMES:
+        describe(model, size, 32, 1, num_classes=2)["arguments"].update(dim=7, depth=7)
+        named(model, size)[1].update(dim=7, depth=7)
+    assert {model: sizes for model, (_, sizes) in MODELS.items()} == before
+
+
+@pytest.mark.parametrize("model, size", [
+    *((model, size) for model in ("dit", "uvit", "vit") for size in
+      ("XXL/4", "B", "S/0", "S/00", "S/", "S/x", "S/-2", "S/+2", "S/2.0", "S/ 2", "S/2/2", "S/²", "s/4", "/4", "", "adm-64")),
+    *(("unet", size) for size in ("XL", "adm-1024", "Ti/2", "S/0", "S/", "S/x", "/", "", "adm-64-256/4", "ti", "B/4"))])
+def test_a_name_that_there_is_not_is_refused_with_the_list(model, size):
+    with pytest.raises(ValueError) as caught:
+        named(model, size)
+    message = str(caught.value)
+    assert f"--size {size}: " in message and ", ".join(MODELS[model][1]) in message
+    assert message.endswith(", without a patch size" if model == "unet" else " and a patch size, as in B/4")
+
+
+# Options
+
+@pytest.mark.parametrize("model, size, options, said", [
+    *((model, size, dict(conditioning="adaln"), f"--conditioning adaln is a choice of DiT's, not of {model}")
+      for model, size in (("uvit", "S/4"), ("unet", "S"), ("vit", "S/4"))),
+    *((model, size, dict(hybrid=True), f"--hybrid is a choice of ViT's, not of {model}")
+      for model, size in (("dit", "S/4"), ("uvit", "S/4"), ("unet", "S"))),
+    ("uvit", "S/4", dict(learn_sigma=True), "--variance learned: a U-ViT puts out no variance"),
+    ("vit", "S/4", dict(num_classes=None), "--model vit learns labels"),
+])
+def test_an_option_of_another_model_is_refused_by_its_name(model, size, options, said):
+    with pytest.raises(ValueError, match=said):
+        describe(model, size, 64, 3, **dict(num_classes=10) | options)
+
+
+@pytest.mark.parametrize("model, size", [("dit", "Ti/8"), ("unet", "Ti")])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_learned_variance_doubles_the_channels_put_out(model, size, channels):
+    for learned in (False, True):
+        network = on_meta(describe(model, size, 64, channels, learn_sigma=learned))
+        assert network.out_channels == (1 + learned) * channels
+        assert output_shape(network) == (2, (1 + learned) * channels, 64, 64)
+
+
+@pytest.mark.parametrize("model, size", [("dit", "Ti/8"), ("uvit", "Ti/8"), ("unet", "Ti")])
+@pytest.mark.parametrize("classes, null_class, rows", [(10, True, 11), (10, False, 10), (None, True, None)])
+def test_the_null_class_is_one_more_row_of_labels(model, size, classes, null_class, rows):
+    network = on_meta(describe(model, size, 64, 3, num_classes=classes, null_class=null_class))
+    tables = [module.num_embeddings for module in network.modules() if isinstance(module, torch.nn.Embedding)]
+    assert tables == ([] if rows is None else [rows]) and network.num_classes == classes
+    assert network.null_label == (classes if null_class else None)
+
+
+@pytest.mark.parametrize("model, size, options", [("dit", "Ti/8", dict(conditioning="cross-attention")), ("uvit", "Ti/8", {}),
+                                                  ("unet", "Ti", {})])
+def test_a_text_takes_the_classes_place(model, size, options):
+    network = on_meta(describe(model, size, 64, 3, num_classes=10, context_dim=7, **options))
+    assert (network.context_dim, network.num_classes, network.null_label) == (7, None, None)
+    assert output_shape(network, torch.empty(2, 77, 7, device="meta")) == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("conditioning", [None, "adaln-zero", "adaln", "cross-attention", "in-context"])
+def test_a_dit_has_the_block_design_that_is_named_or_else_adaln_zero(conditioning):
+    assert on_meta(describe("dit", "Ti/8", 64, 3, conditioning=conditioning)).conditioning == (conditioning or "adaln-zero")
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_a_hybrid_vit_has_a_cnn_before_its_patches(hybrid):
+    network = on_meta(describe("vit", "Ti/8", 64, 3, num_classes=10, hybrid=hybrid))
+    convolutions = [module for module in network.stem.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(convolutions) == (3 if hybrid else 0)
+
+
+def test_sides_may_differ():
+    for model, size in (("dit", "Ti/8"), ("uvit", "Ti/8"), ("unet", "Ti"), ("vit", "Ti/8")):
+        assert on_meta(describe(model, size, (32, 64), 3, num_classes=10)).image_size == (32, 64)
