@@ -23,7 +23,8 @@ def named(model, size):
     """
     network, sizes = MODELS[model]
     name, slash, patch = size.partition("/")
-    if name not in sizes or (patch.isdigit() and int(patch) > 0) != (model != "unet") or bool(slash) != bool(patch):
+    fits = not slash if model == "unet" else patch.isdecimal() and int(patch) > 0
+    if name not in sizes or not fits:
         raise ValueError(f"--size {size}: for --model {model} it is one of {', '.join(sizes)}"
                          + (", without a patch size" if model == "unet" else " and a patch size, as in B/4"))
     if model == "unet":

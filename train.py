@@ -52,7 +52,7 @@ RECIPES = {                            # by model and the size's first word; Non
     "uvit": {"Ti": LAPTOP, None: UVIT},                                  # Bao et al. 2023, appendix, for CIFAR-10
     "unet": {"Ti": {**LAPTOP, "steps": 1200, "sample_every": 240, "save_every": 120},
              "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal; Dhariwal & Nichol, both 2021; Ho et al. 2020
-    "vit": {"Ti": {**LAPTOP, "steps": 2400, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05, "shift": 2},
+    "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
             None: VIT},                                                  # Touvron et al. 2021, table 9
 }
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8"}          # for a laptop

@@ -245,8 +245,8 @@ class ViT(nn.Module):
         return self.head(self.tokens(x)[:, 0])                                           # (N, K)
 
 
-SIZES = {                                          # Dosovitskiy et al. 2021, table 1; Ti and S: Touvron et al. 2021
-    "Ti": dict(dim=192, depth=12, heads=3),
+SIZES = {                                          # Dosovitskiy et al. 2021, table 1; S: Touvron et al. 2021; Ti is ours
+    "Ti": dict(dim=192, depth=6, heads=4),
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),
     "L": dict(dim=1024, depth=24, heads=16),

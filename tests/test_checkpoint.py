@@ -845,6 +845,7 @@ def test_released_weights_with_another_time_are_sampled_by_the_command_and_descr
 UNSAMPLED = {
     "continuous time, pixels": (lambda: small_uvit(channels=3).state_dict(), "trained in continuous time"),
     "continuous time, latents": (lambda: small_uvit(num_classes=5).state_dict(), "trained in continuous time"),
+    "continuous time, ablated": (lambda: small_uvit(channels=3, conv=False).state_dict(), "trained in continuous time"),
     "an upsampler": (lambda: released_unet("adm-64-256").state_dict(), "needs small ones"),
     "a released ViT": (lambda: classifiers_run()["ema"], "classifies"),
     "a classifier's run": (classifiers_run, "classifies"),
