@@ -50,7 +50,7 @@ DENOISING = ("schedule", "prediction", "variance", "cfg_drop")           # flags
 RECIPES = {                            # by model and the size's first word; None: any other size
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
     "uvit": {"Ti": LAPTOP, None: UVIT},                                  # Bao et al. 2023, appendix, for CIFAR-10
-    "unet": {"Ti": {**LAPTOP, "steps": 1200, "sample_every": 240, "save_every": 120},
+    "unet": {"Ti": {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125},
              "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal; Dhariwal & Nichol, both 2021; Ho et al. 2020
     "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
             None: VIT},                                                  # Touvron et al. 2021, table 9

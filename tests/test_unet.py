@@ -1,19 +1,27 @@
-"""The U-Nets: Ronneberger's figure map by map; OpenAI's and CompVis's numbers, and what each option of the denoiser does.
+"""U-Nets: Ronneberger's against his figure; the denoisers against OpenAI's and CompVis's numbers, and what each option means.
 
-What all denoisers share is in test_networks.py. An identity is checked in float64 to EXACT; golden outputs to the tolerance that
-their file states, in standard deviations of the output.
+test_networks.py has what every denoiser promises. Where a claim is an identity of the denoiser it is checked in float64, to
+EXACT: rounding is 1e-16 for each of some thousand terms of size 1. Denoisers are tiny, rectangular, filled with formula weights
+and 64 wide or more: with one channel a group, GroupNorm takes away whatever is added to a channel. Ronneberger's network has
+one width, the published one.
 """
+import copy
 import functools
+import inspect
+import math
+import re
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from torch.testing import assert_close
 
 from formula import fill, golden, golden_json
-from unet import SIZES, UPSAMPLERS, AttentionBlock, Downsample, ResBlock, RonnebergerUNet, SpatialTransformer, SuperResUNet, UNet, upsample
+from unet import (ADM, SIZES, UPSAMPLERS, AttentionBlock, Downsample, ResBlock, RonnebergerUNet, SpatialTransformer, SuperResUNet,
+                  UNet, Upsample, upsample)
 from vit import timestep_embedding
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -23,331 +31,622 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def fresh(network=UNet, **changes):
-    """A tiny network as it starts: two resolutions of 32 and 64 channels, attention at the second, 5 classes."""
-    torch.manual_seed(0)
-    arguments = dict(image_size=(4, 6), channels=3, dim=32, res_blocks=1, multipliers=(1, 2), attention_ds=(2,), num_classes=5)
-    return network(**(arguments | changes))
-
-
-def unet(network=UNet, **changes):
-    """The same with formula weights, in float64."""
-    return fill(fresh(network, **changes)).double()
-
-
-def batch():
-    return normal(2, 3, 4, 6), torch.tensor([0, 999]), torch.tensor([1, 5])
-
-
 def count(tensors):
     return sum(tensor.numel() for tensor in tensors)
 
 
-# Ronneberger's
+# Ronneberger's network
 
 FIGURE = golden_json("unet_ronneberger2015")
 
 
-def test_every_map_has_the_size_in_ronnebergers_figure():
-    sizes = []
-
-    def record(module, inputs, output):
-        sizes.append(list(output.shape[1:]))
+@functools.cache
+def segmenter_on_meta(channels=1, num_classes=2):
     with torch.device("meta"):
-        network = RonnebergerUNet()
-        for module in network.modules():
-            if isinstance(module, (torch.nn.ReLU, torch.nn.ConvTranspose2d)) or module is network.last:
-                module.register_forward_hook(record)
-        for stage in network.merge:
-            stage.register_forward_pre_hook(lambda module, inputs: sizes.append(list(inputs[0].shape[1:])))
-        for stage in network.down[1:]:
-            stage.register_forward_pre_hook(lambda module, inputs: sizes.append(list(inputs[0].shape[1:])))
-        network(torch.empty(1, 1, 572, 572))
-    assert sizes == [size for name, size in FIGURE["feature_maps"] if name != "input"]
-
-
-def test_ronnebergers_parameters_have_the_shapes_in_his_figure():
-    with torch.device("meta"):
-        network = RonnebergerUNet()
-    assert count(network.parameters()) == FIGURE["params_with_biases"] == 31_030_658
-    assert Counter(tuple(value.shape) for value in network.parameters()) == Counter(map(tuple, FIGURE["parameter_shapes"]))
+        return RonnebergerUNet(channels, num_classes)
 
 
 @functools.cache
-def ronneberger():
-    """A network in which signals survive all layers: formula weights."""
-    return fill(RonnebergerUNet())
-
-
-def test_each_skip_is_the_centre_of_its_map():
-    network, maps, joined = ronneberger(), [], []
-    hooks = [stage.register_forward_hook(lambda stage, inputs, output: maps.append(output)) for stage in network.down[:-1]]
-    hooks += [stage.register_forward_pre_hook(lambda stage, inputs: joined.append(inputs[0])) for stage in network.merge]
-    with torch.no_grad():
-        network(normal(1, 1, 188, 204, dtype=torch.float32))
-    for hook in hooks:
-        hook.remove()
-    for skip, merged in zip(reversed(maps), joined, strict=True):
-        (height, width), (H, W) = merged.shape[2:], skip.shape[2:]
-        top, left = (H - height) // 2, (W - width) // 2
-        assert (H - height, W - width) == (2 * top, 2 * left)            # as much is cut off on both sides
-        assert torch.equal(merged[:, :skip.shape[1]], skip[:, :, top:top + height, left:left + width])
-
-
-def test_an_answer_depends_on_the_place_in_the_image_by_nothing_but_what_is_there():
-    image = normal(1, 1, 204, 188, dtype=torch.float32)
-    with torch.no_grad():
-        whole, part = ronneberger()(image), ronneberger()(image[:, :, 16:])
-    assert whole.shape == (1, 2, 20, 4) and part.shape == (1, 2, 4, 4)
-    assert_close(whole[:, :, 16:], part, rtol=0, atol=1e-5 * whole.std().item())     # no border was made up
-
-
-@pytest.mark.parametrize("side, nearest", [(572 + 8, "572 or 588"), (187, "188 or 204"), (30, "188 or 204"), (200, "188 or 204")])
-def test_a_side_that_leaves_an_odd_map_is_an_error_that_names_the_nearest(side, nearest):
-    with torch.device("meta"), pytest.raises(ValueError, match=nearest):
-        RonnebergerUNet()(torch.empty(1, 1, 188, side))
-
-
-@pytest.mark.parametrize("side", [188, 204, 572])
-def test_the_border_of_92_pixels_is_lost(side):
-    with torch.device("meta"):
-        assert RonnebergerUNet(3, 4)(torch.empty(2, 3, side, side)).shape == (2, 4, side - 184, side - 184)
-
-
-def test_ten_steps_teach_it_to_segment_two_textures():
+@torch.no_grad()
+def segmented():
+    """A fresh network, an image of 188 x 204 pixels, and what its modules were given and put out, by their names."""
     torch.manual_seed(0)
-    network, generator = RonnebergerUNet(), torch.Generator().manual_seed(0)
+    network, x, seen = RonnebergerUNet(), normal(1, 1, 188, 204, dtype=torch.float32), {}
+    hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+             for name, module in network.named_modules()]
+    network(x)
+    for hook in hooks:
+        hook.remove()
+    return network, x, seen
+
+
+def test_every_feature_map_of_figure_1_has_its_size():
+    seen, maps = [], FIGURE["feature_maps"]
+    network = copy.deepcopy(segmenter_on_meta())
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.register_forward_hook(
+                lambda module, inputs, output: seen.append([list(inputs[0].shape[1:]), list(output.shape[1:])]))
+    network(torch.empty(1, *FIGURE["facts"]["input"], device="meta"))
+    # a convolution goes from one map to the next; pooled and concatenated maps are what convolutions are given
+    assert seen == [[given, made] for (_, given), (name, made) in zip(maps, maps[1:]) if "conv" in name]
+    assert len(seen) == FIGURE["facts"]["convolution_layers"]
+
+
+def test_parameters_are_ronnebergers():
+    shapes = [list(parameter.shape) for parameter in segmenter_on_meta().parameters()]
+    assert sorted(shapes) == sorted(FIGURE["parameter_shapes"])
+    assert sum(map(math.prod, shapes)) == FIGURE["params_with_biases"] == 31_030_658
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(2, 5))
+def test_every_side_loses_184_pixels(i, j, channels, classes):
+    height, width = 172 + 16 * i, 172 + 16 * j
+    logits = segmenter_on_meta(channels, classes)(torch.empty(2, channels, height, width, device="meta"))
+    assert logits.shape == (2, classes, height - 184, width - 184)
+
+
+def legal(side):
+    """Whether a side can be halved four times, each behind two convolutions, and leaves something of it to answer."""
+    answered = side - 184
+    for _ in range(4):
+        if side < 6 or side % 2:                         # 4 less, then half
+            return False
+        side = (side - 4) // 2
+    return answered > 0
+
+
+LEGAL = [side for side in range(1200) if legal(side)]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_sides_that_do_not_work_are_an_error_that_names_the_nearest_that_do(wide):
+    for side in range(1, 600):
+        image = torch.empty((1, 1, 188, side) if wide else (1, 1, side, 188), device="meta")
+        if side in LEGAL:
+            assert segmenter_on_meta()(image).shape[2 + wide] == side - 184
+            continue
+        with pytest.raises(ValueError, match=f"^side {side} leaves a map that cannot be halved, or nothing to answer: use ") as error:
+            segmenter_on_meta()(image)
+        named = [int(number) for number in re.findall(r"\d+", str(error.value))[1:]]
+        assert sorted(named) == sorted(sorted(LEGAL, key=lambda other: abs(other - side))[:2])
+
+
+def test_the_centre_of_each_map_is_copied_beside_what_comes_from_below():
+    _, _, seen = segmented()
+    for level, crop in enumerate(FIGURE["crops"]):       # the offsets are the same for every size
+        offset, (above, below) = crop["offset"], (seen[f"down.{3 - level}"][1], seen[f"up.{level}"][1])
+        cropped = above[:, :, offset:-offset, offset:-offset]
+        assert cropped.shape == below.shape
+        assert torch.equal(seen[f"merge.{level}"][0], torch.cat([cropped, below], dim=1))
+
+
+@torch.no_grad()
+def test_mirrored_kernels_see_a_mirrored_image_mirrored():
+    network, x, seen = segmented()                       # which holds only if every crop is the centre
+    mirrored = copy.deepcopy(network)
+    for module in mirrored.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.weight.data = module.weight.flip(2, 3)
+    expected = seen["last"][1].flip(2, 3)
+    assert_close(mirrored(x.flip(2, 3)), expected, rtol=0, atol=1e-5 * expected.abs().max().item())      # float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [0, 16])
+def test_a_smaller_image_gives_the_same_answer_where_both_have_one(left):
+    network, x, seen = segmented()                       # no pixel of it depends on what lies beyond the border, as zeros would
+    answer = seen["last"][1][:, :, :, left:left + 4]
+    assert_close(network(x[:, :, :, left:left + 188]), answer, rtol=0, atol=1e-5 * answer.abs().max().item())
+
+
+def test_pooling_takes_the_largest_of_four():
+    _, _, seen = segmented()
+    for level in range(4):
+        quads = seen[f"down.{level}"][1].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))             # (N, C, H / 2, 2, W / 2, 2)
+        assert torch.equal(seen[f"down.{level + 1}"][0], quads.amax(dim=(3, 5)))
+
+
+def test_every_convolution_of_three_by_three_is_rectified_and_no_other():
+    network, _, seen = segmented()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            stage, place = name.rsplit(".", 1)
+            assert torch.equal(seen[f"{stage}.{int(place) + 1}"][1], seen[name][1].clamp(min=0))
+    assert all(seen[name][1].min() < 0 for name in ("up.0", "up.1", "up.2", "up.3", "last"))
+
+
+def test_convolutions_start_normal_with_variance_2_over_inputs():
+    for module in segmented()[0].modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            # a pixel of an up-convolution sees one pixel of each channel
+            inputs = math.prod(module.weight.shape[1:]) if isinstance(module, nn.Conv2d) else module.in_channels
+            weight, deviation = module.weight, (2 / inputs) ** 0.5
+            assert weight.std().item() == pytest.approx(deviation, rel=5 / (2 * weight.numel()) ** 0.5)  # five standard errors
+            assert weight.abs().max() > 1.8 * deviation  # a uniform number stays below
+            assert not module.bias.any()
+
+
+def striped(across, shift):
+    """An image of stripes 2 pixels wide, lying in its left half and standing in its right, and the classes of what is answered.
+
+    across turns it on its side: standing ones above, lying ones below.
+    """
+    row, column = torch.meshgrid(torch.arange(188), torch.arange(204), indexing="ij")
+    standing = column >= 102
+    image = ((torch.where(standing, column, row) + shift) // 2 % 2) * 2.0 - 1
+    classes = standing.long()[92:-92, 92:-92]
+    if across:
+        image, classes = image.T, 1 - classes.T
+    return image[None, None], classes[None]
+
+
+def test_twelve_steps_teach_the_whole_network_to_tell_lying_from_standing_stripes():
+    torch.manual_seed(0)
+    network = RonnebergerUNet()
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-4)
-    stripes, right = (torch.arange(204) % 4 < 2).float() * 2 - 1, []     # two pixels wide, standing or lying
-    for step in range(10):
-        border = int(torch.randint(96, 109, (), generator=generator))    # between the textures; which is on top alternates
-        standing = ((torch.arange(204) >= border) ^ (step % 2 == 1))[:, None].expand(204, 188)
-        image = torch.where(standing, stripes[None, :188], stripes[:, None])[None, None]         # (1, 1, 204, 188)
-        truth = standing[92:112, 92:96].long()[None]                     # (1, 20, 4), the pixels that are answered
-        logits = network(image)
-        clear = (torch.arange(92, 112) - border + 0.5).abs() > 4         # on the border nobody can tell
-        right.append((logits.argmax(dim=1) == truth)[0, clear].float().mean().item())
-        F.cross_entropy(logits, truth).backward()
-        optimizer.step()
+    for step in range(12):
+        x, classes = striped(across=step % 2 == 1, shift=0)
+        if step % 4 > 1:
+            x, classes = x.flip(2, 3), classes.flip(1, 2)
         optimizer.zero_grad()
-    assert right[0] < 0.8 and min(right[-3:]) > 0.95                     # each image is new to the network
+        F.cross_entropy(network(x), classes).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for across in (False, True):
+            x, classes = striped(across, shift=1)        # stripes in places that it has not seen
+            # of 80 pixels; five seeds gave 0.94 or more
+            assert (network(x).argmax(dim=1) == classes).float().mean() > 0.85
 
 
-# Golden data
+# Denoisers: golden data
 
-SMALL = dict(image_size=16, channels=3, dim=32, multipliers=(1, 2), attention_ds=(2,))
-ADM_LIKE = dict(out_channels=6, num_classes=10, null_class=False, scale_shift=True, updown=True)
-RELEASES = {
-    "ddpm": (UNet, dict(res_blocks=2, heads=4)),
-    "adm": (UNet, dict(res_blocks=2, head_dim=16, **ADM_LIKE)),
-    "superres": (SuperResUNet, dict(res_blocks=1, heads=2, **ADM_LIKE)),
-    "ldm": (UNet, dict(res_blocks=1, heads=4, context_dim=24)),
-}
-every_release = pytest.mark.parametrize("name", RELEASES)
+OURS = {"image_size": "image_size", "in_channels": "channels", "out_channels": "out_channels", "model_channels": "dim",
+        "num_res_blocks": "res_blocks", "attention_resolutions": "attention_ds", "channel_mult": "multipliers",
+        "num_heads": "heads", "num_head_channels": "head_dim", "num_classes": "num_classes", "context_dim": "context_dim",
+        "use_scale_shift_norm": "scale_shift", "resblock_updown": "updown", "conv_resample": "conv_resample",
+        "use_new_attention_order": "new_attention_order"}
+
+
+def ours(config):
+    """Our arguments for OpenAI's or CompVis's configuration, where -1 is no number; their label tables have no null row."""
+    return dict(null_class=False) | {OURS[key]: None if value == -1 else value for key, value in config.items() if key in OURS}
 
 
 @functools.cache
-def released(name):
-    """A small network of OpenAI's or CompVis's, its file, and its inputs after x."""
-    network, changes = RELEASES[name]
-    network = network(**SMALL, **changes)
+@torch.no_grad()
+def released_small(name):
+    """A small released network, its file, its inputs, and the mean and deviation of what the blocks of its trace put out."""
+    config = golden(f"unet_{name}_small")[1]["config"]
+    network = (SuperResUNet if name == "superres" else UNet)(**ours(config))
     data, meta = golden(f"unet_{name}_small", network)
-    rest = [data["in_t"], data.get("in_y", data.get("in_context")), data.get("in_low_res")]
-    return network.requires_grad_(False), data, meta, rest if name == "superres" else rest[:2]
-
-
-@every_release
-@pytest.mark.parametrize("amplitude, out, tolerance", [(1, "out_y", 5e-5), (1e-3, "out_y_low", 1e-3)])
-def test_output_equals_the_releases(name, amplitude, out, tolerance):
-    network, data, _, rest = released(name)          # at the low amplitude the norms' epsilon shows
-    output = network(amplitude * data["in_x"], *rest)
-    assert_close(output, data[out], rtol=0, atol=tolerance * data[out].std().item())
-
-
-@every_release
-def test_mean_and_deviation_of_every_stage_equal_the_releases(name):
-    network, data, meta, rest = released(name)
-    seen = []
-    hooks = [network.get_submodule(stage).register_forward_hook(lambda stage, inputs, output: seen.append((output.mean(), output.std())))
-             for stage in meta["trace_names"]]
-    network(data["in_x"], *rest)
+    inputs = dict(x=data["in_x"], t=data["in_t"], y=data.get("in_y", data.get("in_context")))
+    if name == "superres":
+        inputs["low"] = data["in_low_res"]
+    trace = []
+    hooks = [network.get_submodule(block).register_forward_hook(
+                 lambda block, inputs, output: trace.append(torch.stack([output.mean(), output.std()])))
+             for block in meta["trace_names"]]
+    output = network(**inputs)
     for hook in hooks:
         hook.remove()
-    assert_close(torch.tensor(seen), data["out_trace"], rtol=1e-3, atol=1e-4)
+    return network, data, inputs, output, torch.stack(trace)
+
+
+every_released_network = pytest.mark.parametrize("name", ["ddpm", "adm", "superres", "ldm"])
+
+
+def tolerance(expected, deviations):
+    return dict(rtol=0, atol=deviations * expected.std().item())
+
+
+@every_released_network
+def test_output_equals_the_releases(name):
+    _, data, _, output, _ = released_small(name)
+    assert_close(output, data["out_y"], **tolerance(data["out_y"], 5e-5))
+
+
+@every_released_network
+@torch.no_grad()
+def test_output_equals_the_releases_where_x_hardly_varies(name):
+    network, data, inputs, _, _ = released_small(name)               # so that the norms' epsilon shows
+    output = network(**inputs | dict(x=1e-3 * inputs["x"]))
+    assert_close(output, data["out_y_low"], **tolerance(data["out_y_low"], 1e-3))
+
+
+@every_released_network
+def test_what_each_block_puts_out_has_the_mean_and_deviation_of_the_releases(name):
+    _, data, _, _, trace = released_small(name)
+    assert_close(trace, data["out_trace"], rtol=0, atol=5e-5)        # the deviations are about 1
 
 
 @pytest.mark.parametrize("name", ["ddpm", "adm", "superres"])
-def test_time_features_equal_openais(name):
-    _, data, _, _ = released(name)
-    # one bit of an angle of 999 is 6e-5
-    assert_close(timestep_embedding(data["in_t"], 32), data["out_temb"], rtol=0, atol=6e-5)
+def test_time_embedding_equals_openais(name):
+    _, data, _, _, _ = released_small(name)
+    assert_close(timestep_embedding(data["in_t"], 32), data["out_temb"], rtol=0, atol=1e-4)      # float32 rounds t = 999 by 6e-5
 
+
+def test_every_norm_has_the_epsilon_of_the_releases():
+    networks = [released_small(name)[0] for name in ("ddpm", "adm", "superres", "ldm")]
+    norms = [module for network in networks for module in network.modules() if isinstance(module, (nn.GroupNorm, nn.LayerNorm))]
+    inside = [module.norm for module in networks[3].modules() if isinstance(module, SpatialTransformer)]
+    assert {module.eps for module in inside} == {1e-6}
+    assert {module.eps for module in norms if not any(module is other for other in inside)} == {1e-5}
+
+
+# Published configurations
 
 PUBLISHED = golden_json("complexity_convnets")["networks"]
-NAMES = {"ADM-64": "adm-64", "ADM-128": "adm-128", "ADM-256": "adm-256", "ADM-256-uncond": "adm-256", "ADM-512": "adm-512",
-         "ADM-U-64-256": "adm-64-256", "ADM-U-128-512": "adm-128-512", "IDDPM-CIFAR10": "iddpm-cifar10",
-         "IDDPM-ImageNet64": "iddpm-64", "DDPM-CIFAR10 (OpenAI layout)": "ddpm-cifar10",
-         "DDPM-LSUN256 (OpenAI layout)": "ddpm-256", "LDM-4": "ldm-4", "LDM-8": "ldm-8"}
+SIZE_OF = {
+    "ADM-64": "adm-64", "ADM-128": "adm-128", "ADM-256": "adm-256", "ADM-256-uncond": "adm-256", "ADM-512": "adm-512",
+    "ADM-U-64-256": "adm-64-256", "ADM-U-128-512": "adm-128-512", "IDDPM-CIFAR10": "iddpm-cifar10",
+    "IDDPM-ImageNet64": "iddpm-64", "DDPM-CIFAR10 (OpenAI layout)": "ddpm-cifar10", "DDPM-LSUN256 (OpenAI layout)": "ddpm-256",
+    "LDM-4": "ldm-4", "LDM-8": "ldm-8", "LDM-4 (num_head_channels 32)": "ldm-4",
+    "DDPM-CIFAR10 (Ho et al.'s own layout)": "ddpm-cifar10",
+    "DDPM-LSUN/CelebA-HQ 256 (Ho et al.'s own layout)": "ddpm-256"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_published_configuration_has_the_releases_parameters(name):
-    config, size = PUBLISHED[name]["config"], NAMES[name]
+def test_every_published_denoiser_has_a_size():
+    assert set(SIZE_OF) == {name for name in PUBLISHED if "classifier" not in name}
+    assert set(SIZE_OF.values()) == set(SIZES) - {"Ti", "S", "B", "ldm-coco"}            # ours; LDM's on MS-COCO is not published
+
+
+@pytest.mark.parametrize("name", SIZE_OF)
+def test_parameters_are_as_many_as_published(name):
+    config, size = PUBLISHED[name]["config"], SIZE_OF[name]
+    told = {key: value for key, value in ours(config).items() if key in ("channels", "out_channels", "num_classes", "null_class")}
     with torch.device("meta"):
-        network = (SuperResUNet if size in UPSAMPLERS else UNet)(**SIZES[size] | dict(
-            channels=config["in_channels"], out_channels=config["out_channels"], num_classes=config.get("num_classes"), null_class=False))
-    assert count(network.parameters()) == PUBLISHED[name]["params"]
-    assert network.image_size == (config["image_size"],) * 2
+        network = (SuperResUNet if size in UPSAMPLERS else UNet)(**SIZES[size], **told)
+    assert count(network.parameters()) == count(network.state_dict().values()) == PUBLISHED[name]["params"]
 
 
-def test_published_heads_are_as_many_as_the_releases():
-    heads = {}
-    for size in ("adm-64", "adm-128", "iddpm-cifar10", "ldm-4", "ldm-8", "ddpm-cifar10"):
-        with torch.device("meta"):
-            network = UNet(**SIZES[size])
-        middle = network.middle_block[1]
-        heads[size] = middle.heads if size[:3] != "ldm" else middle.transformer_blocks[0].attn1.heads
-    # 768 channels / 64; given; given; given; 1024 channels / 32; given
-    assert heads == {"adm-64": 12, "adm-128": 4, "iddpm-cifar10": 4, "ldm-4": 1, "ldm-8": 32, "ddpm-cifar10": 1}
+@pytest.mark.parametrize("name", [name for name in SIZE_OF if "own layout" not in name and "head_channels" not in name])
+def test_sizes_are_the_published_configurations(name):
+    config, size = PUBLISHED[name]["config"], SIZE_OF[name]          # heads do not show in the number of parameters
+    told, ignored = ("channels", "out_channels", "num_classes", "null_class"), ("dropout",)
+    defaults = {key: value.default for key, value in inspect.signature(UNet).parameters.items()}
+    sized, published = ({key: set(value) if key == "attention_ds" else tuple(value) if key == "multipliers" else value
+                         for key, value in (defaults | arguments).items() if key not in told + ignored}
+                        for arguments in (SIZES[size], ours(config)))
+    assert sized == published
+    assert (size in UPSAMPLERS) == (config["kind"] == "SuperResModel")
+
+
+def test_published_dropout_is_of_the_small_images():
+    rates = {size: arguments["dropout"] for size, arguments in SIZES.items() if "dropout" in arguments}
+    assert rates == {"ddpm-cifar10": 0.1, "iddpm-cifar10": 0.3, "adm-64": 0.1}
+
+
+# Tiny denoisers
+
+MAPS = dict(image_size=(4, 6), channels=3, dim=32, multipliers=(2, 3), res_blocks=1, heads=2)
+
+
+def fresh(network=UNet, **changes):
+    """A tiny network as it starts: maps of 4 x 6 and 2 x 3 pixels, 64 and 96 wide, with attention on the smaller."""
+    torch.manual_seed(0)
+    return network(**MAPS | changes)
+
+
+def filled(network=UNet, **changes):
+    """The same with formula weights, in float64."""
+    return fill(fresh(network, **changes)).double()
+
+
+def with_weights(network, state):
+    """The network with these weights, in float64."""
+    network.double().load_state_dict(state, strict=True)
+    return network
+
+
+def batch(**inputs):
+    """Three images, times, and what else is given."""
+    return dict(x=normal(3, 3, 4, 6), t=torch.tensor([0, 437, 999])) | inputs
+
+
+# Parameters
+
+def parameters(**changes):
     with torch.device("meta"):
-        orders = {size: UNet(**SIZES[size]).middle_block[1].new_order for size in ("adm-64", "adm-128", "adm-256")}
-    assert orders == {"adm-64": True, "adm-128": False, "adm-256": False}
+        return count(UNet(**MAPS | changes).parameters())
 
 
-# How it starts
+@given(st.integers(1, 9), st.booleans())
+def test_each_class_adds_a_row_as_wide_as_the_embedding(classes, null):
+    assert parameters(num_classes=classes, null_class=null) - parameters() == (classes + null) * 4 * 32
 
-@pytest.mark.parametrize("changes", [{}, dict(scale_shift=True, updown=True), dict(context_dim=7)])
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_channels_cost_parameters_in_the_first_and_last_convolution_alone(channels, out_channels):
+    added = parameters(channels=channels, out_channels=out_channels) - parameters(channels=1, out_channels=1)
+    assert added == (channels - 1) * 64 * 9 + (out_channels - 1) * (64 * 9 + 1)
+
+
+@given(st.integers(1, 9))
+def test_a_wider_context_costs_parameters_in_its_keys_and_values_alone(width):
+    wider = parameters(context_dim=1 + width, attention_ds=(1, 2)) - parameters(context_dim=1, attention_ds=(1, 2))
+    assert wider == width * 2 * (3 * 64 + 4 * 96)        # three transformers on the larger maps, and below one more in the middle
+
+
+@given(st.sets(st.sampled_from([1, 2])), st.integers(1, 3), st.sampled_from([(1, None, False), (4, None, True), (1, 16, False)]))
+def test_each_attention_costs_parameters_whatever_the_heads(where, res_blocks, heads):
+    of = {1: 64, 2: 96}
+    plain = parameters(attention_ds=(), res_blocks=res_blocks)
+    with_attention = parameters(attention_ds=where, res_blocks=res_blocks,
+                                **dict(zip(("heads", "head_dim", "new_attention_order"), heads)))
+    each = {ds: 4 * C * C + 6 * C for ds, C in of.items()}           # norm 2 C, qkv 3 C^2 + 3 C, out C^2 + C
+    assert with_attention - plain == sum((2 * res_blocks + 1) * each[ds] for ds in where)
+
+
+@given(st.integers(1, 4))
+def test_parameters_grow_linearly_with_the_blocks(n):
+    first, second, third = (parameters(res_blocks=n + k) for k in range(3))
+    assert third - second == second - first > 0
+
+
+def test_resampling_without_convolutions_costs_none():
+    assert parameters() - parameters(conv_resample=False) == (9 * 64 * 64 + 64) + (9 * 96 * 96 + 96)     # one down, one up
+
+
+# Initialisation
+
+variants = pytest.mark.parametrize("changes", [{}, dict(num_classes=5, **ADM), dict(context_dim=7), dict(conv_resample=False)],
+                                   ids=["ddpm", "adm", "ldm", "pooling"])
+
+
+def condition(changes):
+    """What a variant is told besides the time."""
+    return torch.tensor([1, 4, 5]) if "num_classes" in changes else normal(3, 2, 7) if "context_dim" in changes else None
+
+
+@variants
 def test_a_fresh_network_predicts_exactly_zero(changes):
-    x, t, y = batch()
-    assert not fresh(**changes)(x.float(), t, normal(2, 3, 7).float() if "context_dim" in changes else y).any()
+    assert not fresh(**changes).double()(**batch(y=condition(changes))).any()
 
 
-@pytest.mark.parametrize("block", [ResBlock(32, 32, 8, 0.0, True), AttentionBlock(32, 2, False), SpatialTransformer(32, 7, 2)])
-def test_a_fresh_residual_branch_adds_nothing(block):
-    x = normal(2, 32, 4, 6, dtype=torch.float32)
-    told = {ResBlock: [normal(2, 8).float()], SpatialTransformer: [normal(2, 3, 7).float()]}.get(type(block), [])
-    assert torch.equal(block(x, *told), x)
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_fresh_residual_blocks_are_identities(scale_shift):
+    x, emb, context = (normal(*shape, dtype=torch.float32) for shape in ((3, 64, 2, 3), (3, 8), (3, 2, 7)))
+    assert torch.equal(ResBlock(64, 64, 8, 0.0, scale_shift)(x, emb), x)
+    assert torch.equal(AttentionBlock(64, 2, new_order=False)(x), x)
+    assert torch.equal(SpatialTransformer(64, 7, 2)(x, context), x)
 
 
-# The parts
+@variants
+def test_only_what_ends_a_residual_branch_starts_at_zero(changes):
+    weights = {name: value for name, value in fresh(**changes).named_parameters() if name.endswith("weight")}
+    ends = {name for name in weights if re.search(r"out_layers\.3\.|proj_out\.|^out\.2\.", name)}
+    assert {name for name, value in weights.items() if not value.any()} == ends
 
-def test_both_orders_of_qkv_are_one_function_with_its_rows_in_another_order():
-    old, new, x = fill(AttentionBlock(32, 4, False)).double(), fill(AttentionBlock(32, 4, True)).double(), normal(2, 32, 3, 5)
-    for mine, theirs in zip(new.qkv.parameters(), old.qkv.parameters()):
-        mine.data = theirs.data.unflatten(0, (4, 3, 8)).transpose(0, 1).flatten(0, 2)    # [head][q, k, v] to [q, k, v][head]
+
+# Resampling
+
+def means(x):
+    """The mean of each 2 x 2 pixels."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
+
+
+def repeated(x):
+    return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+def test_without_convolutions_sides_are_halved_by_means_and_doubled_by_repeating():
+    x = normal(2, 32, 4, 6)
+    assert_close(Downsample(32, conv=False)(x), means(x), **EXACT)
+    assert torch.equal(Upsample(32, conv=False)(x), repeated(x))
+
+
+def test_with_convolutions_every_second_pixel_is_kept_or_the_repeated_ones_are_convolved():
+    x, down, up = normal(2, 32, 4, 6), fill(Downsample(32, conv=True)).double(), fill(Upsample(32, conv=True)).double()
+    every_pixel = F.conv2d(x, down.op.weight, down.op.bias, padding=1)
+    assert_close(down(x), every_pixel[:, :, ::2, ::2], **EXACT)
+    assert_close(up(x), up.conv(repeated(x)), **EXACT)
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_fresh_blocks_that_resample_halve_by_means_and_double_by_repeating(scale_shift):
+    x, emb = normal(2, 32, 4, 6, dtype=torch.float32), normal(2, 8, dtype=torch.float32)
+    assert_close(ResBlock(32, 32, 8, 0.0, scale_shift, nn.AvgPool2d(2))(x, emb), means(x))
+    assert torch.equal(ResBlock(32, 32, 8, 0.0, scale_shift, upsample)(x, emb), repeated(x))
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_blocks_resample_before_their_first_convolution(scale_shift):
+    plain, down, up = (fill(ResBlock(64, 96, 8, 0.0, scale_shift, f)).double() for f in (None, nn.AvgPool2d(2), upsample))
+    x, emb = normal(2, 64, 4, 6), normal(2, 8, seed=1)
+    # repeating pixels changes neither the norm's statistics nor the mean of each four, so that these are one function
+    assert_close(down(repeated(x), emb), plain(x, emb), **EXACT)
+    assert_close(up(x, emb), plain(repeated(x), emb), **EXACT)
+
+
+def test_blocks_resample_behind_their_first_nonlinearity():
+    block, x, given = fill(ResBlock(64, 96, 8, 0.0, False, nn.AvgPool2d(2))).double(), normal(2, 64, 4, 6), []
+    block.in_layers[2].register_forward_hook(lambda layer, inputs, output: given.append(inputs[0]))
+    block(x, normal(2, 8))
+    assert_close(given[0], means(F.silu(block.in_layers[0](x))), **EXACT)
+
+
+@pytest.mark.parametrize("changes, resampled", [({}, False), (ADM, True)])
+def test_updown_halves_and_doubles_in_residual_blocks(changes, resampled):
+    network = fresh(**changes)
+    blocks = [module for module in network.modules() if isinstance(module, ResBlock) and module.resample is not None]
+    others = [module for module in network.modules() if isinstance(module, (Downsample, Upsample))]
+    assert (len(blocks), len(others)) == ((2, 0) if resampled else (0, 2))
+
+
+# Time, classes, context
+
+def test_a_class_is_an_offset_of_the_times_embedding():
+    network = filled(num_classes=5, scale_shift=True)
+    state = network.state_dict()
+    table = state.pop("label_emb.weight")
+    for label in (0, 5):                                 # added behind the time's MLP
+        plain = with_weights(fresh(scale_shift=True), state | {"time_embed.2.bias": state["time_embed.2.bias"] + table[label]})
+        assert_close(network(**batch(y=torch.full((3,), label))), plain(**batch()), **EXACT)
+
+
+def test_a_block_that_is_told_nothing_is_the_same_whichever_way():
+    added, modulated = (fill(ResBlock(64, 96, 8, 0.0, scale_shift)).double() for scale_shift in (False, True))
+    for block in (added, modulated):
+        nn.init.zeros_(block.emb_layers[1].weight), nn.init.zeros_(block.emb_layers[1].bias)
+    x, emb = normal(2, 64, 4, 6), normal(2, 8)
+    assert_close(modulated(x, emb), added(x, emb), **EXACT)
+
+
+def test_scale_and_shift_act_on_the_second_norm():
+    block, (x, emb) = fill(ResBlock(64, 96, 8, 0.0, scale_shift=True)).double(), (normal(2, 64, 4, 6), normal(2, 8))
+    scale, shift = normal(2, 96, seed=2)
+    nn.init.zeros_(block.emb_layers[1].weight)
+    plain = copy.deepcopy(block)                         # in which the norm's own gain and offset do the same
+    block.emb_layers[1].bias.data = torch.cat([scale, shift])            # scale first
+    nn.init.zeros_(plain.emb_layers[1].bias)
+    gain, offset = plain.out_layers[0].parameters()
+    gain.data, offset.data = gain * (1 + scale), offset * (1 + scale) + shift
+    assert_close(block(x, emb), plain(x, emb), **EXACT)
+
+
+def test_the_order_of_a_contexts_tokens_does_not_matter():
+    network, context = filled(context_dim=7), normal(3, 5, 7, seed=1)
+    assert_close(network(**batch(y=context.flip(1))), network(**batch(y=context)), **EXACT)
+
+
+def test_a_context_of_one_token_is_told_to_all_pixels_alike():
+    block, tokens = fill(SpatialTransformer(64, 7, 2)).double().transformer_blocks[0], normal(2, 6, 64)
+    block.attn1.forward = lambda x, context: torch.zeros_like(x)
+    block.ff["net"] = nn.Linear(64, 64).double()
+    nn.init.zeros_(block.ff["net"].weight), nn.init.zeros_(block.ff["net"].bias)         # leaves x + cross-attention
+    added = block(tokens, normal(2, 1, 7)) - tokens
+    assert added.any()
+    assert_close(added, added[:, :1].expand_as(added), **EXACT)
+
+
+# Attention
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_the_two_orders_of_queries_keys_and_values_are_one_function(heads):
+    old, new = fill(AttentionBlock(64, heads, new_order=False)).double(), fill(AttentionBlock(64, heads, new_order=True)).double()
+    for mine, its in zip(new.qkv.parameters(), old.qkv.parameters()):                    # (3 C, ...)
+        mine.data = its.data.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)  # [head][q, k, v] -> [q, k, v][head]
+    x = normal(2, 64, 2, 3)
     assert_close(new(x), old(x), **EXACT)
 
 
-def test_attention_is_the_formula_head_by_head():
-    block, x = fill(AttentionBlock(32, 4, False)).double(), normal(2, 32, 3, 5)
-    q, k, v = block.qkv(block.norm(x).flatten(2)).unflatten(1, (4, 3, 8)).unbind(2)      # each (N, h, d, L), as Conv1d has it
-    weights = torch.einsum("nhdl,nhdm->nhlm", q, k).div(8 ** 0.5).softmax(dim=3)
-    out = torch.einsum("nhlm,nhdm->nhdl", weights, v).flatten(1, 2)
-    assert_close(block(x), x + block.proj_out(out).unflatten(2, (3, 5)), **EXACT)
+def test_new_attention_order_is_that_of_every_block():
+    old = filled(heads=2, attention_ds=(1, 2))
+    state = {name: value.unflatten(0, (2, 3, -1)).transpose(0, 1).flatten(0, 2) if ".qkv." in name else value
+             for name, value in old.state_dict().items()}                # [head][q, k, v] -> [q, k, v][head]
+    new, unmoved = (with_weights(fresh(heads=2, attention_ds=(1, 2), new_attention_order=True), weights)
+                    for weights in (state, old.state_dict()))
+    assert_close(new(**batch()), old(**batch()), **EXACT)
+    assert not torch.allclose(unmoved(**batch()), old(**batch()), atol=1e-3)
 
 
-def test_moving_an_image_around_moves_what_attention_says():
-    x, context = normal(2, 32, 3, 5), normal(2, 4, 7)
-    for block, told in ((fill(AttentionBlock(32, 4, False)).double(), []), (fill(SpatialTransformer(32, 7, 4)).double(), [context])):
-        assert_close(block(x.roll((1, 2), dims=(2, 3)), *told), block(x, *told).roll((1, 2), dims=(2, 3)), **EXACT)
+@given(st.permutations(range(6)), st.booleans())
+def test_attention_does_not_know_where_pixels_lie(order, new_order):
+    block, x = fill(AttentionBlock(64, 2, new_order)).double(), normal(2, 64, 2, 3)
+    moved = block(x.flatten(2)[:, :, order].unflatten(2, (2, 3))).flatten(2)
+    assert_close(moved, block(x).flatten(2)[:, :, order], **EXACT)
 
 
-def test_the_time_scales_and_shifts_the_second_norm_or_is_added_before_it():
-    for scale_shift, rows in ((True, 64), (False, 32)):
-        block, emb = fill(ResBlock(32, 32, 8, 0.0, scale_shift)).double(), normal(2, 8)
-        told = F.linear(F.silu(emb), block.emb_layers[1].weight, block.emb_layers[1].bias)
-        assert told.shape == (2, rows)
-        x = normal(2, 32, 4, 6)
-        h = block.in_layers(x)
-        if scale_shift:
-            h = block.out_layers[0](h) * (1 + told[:, :32, None, None]) + told[:, 32:, None, None]
-        else:
-            h = block.out_layers[0](h + told[:, :, None, None])
-        assert_close(block(x, emb), x + block.out_layers[3](F.silu(h)), **EXACT)
-
-
-def test_a_resampling_block_resamples_before_its_first_convolution_and_beside_it():
-    block, x, emb = fill(ResBlock(32, 32, 8, 0.0, True, torch.nn.AvgPool2d(2))).double(), normal(2, 32, 4, 6), normal(2, 8)
-    plain = fill(ResBlock(32, 32, 8, 0.0, True)).double()
-    plain.in_layers[0] = plain.in_layers[1] = torch.nn.Identity()        # given what is resampled already
-    branch = plain(F.avg_pool2d(F.silu(block.in_layers[0](x)), 2), emb) - F.avg_pool2d(F.silu(block.in_layers[0](x)), 2)
-    assert_close(block(x, emb), F.avg_pool2d(x, 2) + branch, **EXACT)
-
-
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_the_mean_of_four_pixels_undoes_repeating_them(channels, rows, columns):
-    x = normal(2, channels, rows, columns)
-    larger = upsample(x)
-    assert larger.shape == (2, channels, 2 * rows, 2 * columns) and torch.equal(larger[:, :, 1::2, ::2], x)
-    assert_close(Downsample(channels, conv=False)(larger), x, **EXACT)
-
-
-@pytest.mark.parametrize("changes, weights", [(dict(), 2), (dict(conv_resample=False), 0), (dict(updown=True), 0)])
-def test_resampling_learns_where_it_should(changes, weights):
-    names = {name for name, _ in fresh(**changes).named_parameters()}
-    assert len({name for name in names if name.endswith(("op.weight", "0.conv.weight", "1.conv.weight", "2.conv.weight"))}) == weights
-    blocks = len({name.split(".emb_layers")[0] for name in names if "emb_layers" in name})
-    assert blocks == 2 + 2 + 4 + (2 if changes.get("updown") else 0)     # down, middle, up; and the two that resample
-
-
-@settings(max_examples=10)
-@given(st.sets(st.sampled_from([1, 2, 4])))
-def test_pixels_attend_to_each_other_at_the_stated_resolutions_and_in_the_middle(attention_ds):
-    network, seen = unet(image_size=(8, 12), multipliers=(1, 1, 2), attention_ds=attention_ds), []
+@pytest.mark.parametrize("context_dim", [None, 7])
+@settings(max_examples=10)                   # of a whole network
+@given(st.sets(st.sampled_from([1, 2, 4])), st.integers(1, 3))
+def test_attention_sits_exactly_where_it_is_asked_for_and_in_the_middle(context_dim, where, res_blocks):
+    network, sides = fresh(image_size=(4, 8), multipliers=(1, 1, 2), attention_ds=where, res_blocks=res_blocks,
+                           context_dim=context_dim), []
     for module in network.modules():
-        if isinstance(module, AttentionBlock):
-            module.register_forward_hook(lambda module, inputs, output: seen.append(8 // output.shape[2]))
-    network(normal(1, 3, 8, 12), torch.tensor([7]), torch.tensor([1]))
-    assert Counter(seen) == Counter([4] + [ds for ds in attention_ds for _ in range(3)])     # one down, two up, of each
+        if isinstance(module, (AttentionBlock, SpatialTransformer)):
+            module.register_forward_hook(lambda module, inputs, output: sides.append(tuple(inputs[0].shape[2:])))
+    network(normal(1, 3, 4, 8, dtype=torch.float32), torch.tensor([5]), None if context_dim is None else torch.ones(1, 2, 7))
+    blocks = Counter({(4 // ds, 8 // ds): 2 * res_blocks + 1 for ds in where})           # res_blocks down, one more up
+    assert Counter(sides) == blocks + Counter([(1, 2)])
 
 
-def test_a_width_of_a_head_overrides_the_number_of_heads():
-    heads = [module.heads for module in fresh(attention_ds=(1, 2), heads=3, head_dim=16).modules() if isinstance(module, AttentionBlock)]
-    assert heads == [2, 4, 4, 4, 4, 2, 2]                # 32 and 64 channels
+@pytest.mark.parametrize("context_dim", [None, 7])
+def test_head_dim_overrides_heads(context_dim):
+    arguments = dict(image_size=(4, 6), multipliers=(2, 4), attention_ds=(1, 2), context_dim=context_dim)
+    by_width = fresh(heads=3, head_dim=16, **arguments)             # 3 divides neither width
+    heads = {(module.norm.num_channels, module.heads) for module in by_width.modules() if isinstance(module, AttentionBlock)}
+    cross = {(module.to_q.in_features, module.heads) for name, module in by_width.named_modules() if re.search("attn[12]$", name)}
+    assert heads | cross == {(64, 4), (128, 8)}
 
 
-def test_the_way_up_sees_the_maps_of_the_way_down_last_in_first_out():
-    network, down, up = unet(res_blocks=2), [], []
-    for stage in network.input_blocks:
-        stage.register_forward_hook(lambda stage, inputs, output: down.append(output))
-    for stage in network.output_blocks:
-        stage.register_forward_pre_hook(lambda stage, inputs: up.append(inputs[0]))
-    network(*batch())
-    assert len(up) == len(down) == 6
-    assert all(torch.equal(joined[:, -skip.shape[1]:], skip) for joined, skip in zip(up, reversed(down)))
+@pytest.mark.parametrize("context_dim", [None, 7])
+def test_as_many_heads_as_fit_head_dim_are_those_heads(context_dim):
+    y = None if context_dim is None else normal(3, 2, 7)
+    four, wide, three = (filled(multipliers=(2, 2), context_dim=context_dim, **heads)(**batch(y=y))
+                         for heads in (dict(heads=4), dict(head_dim=16), dict(heads=2)))
+    assert torch.equal(wide, four)
+    assert not torch.allclose(wide, three, atol=1e-3)
 
 
-def test_the_text_reaches_the_pixels_through_cross_attention_whatever_its_order():
-    network, (x, t, _) = unet(context_dim=7), batch()
-    context = normal(2, 5, 7)
-    assert_close(network(x, t, context.flip(1)), network(x, t, context), **EXACT)
-    assert (network(x, t, context) - network(x, t, context + 1)).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+@pytest.mark.parametrize("head_dim", [128, 24])
+def test_head_dim_that_does_not_divide_a_width_is_an_error(head_dim):
+    with pytest.raises(ValueError, match=f"heads do not divide the width 64: {head_dim} channels a head"):
+        fresh(multipliers=(2, 2), head_dim=head_dim)
+
+
+# The way down is seen again on the way up
+
+@pytest.mark.parametrize("changes", [{}, ADM], ids=["ddpm", "adm"])
+def test_the_last_map_on_the_way_down_is_the_first_that_is_seen_again(changes):
+    network, seen = fresh(res_blocks=2, **changes), []
+    for k, stage in enumerate(network.input_blocks):     # stage k puts out nothing but k
+        stage.register_forward_hook(lambda stage, inputs, output, k=k: torch.full_like(output, k))
+    for stage in network.output_blocks:                  # the maps of the way down are the last channels of what is merged
+        stage.register_forward_hook(lambda stage, inputs, output: seen.append(inputs[0][:, -64:].unique().tolist()))
+    network.double()(**batch())
+    assert seen == [[k] for k in reversed(range(6))]
 
 
 # The upsampler
 
-def test_a_constant_small_image_is_a_constant_channel_after_the_images():
-    network, (x, t, y) = unet(SuperResUNet), batch()
-    low = normal(2, 3, 1, 1).expand(2, 3, 2, 3)
-    assert_close(network(x, t, y, low), network.denoise(torch.cat([x, low[:, :, :1, :1].expand_as(x)], dim=1), t, y), **EXACT)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 6), (8, 12)])
+def test_an_upsampler_is_the_network_of_x_and_low_side_by_side(size):
+    upsampler = filled(SuperResUNet)
+    twice = with_weights(fresh(channels=6), upsampler.state_dict())
+    low = torch.tensor([-0.5, 0.1, 0.8], dtype=torch.float64)[:, None, None].expand(3, 3, *size)     # constant in a channel
+    x = batch()["x"]
+    together = torch.cat([x, low[:, :, :1, :1].expand_as(x)], dim=1)                     # however it is scaled
+    assert_close(upsampler(**batch(low=low)), twice(**batch(x=together)), **EXACT)
 
 
-def test_a_small_image_is_enlarged_between_the_centres_of_its_pixels():
-    network, (x, t, y) = unet(SuperResUNet), batch()
-    low, seen = normal(2, 3, 2, 3), []
-    network.input_blocks[0].register_forward_pre_hook(lambda stage, inputs: seen.append(inputs[0]))
-    network(x, t, y, low)
-    enlarged = seen[0][:, 3:]
-    # pixel 1 of 4 lies a quarter of a small pixel past the centre of small pixel 0
-    assert_close(enlarged[:, :, 1, 0], 0.75 * low[:, :, 0, 0] + 0.25 * low[:, :, 1, 0], **EXACT)
-    assert_close(enlarged[:, :, 0, 1], 0.75 * low[:, :, 0, 0] + 0.25 * low[:, :, 0, 1], **EXACT)
-    assert torch.equal(seen[0][:, :3], x) and torch.equal(enlarged[:, :, 0, 0], low[:, :, 0, 0])
+def test_low_of_the_size_of_x_is_taken_as_it_is():
+    upsampler, low = filled(SuperResUNet), normal(3, 3, 4, 6, seed=1)
+    twice = with_weights(fresh(channels=6), upsampler.state_dict())
+    assert_close(upsampler(**batch(low=low)), twice(**batch(x=torch.cat([batch()["x"], low], dim=1))), **EXACT)
 
 
-def test_an_upsampler_that_does_not_look_at_the_small_image_is_a_unet():
-    large, plain, (x, t, y) = unet(SuperResUNet), unet(), batch()
-    state = large.state_dict()
-    first = state["input_blocks.0.0.weight"]
-    first[:, 3:] = 0
-    plain.load_state_dict({**state, "input_blocks.0.0.weight": first[:, :3]})
-    assert_close(large(x, t, y, normal(2, 3, 2, 2)), plain(x, t, y), **EXACT)
+@given(st.integers(2, 5), st.sampled_from([1, 2, 4]))
+def test_a_slope_in_low_is_scaled_to_the_same_slope(columns, factor):
+    upsampler, seen = fresh(SuperResUNet, image_size=(2, 2 * columns * factor), multipliers=(1, 1)).double(), []
+    upsampler.input_blocks[0].register_forward_hook(lambda stage, inputs, output: seen.append(inputs[0][0, 3]))
+    centres = torch.arange(2 * columns, dtype=torch.float64) + 0.5                       # of its pixels, in its pixels' width
+    low = centres.expand(1, 3, 2, -1)
+    x = normal(1, 3, 2, 2 * columns * factor)
+    upsampler(x, torch.tensor([5]), low=low)
+    fine = (torch.arange(2 * columns * factor) + 0.5) / factor                           # where x's pixels lie
+    # bilinear between the centres of low's pixels, constant beyond the outermost
+    assert_close(seen[0], fine.clamp(0.5, 2 * columns - 0.5).double().expand(2, -1), **EXACT)
+
+
+def test_an_upsampler_whose_first_convolution_ignores_low_is_a_unet():
+    upsampler, low = filled(SuperResUNet, num_classes=5), normal(3, 3, 2, 3, seed=1)
+    state = upsampler.state_dict()
+    state["input_blocks.0.0.weight"][:, 3:] = 0
+    plain = with_weights(fresh(num_classes=5), state | {"input_blocks.0.0.weight": state["input_blocks.0.0.weight"][:, :3]})
+    inputs = batch(y=torch.tensor([1, 4, 5]))
+    assert_close(upsampler(**inputs, low=low), plain(**inputs), **EXACT)
+
+
+# Layout
+
+@variants
+def test_the_norms_see_the_default_layout(changes):      # with channels last, the CPU's loses digits where the mean is large
+    network, seen = filled(**changes), []
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].is_contiguous()))
+    inputs = batch(y=condition(changes))
+    network(**inputs | dict(x=inputs["x"].to(memory_format=torch.channels_last)))        # as a batch of NHWC bytes comes
+    assert len(seen) > 10 and all(seen)
