@@ -248,7 +248,8 @@ class UNet(nn.Module):
     image_size is one number or (H, W). dim times a multiplier is the width of each resolution; between two of them the sides
     are halved. attention_ds: at which downsampling factors the pixels attend to each other, with `heads` heads, or as many as
     take head_dim channels each. num_classes and null_class: as in dit.py; context_dim: the width of a context that
-    cross-attention sees. scale_shift, updown (both ADM's), conv_resample and new_attention_order: see the parts above.
+    cross-attention sees. scale_shift, updown (both ADM's), conv_resample and new_attention_order: see the parts above. A width of
+    32 has one channel a group of the norms, which then take the time out again that is added without scale_shift.
     ValueError on sides that cannot be halved so often, heads that do not divide a width, a y that does not fit.
     """
 
