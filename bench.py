@@ -20,7 +20,7 @@ from checkpoint import build, load
 from cli import Parser, one_line_errors, positive, processes
 from gflops import count, inputs_of
 from models import MODELS
-from objectives import Classification, Denoising
+from objectives import objective_of
 from sample import CFG_SCALE, STEPS, draw, labels_of
 
 
@@ -135,8 +135,8 @@ def speed(args):
     warm, device = 3, processes(args.device)[0]
     measure, ruler = (convolution_rate, "convolution") if args.model == "unet" else (product_rate, "product")
     watch = Stopwatch(device)
-    objective = Classification if args.model == "vit" else Denoising
-    undo = [watch.wrap(objective, "loss"), watch.wrap(torch.Tensor, "backward"), watch.wrap(torch.optim.AdamW, "step")]
+    undo = [watch.wrap(*method) for method in ((objective_of(args.model), "loss"), (torch.Tensor, "backward"),
+                                               (torch.optim.AdamW, "step"))]
     with tempfile.TemporaryDirectory() as folder:
         never = str(10 ** 9)
         rates = [measure(device)]

@@ -2,8 +2,9 @@
 
 Report §4-7 … §4-9 (released models). A run is one dict of plain values and tensors: version, step, config (every flag),
 network (class, arguments), diffusion (schedule, T, prediction, variance; None for a classifier), data (spec, classes,
-channels, image size), vae (None for pixels), model, ema, optimizer, and what training accumulates. Nothing else is ever unpickled: files are read with
-weights_only=True. Released DiT, U-ViT, ViT and U-Net files load by name; what their shapes do not show comes from tables.
+channels, image size), vae (None for pixels), model, ema, optimizer, and what training accumulates. Nothing else is ever
+unpickled: files are read with weights_only=True. Released DiT, U-ViT, ViT and U-Net files load by name; what their shapes do
+not show comes from tables.
 
     python checkpoint.py run.pt
 """
@@ -35,7 +36,7 @@ FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": (dict, type
 HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()}
 LDM_PREFIX = "model.diffusion_model."
 IMAGENET_CLASSES = 1000
-SD_SCALE = 0.18215                               # of Stable Diffusion's autoencoder, whose latents Meta's DiT was trained on
+SD_SCALE, COCO_SCALE = 0.18215, 0.2301           # of Stable Diffusion's latents in most releases, and in U-ViT's on MS-COCO
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -163,6 +164,10 @@ def infer(state, config=None):
         return dict(image_size=side * patch, patch_size=patch, channels=channels, dim=dim, depth=blocks,
                     heads=HEADS.get((dim, blocks), max(1, dim // 64)))
 
+    if "input_blocks.0.0.weight" in state and "out.2.weight" in state:
+        return infer_unet(state, name, {**labels("label_emb.weight"), **config})
+    if name is not None:
+        raise ValueError(f"it is not the U-Net {name}: its tensors have other names")
     if "x_embedder.proj.weight" in state and "final_layer.linear.weight" in state:
         found = transformer("x_embedder", state["pos_embed"].shape[1], depth("blocks"))
         modulation = state.get("blocks.0.adaLN_modulation.1.weight")
@@ -185,8 +190,6 @@ def infer(state, config=None):
     if "cls_token" in state and "head.weight" in state:
         found = transformer("patch_embed", state["pos_embed"].shape[1] - 1, depth("blocks"))
         return {"class": "ViT", "arguments": {**found, "num_classes": len(state["head.weight"]), **config}}
-    if "input_blocks.0.0.weight" in state and "out.2.weight" in state:
-        return infer_unet(state, name, {**labels("label_emb.weight"), **config})
     raise ValueError("its tensors have the names of no network known here: it is neither a run of train.py nor a released DiT, "
                      "U-ViT, ViT or U-Net")
 
@@ -195,13 +198,14 @@ def infer_unet(state, name, changes):
     """As `infer`, for a U-Net: the configuration of unet.SIZES with these names and shapes, or the named one, with changes."""
     if name is not None and name not in unet.SIZES:
         raise ValueError(f"no U-Net is called {name!r}: it is one of {', '.join(unet.SIZES)}")
+    shapes = {key: value.shape for key, value in state.items()}
     for size in [name] if name else unet.SIZES:
         network, fixed = models.named("unet", size)
         arguments = {"image_size": 32, **fixed, "channels": state["input_blocks.0.0.weight"].shape[1] // network.inputs,
                      "out_channels": len(state["out.2.weight"]), **changes}
         with torch.device("meta"):                       # at its own image size, of which no shape depends
             built = network(**{**arguments, "image_size": fixed.get("image_size", 32)})
-        if {key: value.shape for key, value in built.state_dict().items()} == {key: value.shape for key, value in state.items()}:
+        if {key: value.shape for key, value in built.state_dict().items()} == shapes:
             return {"class": network.__name__, "arguments": arguments}
     raise ValueError(f"its shapes are not those of {name}" if name else "it is a U-Net of no configuration known here: its heads, "
                      "which shapes do not show, must be given with all other arguments")
@@ -236,6 +240,16 @@ def released_process(network):
     return {**linear, "schedule": "cosine" if size == "adm-64" else "linear", "variance": "learned" if learned else "large"}
 
 
+def released_scale(network):
+    """The factor of the latents that a released network was trained on, 1 for LDM's; None for pixels."""
+    kind, arguments = network["class"], network["arguments"]
+    if kind == "UNet" and unet_name(arguments).startswith("ldm"):
+        return 1.0
+    if arguments["channels"] != 4:
+        return None
+    return COCO_SCALE if kind == "UViT" and "context_dim" in arguments else SD_SCALE
+
+
 def load(path, config=None):
     """A run from run.pt, or one made up around an official state dict (then without optimizer; config: see `infer`)."""
     content = read(path)
@@ -247,7 +261,7 @@ def load(path, config=None):
                 if not isinstance(content[key], kind):
                     raise ValueError(f"its {key} is a {type(content[key]).__name__}")
             return content
-        if isinstance(content, dict):                    # Meta's training code wraps its state dicts
+        if isinstance(content, dict):                    # training code wraps its state dicts
             content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)),
                            content)
             if any(key.startswith(LDM_PREFIX) for key in content if isinstance(key, str)):
@@ -260,11 +274,11 @@ def load(path, config=None):
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {path}: {reason}") from None
     arguments = network["arguments"]
-    latent = arguments["channels"] == 4 or network["class"] == "UNet" and unet_name(arguments).startswith("ldm")
+    scale = released_scale(network)
     data = dict(spec=None, classes=None, num_classes=arguments["num_classes"], channels=arguments["channels"],
                 image_size=arguments["image_size"])
     return dict(version=VERSION, step=None, config={}, network=network, diffusion=released_process(network), data=data,
-                vae=dict(scale=SD_SCALE) if latent else None, model=content, ema=content, optimizer=None)
+                vae=None if scale is None else dict(scale=scale), model=content, ema=content, optimizer=None)
 
 
 def build(run, weights="ema"):
@@ -295,8 +309,9 @@ def describe(path):
         lines = [f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}"),
                  f"network    {network['class']} " + ", ".join(f"{k}={v}" for k, v in network["arguments"].items()),
                  f"parameters {sum(value.numel() for value in run['model'].values()):,}",
-                 *["diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items())] * (run["diffusion"] is not None),
                  "data       " + ", ".join(f"{k}={v}" for k, v in run["data"].items() if v is not None)]
+        if run["diffusion"]:
+            lines.insert(3, "diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items()))
         if run["vae"]:
             lines.append(f"latents    of an autoencoder, scaled by {run['vae']['scale']}")
         flags = {key: value for key, value in run["config"].items() if value is not None and value is not False}

@@ -49,6 +49,14 @@ def positive(text):
     return number
 
 
+def natural(text):
+    """argparse type: a whole number from 0 on."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
+    return number
+
+
 def not_negative(text):
     """argparse type: a finite number from 0 on."""
     number = float(text)

@@ -276,7 +276,7 @@ def guided(model, y, y_null, scale, channels=None, interval=None):
 
     uncond + scale (cond - uncond) on all channels of the prediction, or on the first `channels` only; a learned variance
     stays the conditional one. Since eps, x0 and v are affine in each other, guiding one guides all. interval (low, high), in
-    original steps, inclusive, guides only there and evaluates the condition alone elsewhere.
+    the time that the model is told, inclusive, guides only there and evaluates the condition alone elsewhere.
     """
     def model_with_guidance(x, t):
         if channels is not None and channels > x.shape[1]:

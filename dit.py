@@ -12,9 +12,8 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from vit import (Attention, Block, Mlp, PatchEmbed, checked, pair, sincos_position_embedding, timestep_embedding, token_grid,
+from vit import (Attention, Block, Mlp, PatchEmbed, checked, pair, run, sincos_position_embedding, timestep_embedding, token_grid,
                  unpatchify)
 
 
@@ -147,7 +146,7 @@ class DiT(nn.Module):
         self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
         self.out_channels = 2 * channels if learn_sigma else channels
-        self.checkpointing = False         # recompute each block in the backward pass: less memory, a third more work
+        self.checkpointing = False         # see `vit.run`
 
         self.x_embedder = PatchEmbed(patch_size, channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -193,7 +192,7 @@ class DiT(nn.Module):
         if self.conditioning == "in-context":
             x = torch.cat([x, c], dim=1)                                             # (N, L + M, D)
         for block in self.blocks:
-            x = checkpoint(block, x, c, use_reentrant=False) if self.checkpointing and self.training else block(x, c)
+            x = run(self, block, x, c)
         x = x[:, :math.prod(self.grid)]                                              # (N, L, D): in-context tokens leave
         x = self.final_layer(x, c)                                                   # (N, L, p p out_channels)
         return unpatchify(x, self.grid, self.patch_size)                             # (N, out_channels, H, W)

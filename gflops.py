@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dit
 import unet
 import vit
-from cli import Parser, one_line_errors, positive
+from cli import Parser, natural, one_line_errors, positive
 from models import MODELS, build, describe
 
 # What the networks see: latents of 256 x 256 and 512 x 512 images (four channels, an eighth of the sides), or pixels
@@ -146,12 +146,12 @@ def show(tables):
 def show_one(args):
     """Print the cost of one network, and what training it takes."""
     options = dict(image_size=args.image_size, channels=args.channels, num_classes=args.num_classes or None,
-                   conditioning=args.conditioning, hybrid=args.hybrid)
+                   learn_sigma=args.variance == "learned", conditioning=args.conditioning, hybrid=args.hybrid)
     description = describe(args.model, args.size, **options)
     parameters, multiply_adds = cost(args.model, args.size, **options)
     print(f"{description['class']} {args.size}: " + ", ".join(f"{k}={v}" for k, v in description["arguments"].items()))
-    print(f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops (multiply-adds) an image, guided sampling twice that, "
-          "a training step three times")
+    print(f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops (multiply-adds) an image, three times that in training"
+          + ("" if args.model == "vit" else ", twice with guidance"))
     weights = 4 * parameters / 2 ** 30
     print(f"memory in float32: weights {weights:.2f} GiB; with gradients and Adam's two moments {4 * weights:.2f} GiB, with the "
           f"averaged weights {5 * weights:.2f} GiB; activations come on top, with the batch")
@@ -164,7 +164,8 @@ def main(argv=None):
     parser.add_argument("--size", help="as for train.py: B/4 of dit, H/2 of uvit, adm-256 of unet, S/16 of vit")
     parser.add_argument("--image-size", type=positive, default=32, help="side of what the network sees (default: 32)")
     parser.add_argument("--channels", type=positive, default=3, help="of what the network sees; latents have 4 (default: 3)")
-    parser.add_argument("--num-classes", type=int, default=1000, help="0 is none (default: 1000)")
+    parser.add_argument("--num-classes", type=natural, default=1000, help="0 is none (default: 1000)")
+    parser.add_argument("--variance", choices=("fixed", "learned"), default="fixed", help="learned: put out beside the prediction")
     parser.add_argument("--conditioning", choices=dit.BLOCKS, help="of a DiT (default: adaln-zero)")
     parser.add_argument("--hybrid", action="store_true", help="of a ViT")
     args = parser.parse_args(argv)

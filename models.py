@@ -7,7 +7,7 @@ import unet
 import uvit
 import vit
 
-MODELS = {                             # each module lists its sizes in the order of their cost
+MODELS = {
     "dit": (dit.DiT, dit.SIZES),
     "uvit": (uvit.UViT, uvit.SIZES),
     "unet": (unet.UNet, unet.SIZES),
@@ -48,18 +48,16 @@ def describe(model, size, image_size, channels, num_classes=None, null_class=Tru
     if learn_sigma and model == "uvit":
         raise ValueError("--variance learned: a U-ViT puts out no variance; use small or large")
     network, fixed = named(model, size)
-    arguments = {**fixed, "image_size": image_size, "channels": channels, "num_classes": num_classes}
-    if model != "vit":
-        arguments |= dict(null_class=null_class)
+    own = {
+        "dit": dict(null_class=null_class, learn_sigma=learn_sigma, conditioning=conditioning or "adaln-zero"),
+        "uvit": dict(null_class=null_class),
+        "unet": dict(null_class=null_class, out_channels=channels * (2 if learn_sigma else 1)),
+        "vit": dict(hybrid=hybrid),
+    }[model]
     if context_dim is not None:
-        arguments |= dict(context_dim=context_dim)
-    if model == "dit":
-        arguments |= dict(learn_sigma=learn_sigma, conditioning=conditioning or "adaln-zero")
-    if model == "unet":
-        arguments |= dict(out_channels=channels * (2 if learn_sigma else 1))
-    if model == "vit":
-        arguments |= dict(hybrid=hybrid)
-    return {"class": network.__name__, "arguments": arguments}
+        own["context_dim"] = context_dim
+    return {"class": network.__name__, "arguments": {**fixed, "image_size": image_size, "channels": channels,
+                                                     "num_classes": num_classes, **own}}
 
 
 def build(description):

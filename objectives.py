@@ -23,18 +23,19 @@ from sample import CFG_SCALE, draw
 TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT = range(6)       # what a generator draws, so that one use does not disturb another
 
 
+def generators(args, step, device):
+    """A function that makes the random generator of one use in one step."""
+    return lambda purpose: keyed_generator((args.seed, step, purpose), device)
+
+
 def draw_images(step, images, part, args, device):
     """Images (n, H, W, C) uint8, this process's part of the batch -> (n, C, H, W) in [-1, 1], flipped and moved at random."""
-    x = data.to_float(images.to(device, non_blocking=True))
-    if not args.flip and not args.shift:
-        return x
-
-    def generator(purpose):
-        return keyed_generator((args.seed, step, purpose), device)
-    N = args.batch_size
-    flip = (torch.rand(N, generator=generator(FLIP), device=device) < 0.5)[part] if args.flip else None
-    offset = torch.randint(-args.shift, args.shift + 1, (N, 2), generator=generator(SHIFT), device=device)[part]
-    return data.augment(x, flip, offset if args.shift else None)
+    N, generator, flip, offset = args.batch_size, generators(args, step, device), None, None
+    if args.flip:
+        flip = (torch.rand(N, generator=generator(FLIP), device=device) < 0.5)[part]
+    if args.shift:
+        offset = torch.randint(-args.shift, args.shift + 1, (N, 2), generator=generator(SHIFT), device=device)[part]
+    return data.augment(data.to_float(images.to(device, non_blocking=True)), flip, offset)
 
 
 class Denoising:
@@ -54,9 +55,7 @@ class Denoising:
     def draw(self, step, images, labels, part):
         """x0 (n, C, H, W), t (n,), y (n,) or None, eps like x0: n of the batch's N samples."""
         args, device, N = self.args, self.device, self.args.batch_size
-
-        def generator(purpose):
-            return keyed_generator((args.seed, step, purpose), device)
+        generator = generators(args, step, device)
         x0 = draw_images(step, images, part, args, device)
         t = torch.randint(self.diffusion.T, (N,), generator=generator(TIME), device=device)[part]
         eps = torch.randn((N, *x0.shape[1:]), generator=generator(NOISE), device=device)[part]
@@ -105,9 +104,8 @@ class Classification:
     @torch.no_grad()
     def report(self, network, path):
         """The accuracy; as picture, what is taken for each of the first ten classes, a column each, mistakes on top."""
-        parts = np.array_split(np.arange(len(self.held_out)), -(-len(self.held_out) // 256))
-        images, labels = (torch.cat(z) for z in zip(*(self.held_out.batch(part) for part in parts)))
-        taken = torch.cat([network(data.to_float(part.to(self.device))).argmax(dim=1).cpu() for part in images.split(256)])
+        images, labels = self.held_out.batch(np.arange(len(self.held_out)))
+        taken = torch.cat([network(data.to_float(some.to(self.device))).argmax(dim=1).cpu() for some in images.split(256)])
         wrong = taken != labels
         columns = min(self.held_out.num_classes, 10)
         picture = torch.full((8, columns, *images.shape[1:]), 128, dtype=torch.uint8)
@@ -116,3 +114,8 @@ class Classification:
             picture[:len(rows), k] = images[rows]
         save_image(path, grid(picture.flatten(0, 1).numpy(), columns))
         return {"accuracy": 1 - wrong.double().mean().item()}
+
+
+def objective_of(model):
+    """The objective of a --model."""
+    return Classification if model == "vit" else Denoising

@@ -110,7 +110,7 @@ def is_folder(out):
 def flags():
     """The command line."""
     parser = Parser(prog="sample.py", description="Draw images from a trained run or from released weights.")
-    parser.add_argument("--ckpt", required=True, help="run.pt of train.py, or a released DiT checkpoint")
+    parser.add_argument("--ckpt", required=True, help="run.pt of train.py, or released weights")
     parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16)")
     parser.add_argument("--out", default="samples.png", help="a .png for one grid, or a folder, with a slash at its end")
     parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels")
@@ -174,6 +174,9 @@ def run(args):
             "ViT": "classifies: there is nothing to sample",
             "SuperResUNet": "enlarges images: it needs small ones to start from",
         }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
+    if network.context_dim is not None:
+        raise ValueError(f"{args.ckpt} is told a text, or LDM's class as a token, which nothing here encodes yet: it can be loaded "
+                         "and counted, but not sampled")
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
     few = bool(classes) and len(classes) <= 16
     n = args.n or (4 * len(classes) if few else 16)

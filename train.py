@@ -4,7 +4,7 @@ Report §4-5 and §2-4. What a step draws and minimises is in objectives.py and 
 exactly, and one process or eight train alike; the loop here is the same for all.
 
     python train.py                                                       a small DiT on the embedded digits, minutes on a CPU
-    python train.py --model uvit --size S/2 --data cifar10 --flip         the paper's recipe
+    python train.py --model uvit --size S/2 --data cifar10 --flip         after the paper's recipe
     torchrun --nproc-per-node 8 train.py --size L/2 --data photos/ --image-size 64
 """
 import argparse
@@ -31,7 +31,7 @@ import dit
 from cli import Parser, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
 from models import MODELS, build, describe
-from objectives import DROPOUT, Classification, Denoising
+from objectives import DROPOUT, objective_of
 from sample import parent_of
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, flip=False, skip_bad=False,
@@ -47,13 +47,13 @@ IDDPM = {**DIT, "schedule": "cosine", "steps": 500_000, "batch_size": 128}
 VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 0.05, "warmup": 6250, "decay": "cosine",
        "clip_grad": 1.0}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop")           # flags that a classifier has no use for
-RECIPES = {                            # by model and the size's first word; None: any other size
+RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
     "uvit": {"Ti": LAPTOP, None: UVIT},                                  # Bao et al. 2023, appendix, for CIFAR-10
     "unet": {"Ti": {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125},
-             "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal; Dhariwal & Nichol, both 2021; Ho et al. 2020
+             "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020, for CIFAR-10
     "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
-            None: VIT},                                                  # Touvron et al. 2021, table 9
+            None: VIT},                                                  # Touvron et al. 2021, table 9, and ViT's clipping
 }
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8"}          # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
@@ -105,7 +105,8 @@ def flags():
     saving = parser.add_argument_group("saving")
     saving.add_argument("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
     saving.add_argument("--resume", action="store_true", default=None, help="go on with --out; flags left out are the run's own")
-    saving.add_argument("--sample-every", type=positive, help=f"steps between pictures, and a ViT's held-out accuracy ({default('sample_every')})")
+    saving.add_argument("--sample-every", type=positive, help=f"steps between pictures, or a ViT's held-out accuracy "
+                        f"({default('sample_every')})")
     saving.add_argument("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
     return parser
 
@@ -149,20 +150,26 @@ def settings(argv):
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
     if min(args.shift, args.warmup, args.seed) < 0:
         raise ValueError("--shift, --warmup and --seed must not be negative")
+    description(args, image_size=0, channels=1, num_classes=1)           # refuse now what no data can mend
     return args, run
 
 
-def build_network(args, dataset):
-    """The network that the flags name, at the data's size, channels and classes, and its description.
+def description(args, **data):
+    """The description of the network that the flags name, for the data's image_size, channels and num_classes.
 
-    ValueError on a size that there is not, or one that needs what no data set here has.
+    ValueError on a size that there is not, an option of another model, or a network that needs what no data set here has.
     """
-    described = describe(args.model, args.size, dataset.image_size, dataset.channels, dataset.num_classes,
-                         null_class=bool(args.cfg_drop), learn_sigma=args.variance == "learned", conditioning=args.conditioning,
-                         hybrid=args.hybrid)
+    described = describe(args.model, args.size, **data, null_class=bool(args.cfg_drop), learn_sigma=args.variance == "learned",
+                         conditioning=args.conditioning, hybrid=args.hybrid)
     if described["class"] == "SuperResUNet" or "context_dim" in described["arguments"]:
         raise ValueError(f"--size {args.size} sees more than a noisy image and its class, a smaller image or a text: it can be "
                          "loaded and counted, but not trained here yet")
+    return described
+
+
+def build_network(args, dataset):
+    """The network that the flags name, at the data's size, channels and classes, and its description."""
+    described = description(args, image_size=dataset.image_size, channels=dataset.channels, num_classes=dataset.num_classes)
     torch.manual_seed(args.seed)
     network = build(described)
     network.checkpointing = args.checkpointing
@@ -280,7 +287,7 @@ def train(args, run, device, rank, world):
     network, described = build_network(args, dataset)
     if run and run["network"] != described:
         raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
-    objective = (Classification if args.model == "vit" else Denoising)(args, dataset, network, device)
+    objective = objective_of(args.model)(args, dataset, network, device)
     network = network.to(device).train()
     ema = copy.deepcopy(network).eval().requires_grad_(False)
     parameters = list(network.parameters())

@@ -11,9 +11,8 @@ Shapes: N images, C channels, H x W pixels, L = H W, E the width of the embeddin
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from vit import attention, checked, divided, pair, timestep_embedding
+from vit import attention, checked, divided, pair, run, timestep_embedding
 
 
 def two_convolutions(channels, out_channels):
@@ -47,7 +46,8 @@ class RonnebergerUNet(nn.Module):
         for side in x.shape[2:]:
             if side < 188 or side % 16 != 12:
                 lower = max(188, side - (side - 12) % 16)
-                raise ValueError(f"side {side} leaves a map that cannot be halved, or nothing to answer: use {lower} or {lower + 16}")
+                raise ValueError(f"side {side} leaves a map that cannot be halved, or nothing to answer: use {lower} or "
+                                 f"{lower + 16}")
         skips = []
         for stage in self.down[:-1]:
             x = stage(x)                                                 # (N, C, H, W)
@@ -67,7 +67,7 @@ def norm(channels, eps=1e-5):
     """GroupNorm of 32 groups; eps is that of the released weights.
 
     Maps are kept in PyTorch's default layout. With channels last the CPU's kernel takes a variance as E[x^2] - E[x]^2, so that
-    nothing is left of it where the mean is a thousand deviations; the convolutions gained 5 % from that layout.
+    nothing is left of it where the mean is a thousand deviations.
     """
     return nn.GroupNorm(32, channels, eps=eps)
 
@@ -264,7 +264,7 @@ class UNet(nn.Module):
         self.context_dim = context_dim
         self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
-        self.checkpointing = False         # recompute each stage in the backward pass: less memory, a third more work
+        self.checkpointing = False         # see `vit.run`
         emb_dim = 4 * dim
         self.time_embed = nn.Sequential(nn.Linear(dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if self.num_classes is not None:
@@ -278,7 +278,9 @@ class UNet(nn.Module):
             if not h or width % h or head_dim and width % head_dim:
                 raise ValueError(f"heads do not divide the width {width}: " + (f"{heads} heads" if head_dim is None else
                                                                                f"{head_dim} channels a head"))
-            return AttentionBlock(width, h, new_attention_order) if context_dim is None else SpatialTransformer(width, context_dim, h)
+            if context_dim is not None:
+                return SpatialTransformer(width, context_dim, h)
+            return AttentionBlock(width, h, new_attention_order)
 
         widths, ds = [int(multiplier * dim) for multiplier in multipliers], 1
         width = widths[0]
@@ -314,18 +316,13 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.dim).to(x.dtype))           # (N, E)
         if self.num_classes is not None:
             emb = emb + self.label_emb(y)
-
-        def run(stage, x):
-            if self.checkpointing and self.training:
-                return checkpoint(stage, x, emb, y, use_reentrant=False)
-            return stage(x, emb, y)
         skips = []
         for stage in self.input_blocks:
-            x = run(stage, x)
+            x = run(self, stage, x, emb, y)
             skips.append(x)
-        x = run(self.middle_block, x)
+        x = run(self, self.middle_block, x, emb, y)
         for stage in self.output_blocks:
-            x = run(stage, torch.cat([x, skips.pop()], dim=1))
+            x = run(self, stage, torch.cat([x, skips.pop()], dim=1), emb, y)
         return self.out(x)
 
     def forward(self, x, t, y=None):
@@ -350,9 +347,11 @@ class SuperResUNet(UNet):
 
 ADM = dict(scale_shift=True, updown=True)
 SIZES = {
-    "Ti": dict(dim=32, res_blocks=1, multipliers=(1, 2, 2), attention_ds=(4,), head_dim=32, **ADM),      # ours, for a laptop
+    # ours: for a laptop; ADM's design in two sizes like DiT's; a guess at the U-Net of 53M parameters in Fig. 5-1
+    "Ti": dict(dim=32, res_blocks=1, multipliers=(1, 2, 2), attention_ds=(4,), head_dim=32, **ADM),
     "S": dict(dim=128, res_blocks=2, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
     "B": dict(dim=192, res_blocks=3, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
+    "ldm-coco": dict(image_size=32, dim=128, attention_ds=(2, 4), context_dim=768),
     # published, with the side of what they were trained on
     "ddpm-cifar10": dict(image_size=32, dim=128, dropout=0.1),
     "ddpm-256": dict(image_size=256, dim=128, multipliers=(1, 1, 2, 2, 4, 4), attention_ds=(16,)),
@@ -368,7 +367,6 @@ SIZES = {
     "adm-64-256": dict(image_size=256, dim=192, multipliers=(1, 1, 2, 2, 4, 4), attention_ds=(8, 16, 32), heads=4, **ADM),
     "adm-128-512": dict(image_size=512, dim=192, multipliers=(1, 1, 2, 2, 4, 4), attention_ds=(16, 32), head_dim=64, **ADM),
     "ldm-4": dict(image_size=64, dim=192, multipliers=(1, 2, 3, 5), attention_ds=(2, 4, 8), context_dim=512),
-    "ldm-coco": dict(image_size=32, dim=128, attention_ds=(2, 4), context_dim=768),
     "ldm-8": dict(image_size=32, dim=256, multipliers=(1, 2, 4), attention_ds=(1, 2, 4), head_dim=32, context_dim=512),
 }
 UPSAMPLERS = ("adm-64-256", "adm-128-512")       # these are SuperResUNets, from a quarter of the sides

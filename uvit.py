@@ -11,9 +11,8 @@ import math
 
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 
-from vit import Block, PatchEmbed, checked, pair, timestep_embedding, token_grid, unpatchify
+from vit import Block, PatchEmbed, checked, pair, run, timestep_embedding, token_grid, unpatchify
 
 
 class UViTBlock(Block):
@@ -49,7 +48,7 @@ class UViT(nn.Module):
         self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
         self.out_channels = channels
-        self.checkpointing = False         # recompute each block in the backward pass: less memory, a third more work
+        self.checkpointing = False         # see `vit.run`
 
         self.patch_embed = PatchEmbed(patch_size, channels, dim)
         self.time_embed = (nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim)) if mlp_time_embed
@@ -82,7 +81,7 @@ class UViT(nn.Module):
     def tokens(self, x, t, y):
         """All that the network is told, as one sequence (N, E + L, D): [label, time, patches] or [time, text, patches]."""
         patches = self.patch_embed(x)                                                    # (N, L, D)
-        time = timestep_embedding(t, self.dim).to(patches.dtype)                         # (N, D)
+        time = timestep_embedding(t, self.dim).to(self.pos_embed.dtype)                  # (N, D); exact, also under autocast
         sequence = [self.time_embed(time).unsqueeze(1), patches]                         # (N, 1, D), (N, L, D)
         if self.context_dim is not None:
             if y.shape[1] != self.context_tokens:
@@ -94,23 +93,18 @@ class UViT(nn.Module):
 
     def forward(self, x, t, y=None):
         y = checked(self, x, t, y)
-
-        def run(block, *tensors):
-            if self.checkpointing and self.training:
-                return checkpoint(block, *tensors, use_reentrant=False)
-            return block(*tensors)
         x, skips = self.tokens(x, t, y), []                                              # (N, E + L, D)
         for block in self.in_blocks:
-            x = run(block, x)
+            x = run(self, block, x)
             skips.append(x)
-        x = run(self.mid_block, x)
+        x = run(self, self.mid_block, x)
         for block in self.out_blocks:
-            x = run(block, x, skips.pop()) if self.skip else run(block, x)               # the last one in is the first one out
+            x = run(self, block, x, *([skips.pop()] if self.skip else []))               # the last one in is the first out
         x = self.decoder_pred(self.norm(x))[:, self.extras:]                             # (N, L, p p C): the extra tokens leave
         return self.final_layer(unpatchify(x, self.grid, self.patch_size))               # (N, C, H, W)
 
 
-SIZES = {                                          # Bao et al. 2023, table 1, and the two of MS-COCO; Ti is ours, for a laptop
+SIZES = {              # Bao et al. 2023, table 1 (whose layers count the middle one too); S-deep: MS-COCO; Ti is ours, for a laptop
     "Ti": dict(dim=192, depth=6, heads=4),
     "S": dict(dim=512, depth=12, heads=8),
     "S-deep": dict(dim=512, depth=16, heads=8),

@@ -1,4 +1,4 @@
-"""The Vision Transformer and the parts that every transformer here shares.
+"""The Vision Transformer and the parts that the networks here share.
 
 Report §2-3 and §2-4: cut an image into patches, embed each linearly, add positions, run an encoder of self-attention
 and MLP behind LayerNorms, read the class off a class token; §2-4-4: cut the patches from a CNN's feature map instead.
@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def pair(size):
@@ -62,6 +63,13 @@ def checked(network, x, t, y):
     elif y.shape != t.shape or y.is_floating_point():
         raise ValueError(f"y of shape {tuple(y.shape)}, {y.dtype}: it must be whole numbers ({len(x)},)")
     return y
+
+
+def run(network, block, *inputs):
+    """block(*inputs); recomputed in the backward pass where network.checkpointing is set: less memory, a third more work."""
+    if network.checkpointing and network.training:
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def timestep_embedding(t, dim):
@@ -209,6 +217,7 @@ class ViT(nn.Module):
         self.grid = token_grid(image_size, patch_size)
         self.image_size, self.channels = pair(image_size), channels
         self.patch_size, self.num_classes = patch_size, num_classes
+        self.checkpointing = False         # see `run`
         if hybrid and patch_size % ConvStem.reduction:
             raise ValueError(f"the hybrid's feature map has a quarter of the image's sides: patch size {patch_size} is not a "
                              f"multiple of {ConvStem.reduction}")
@@ -234,11 +243,11 @@ class ViT(nn.Module):
         """All tokens after the last norm (N, 1 + L, D), the class token first."""
         if tuple(x.shape[2:]) != self.image_size:
             raise ValueError(f"images of {tuple(x.shape[2:])} pixels where the network was built for {self.image_size}")
-        x = self.patch_embed(self.stem(x))                                               # (N, L, D)
+        x = self.patch_embed(self.stem(x.contiguous()))                                  # (N, L, D); the layout: see `unet.norm`
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)                 # (N, 1 + L, D)
         x = x + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = run(self, block, x)
         return self.norm(x)
 
     def forward(self, x):

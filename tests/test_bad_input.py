@@ -21,6 +21,7 @@ from PIL import Image
 
 import checkpoint
 import dit
+import uvit
 import vit
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,10 @@ def classifiers_run():
     torch.save(run | dict(network={"class": "ViT", "arguments": network}, diffusion=None, model=state, ema=state), "vit.pt")
 
 
+def released_text_network():
+    torch.save(uvit.UViT(8, 2, 4, dim=64, depth=2, heads=1, context_dim=8).state_dict(), "text.pt")
+
+
 def pixels(*shape):
     return np.zeros(shape, np.uint8)
 
@@ -216,6 +221,8 @@ CASES = [
     ("quality of a run without labels", unlabelled_run, "bench.py quality", "class-conditional"),
     ("timing a single step", nothing, "bench.py train --steps 1", "at least 2"),
     ("samples of a classifier", classifiers_run, "sample.py --ckpt vit.pt", "a ViT, which classifies"),
+    ("samples of released weights that read text", released_text_network, "sample.py --ckpt text.pt", "told a text"),
+    ("a negative number of classes", nothing, "gflops.py --model dit --size S/2 --num-classes -5", "from 0 on"),
     ("quality of a classifier", classifiers_run, "bench.py quality --ckpt vit.pt", "class-conditional"),
     ("the cost of a model without a size", nothing, "gflops.py --model dit", "both --model and --size"),
     ("the cost of an unknown size", nothing, "gflops.py --model uvit --size XL/2", "S-deep"),

@@ -1,10 +1,11 @@
 """bench.py: its judge is right on digits whose class is known, and its stopwatch changes nothing."""
 import numpy as np
+import pytest
 import torch
 
 import bench
 import data
-import ddpm
+from objectives import Classification, Denoising
 
 
 def test_neighbours_are_those_of_a_search_by_hand():
@@ -41,9 +42,15 @@ def test_quality_prints_three_shares(tiny_run, capsys):
     assert len(shares) == 3 and shares[1] > 90 and all(0 <= share <= 100 for share in shares)
 
 
-def test_the_training_loop_is_timed_as_it_is_and_left_as_it_was(capsys):
-    before = ddpm.Diffusion.losses, torch.Tensor.backward
-    bench.main(["train", "--size", "Ti/16", "--batch-size", "8", "--steps", "4", "--device", "cpu"])
+@pytest.mark.parametrize("model, size, ruler", [("dit", "Ti/4", "product"), ("uvit", "Ti/4", "product"), ("vit", "Ti/4", "product"),
+                                                ("unet", "Ti", "convolution")])
+def test_the_training_loop_is_timed_as_it_is_and_left_as_it_was(tmp_path, capsys, model, size, ruler):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((20, 8, 8, 1), np.uint8), arr_1=np.arange(20) % 2)
+    def measured():
+        return Denoising.loss, Classification.loss, torch.Tensor.backward, torch.optim.AdamW.step
+    before = measured()
+    bench.main(["train", "--model", model, "--size", size, "--batch-size", "2", "--steps", "4", "--device", "cpu", "--data",
+                str(tmp_path / "images.npz")])
     said = capsys.readouterr().out
-    assert "of a large product's" in said and "rest of the loop" in said
-    assert (ddpm.Diffusion.losses, torch.Tensor.backward) == before
+    assert f"of a large {ruler}'s" in said and "loss" in said and "backward" in said and "rest of the loop" in said
+    assert measured() == before

@@ -30,8 +30,8 @@ import sample
 import unet
 import uvit
 import vit
-from checkpoint import (build, describe, infer, load, load_network, main, read, read_safetensors, released_process, save,
-                        sole_writer)
+from checkpoint import (build, describe, infer, load, load_network, main, read, read_safetensors, released_process,
+                        released_scale, save, sole_writer)
 from ddpm import cosine_betas
 from dit import DiT
 from formula import fill, formula_weight, golden, golden_json
@@ -754,6 +754,11 @@ def test_a_unets_name_that_is_wrong_is_refused_and_one_that_there_is_not_gets_th
     refusal(lambda: load(path, "adm-1024"), path, "'adm-1024'", ", ".join(SMALL_UNETS))
 
 
+def test_a_unets_name_for_another_networks_file_is_refused(tmp_path):
+    path = saved(tmp_path / "dit.pt", network().state_dict())
+    refusal(lambda: load(path, "adm-64"), path, "not the U-Net adm-64")
+
+
 def test_a_released_unet_may_be_built_for_another_image_size():
     given = dict(image_size=(48, 80))                    # legal for it, though not for every configuration before it
     assert infer(unet_state("iddpm-64"), given)["arguments"] == unet_description("iddpm-64")["arguments"] | given
@@ -789,6 +794,14 @@ def test_a_released_unet_comes_with_its_papers_process(name):
 def test_the_huge_and_the_text_uvits_count_discrete_time_and_the_others_a_continuous_one(name):
     expected = SCALED | dict(time=(1, 1)) if "huge" in name or "mscoco" in name else None
     assert released_process({"class": "UViT", "arguments": published_uvit(name)}) == expected
+
+
+@pytest.mark.parametrize("description, scale", [
+    *((unet_description(name), 1.0 if name.startswith("ldm") else None) for name in UNETS),
+    *(({"class": "UViT", "arguments": published_uvit(name)}, 0.2301 if "mscoco" in name else 0.18215 if "256" in name or "512" in name
+       else None) for name in UVITS)])
+def test_latents_of_a_release_have_the_scale_that_it_was_trained_on(description, scale):
+    assert released_scale(description) == scale
 
 
 def small_uvit(**changes):
@@ -849,7 +862,8 @@ UNSAMPLED = {
     "an upsampler": (lambda: released_unet("adm-64-256").state_dict(), "needs small ones"),
     "a released ViT": (lambda: classifiers_run()["ema"], "classifies"),
     "a classifier's run": (classifiers_run, "classifies"),
-    "a text": (lambda: small_uvit(context_dim=8).state_dict(), "text context"),
+    "a text": (lambda: small_uvit(context_dim=8).state_dict(), "told a text"),
+    "a class as a token": (lambda: released_unet("ldm-4").state_dict(), "told a text, or LDM's class"),
 }
 
 

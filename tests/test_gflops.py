@@ -339,6 +339,7 @@ def test_training_with_adam_takes_sixteen_bytes_a_parameter(capsys):
     ("--model dit --size S/8", DiT, dict(patch_size=8, **SIZES["S"])),
     ("--model dit --size S/8 --channels 4", DiT, dict(patch_size=8, channels=4, **SIZES["S"])),
     ("--model dit --size S/8 --num-classes 0", DiT, dict(patch_size=8, num_classes=None, **SIZES["S"])),
+    ("--model dit --size S/8 --variance learned", DiT, dict(patch_size=8, learn_sigma=True, **SIZES["S"])),
     ("--model dit --size S/8 --conditioning in-context", DiT, dict(patch_size=8, conditioning="in-context", **SIZES["S"])),
     ("--model vit --size Ti/8 --num-classes 10", ViT, dict(patch_size=8, num_classes=10, dim=192, depth=6, heads=4)),
     ("--model vit --size Ti/8 --hybrid", ViT, dict(patch_size=8, dim=192, depth=6, heads=4, hybrid=True)),

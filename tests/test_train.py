@@ -19,6 +19,7 @@ import dit
 import sample
 import train
 import unet
+from objectives import Denoising
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -261,6 +262,13 @@ def test_without_dropped_labels_there_is_no_null_class(tmp_path):
     assert checkpoint.build(run)[0].null_label is None
 
 
+def test_a_bad_flag_is_refused_before_the_data_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.data, "load", lambda *args, **kwargs: pytest.fail("the data was read"))
+    for flags in (["--size", "XXL/2"], ["--model", "uvit", "--variance", "learned"], ["--model", "unet", "--size", "ldm-4"], ["--hybrid"]):
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--out", str(tmp_path / "run.pt")])
+
+
 def test_activation_checkpointing_changes_no_gradient(tmp_path, first_step):
     start, plain = first_step
     saved = gradients(second_step(start, tmp_path / "saved.pt", "--checkpointing"))
@@ -294,14 +302,14 @@ def test_non_finite_gradients_leave_weights_and_moments_unchanged():
 
 
 def test_ten_bad_steps_in_a_row_end_the_run_and_leave_the_last_save(tmp_path, capsys, monkeypatch):
-    honest = train.Denoising.loss
+    honest = Denoising.loss
 
     def poisoned(self, model, *batch):
         poisoned.calls += 1
         losses, groups = honest(self, model, *batch)
         return losses * (math.nan if poisoned.calls > 30 else 1), groups
     poisoned.calls = 0
-    monkeypatch.setattr(train.Denoising, "loss", poisoned)
+    monkeypatch.setattr(Denoising, "loss", poisoned)
     with pytest.raises(SystemExit) as stop:
         trained(tmp_path / "run.pt", "--steps", "100", "--save-every", "30", "--sample-every", "1000")
     assert stop.value.code == 2 and "20 steps in a row" in capsys.readouterr().err
@@ -352,13 +360,13 @@ def test_resuming_drops_rows_beyond_the_checkpoint_and_half_a_row(tmp_path):
     args = settings_of("--out", str(tmp_path / "run.pt"))
     names, row = "step,images,loss,loss_q1,loss_q2,loss_q3,loss_q4,grad_norm,lr,images_per_s", ",1,1,1,1,1,1,1,1,1"
     (tmp_path / "run.csv").write_text(f"{names}\n50{row}\n100{row}\n150{row}\n200,1,1")
-    train.Log(tmp_path / "run.csv", args, train.Denoising, 120, torch.zeros(2, 4), 0)
+    train.Log(tmp_path / "run.csv", args, Denoising, 120, torch.zeros(2, 4), 0)
     assert (tmp_path / "run.csv").read_text() == f"{names}\n50{row}\n100{row}\n"
 
 
 def test_a_quarter_of_t_without_samples_is_left_empty_and_a_skipped_one_does_not_spread(tmp_path):
     args = settings_of("--out", str(tmp_path / "run.pt"), "--steps", "5")
-    log = train.Log(tmp_path / "run.csv", args, train.Denoising, 0, torch.zeros(2, 4), 0)
+    log = train.Log(tmp_path / "run.csv", args, Denoising, 0, torch.zeros(2, 4), 0)
     log.add(torch.tensor([1.0, math.nan, 3.0]), torch.tensor([0, 1, 0]))
     log.write(log.sums.clone(), 1, torch.tensor(2.0))
     row = rows_of(tmp_path / "run.pt")[1]
@@ -370,6 +378,15 @@ def test_the_embedded_recipe_is_the_default(tmp_path):
     assert (args.model, args.size, args.data, args.prediction) == ("dit", "Ti/8", "mnist", "x0") and run is None
     paper = train.settings(["--size", "B/4", "--out", str(tmp_path / "run.pt")])[0]
     assert (paper.lr, paper.batch_size, paper.variance, paper.steps, paper.ema) == (1e-4, 256, "learned", 400_000, 0.9999)
+
+
+@pytest.mark.parametrize("model, size, recipe", [
+    ("uvit", None, train.LAPTOP), ("uvit", "S-deep/2", train.UVIT), ("unet", "ddpm-cifar10", train.DDPM), ("unet", "S", train.DDPM),
+    ("unet", "iddpm-64", train.IDDPM), ("unet", "adm-256", train.DIT), ("dit", "Ti/4", train.LAPTOP)])
+def test_what_flags_leave_out_takes_the_recipe_of_the_model_and_size(tmp_path, model, size, recipe):
+    given = ["--model", model, *(["--size", size] if size else []), "--out", str(tmp_path / "run.pt")]
+    args = vars(train.settings(given)[0])
+    assert recipe.items() <= args.items() and args["size"] == (size or train.DEFAULT_SIZE[model])
 
 
 @pytest.mark.gpu

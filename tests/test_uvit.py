@@ -336,3 +336,10 @@ def test_the_last_convolution_is_of_the_image_so_that_it_joins_patches():
     windows = image.unfold(2, 3, 1).unfold(3, 3, 1)                                      # (N, C, H, W, 3, 3)
     expected = torch.einsum("nihwkl,oikl->nohw", windows, network.final_layer.weight)
     assert_close(network(*batch({})), expected + network.final_layer.bias[:, None, None], **EXACT)
+
+
+def test_the_time_is_not_rounded_under_autocast():
+    network, (x, t, _) = uvit().float(), batch(None)
+    exact = network.tokens(x.float(), t, None)[:, 0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network.tokens(x.float(), t, None)[:, 0], exact)

@@ -342,6 +342,20 @@ def test_every_parameter_gets_a_gradient(hybrid):
 
 
 @both
+def test_checkpointing_recomputes_each_block_for_the_same_gradients(hybrid):
+    network, calls, gradients = vit(hybrid).train(), [], []
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(network.checkpointing))
+    for network.checkpointing in (False, True):
+        network.zero_grad()
+        network(normal(2, 2, 8, 12)).square().sum().backward()
+        gradients.append({name: value.grad.clone() for name, value in network.named_parameters()})
+    assert_close(gradients[0], gradients[1], **EXACT)
+    depth = len(network.blocks)
+    assert calls == [False] * depth + [True] * 2 * depth
+
+
+@both
 def test_every_pixel_matters(hybrid):
     network = vit(hybrid)
     _, gradient = gradients(network, normal(1, 2, 8, 12))
