@@ -13,7 +13,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 
 def linear_betas(T=1000, start=1e-4, end=0.02):

@@ -213,7 +213,7 @@ def test_a_fresh_network_predicts_exactly_zero(conditioning):
 
 @every_design
 def test_fresh_blocks_are_identities_in_adaln_zero_alone(conditioning):
-    network, (x, t, y) = fresh(conditioning), batch()
+    network, (_, t, y) = fresh(conditioning), batch()
     tokens, c = normal(3, 6, 16, dtype=torch.float32), network.condition(t, y)
     unchanged = [torch.equal(block(tokens, c), tokens) for block in network.blocks]
     assert unchanged == [conditioning == "adaln-zero"] * 2

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, strategies as st
 
 import checkpoint
-import data
 import dit
 import sample
 import train
