@@ -31,6 +31,10 @@ def one_line_errors(command):
         sys.exit(_report(command, "out of memory on the device: lower the batch size, or raise --accumulate"))
     except (ValueError, OSError) as error:
         sys.exit(_report(command, error))
+    else:
+        if dist.is_initialized() and dist.get_rank() > 0:
+            sys.stdout.flush()                           # now and then torch 2.13 aborts while such a process's interpreter ends,
+            os._exit(0)                                  # after all work is done, and torchrun reports a failure: do not let it
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
