@@ -203,8 +203,8 @@ def infer_unet(state, name, changes):
         network, fixed = models.named("unet", size)
         arguments = {"image_size": 32, **fixed, "channels": state["input_blocks.0.0.weight"].shape[1] // network.inputs,
                      "out_channels": len(state["out.2.weight"]), **changes}
-        with torch.device("meta"):                       # at its own image size, of which no shape depends
-            built = network(**{**arguments, "image_size": fixed.get("image_size", 32)})
+        with torch.device("meta"):                       # no shape depends on the image size, which it can take, or on heads
+            built = network(**{**arguments, "image_size": fixed.get("image_size", 32), "heads": 1, "head_dim": None})
         if {key: value.shape for key, value in built.state_dict().items()} == shapes:
             return {"class": network.__name__, "arguments": arguments}
     raise ValueError(f"its shapes are not those of {name}" if name else "it is a U-Net of no configuration known here: its heads, "
@@ -212,9 +212,12 @@ def infer_unet(state, name, changes):
 
 
 def unet_name(arguments):
-    """The configuration of unet.SIZES, at whatever image size, that a U-Net's arguments are of, or ""."""
-    return next((name for name, size in unet.SIZES.items()
-                 if {**size, "image_size": arguments["image_size"]}.items() <= arguments.items()), "")
+    """The configuration of unet.SIZES that a U-Net's arguments are of, or "". What shapes do not show may differ: a caller can
+    override it, and the weights are still those of that release."""
+    hidden = {"image_size", "heads", "head_dim", "new_attention_order", "dropout"}
+    shown = {name: {key: value for key, value in size.items() if key not in hidden} for name, size in unet.SIZES.items()}
+    matches = [name for name in shown if shown[name].items() <= arguments.items()]
+    return max(matches, key=lambda name: len(shown[name]), default="")               # the one that says most
 
 
 def released_process(network):

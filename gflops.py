@@ -148,7 +148,10 @@ def show_one(args):
     options = dict(image_size=args.image_size, channels=args.channels, num_classes=args.num_classes or None,
                    learn_sigma=args.variance == "learned", conditioning=args.conditioning, hybrid=args.hybrid)
     description = describe(args.model, args.size, **options)
-    parameters, multiply_adds = cost(args.model, args.size, **options)
+    try:
+        parameters, multiply_adds = cost(args.model, args.size, **options)
+    except RuntimeError as error:                        # shapes beyond 64 bits
+        raise ValueError(f"--image-size {args.image_size} is too large to be counted: {error}") from None
     print(f"{description['class']} {args.size}: " + ", ".join(f"{k}={v}" for k, v in description["arguments"].items()))
     print(f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops (multiply-adds) an image, three times that in training"
           + ("" if args.model == "vit" else ", twice with guidance"))

@@ -222,6 +222,7 @@ CASES = [
     ("timing a single step", nothing, "bench.py train --steps 1", "at least 2"),
     ("samples of a classifier", classifiers_run, "sample.py --ckpt vit.pt", "a ViT, which classifies"),
     ("samples of released weights that read text", released_text_network, "sample.py --ckpt text.pt", "told a text"),
+    ("an image too large to be counted", nothing, "gflops.py --model dit --size S/2 --image-size 100000000", "too large to be counted"),
     ("a negative number of classes", nothing, "gflops.py --model dit --size S/2 --num-classes -5", "from 0 on"),
     ("quality of a classifier", classifiers_run, "bench.py quality --ckpt vit.pt", "class-conditional"),
     ("the cost of a model without a size", nothing, "gflops.py --model dit", "both --model and --size"),

@@ -305,6 +305,7 @@ MISFITS = {
     "weights that are none": dict(ema={name: 1 for name in network().state_dict()}),
     "an unknown schedule": dict(diffusion=dict(schedule="sigmoid", T=50, prediction="v", variance="small")),
     "an unknown prediction": dict(diffusion=dict(schedule="linear", T=50, prediction="score", variance="small")),
+    "a diffusion of nothing": dict(diffusion={}),
     "no steps": dict(diffusion=dict(schedule="linear", T=0, prediction="v", variance="small")),
     "three ends": dict(diffusion=dict(schedule="linear", T=50, prediction="v", variance="small", range=(0.1, 0.2, 0.3))),
     "an end beyond 1": dict(diffusion=dict(schedule="linear", T=50, prediction="v", variance="small", range=(0.1, 2))),
@@ -790,6 +791,13 @@ def test_a_released_unet_comes_with_its_papers_process(name):
     assert released_process(unet_description(name)) == OF_UNETS[name]
 
 
+@pytest.mark.parametrize("name, change", [("iddpm-64", dict(dropout=0.1)), ("iddpm-64", dict(heads=8)), ("adm-64", dict(dropout=0.0)),
+                                          ("ldm-4", dict(heads=3)), ("ldm-8", dict(head_dim=128))])
+def test_a_release_with_heads_or_dropout_overridden_keeps_its_process(name, change):
+    changed = infer(unet_state(name), change)
+    assert change.items() <= changed["arguments"].items() and released_process(changed) == OF_UNETS[name]
+
+
 @pytest.mark.parametrize("name", UVITS)
 def test_the_huge_and_the_text_uvits_count_discrete_time_and_the_others_a_continuous_one(name):
     expected = SCALED | dict(time=(1, 1)) if "huge" in name or "mscoco" in name else None
@@ -798,8 +806,8 @@ def test_the_huge_and_the_text_uvits_count_discrete_time_and_the_others_a_contin
 
 @pytest.mark.parametrize("description, scale", [
     *((unet_description(name), 1.0 if name.startswith("ldm") else None) for name in UNETS),
-    *(({"class": "UViT", "arguments": published_uvit(name)}, 0.2301 if "mscoco" in name else 0.18215 if "256" in name or "512" in name
-       else None) for name in UVITS)])
+    *(({"class": "UViT", "arguments": published_uvit(name)},
+       0.2301 if "mscoco" in name else 0.18215 if "256" in name or "512" in name else None) for name in UVITS)])
 def test_latents_of_a_release_have_the_scale_that_it_was_trained_on(description, scale):
     assert released_scale(description) == scale
 
