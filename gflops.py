@@ -28,27 +28,30 @@ TEXT = dict(image_size=32, channels=4, context_dim=768)                  # laten
 
 
 def pixels(side, num_classes=None):
+    """Options of a network that sees colour images."""
     return dict(image_size=side, channels=3, num_classes=num_classes)
 
 
 def adm(side):
+    """Options of ADM's released networks, which have no null class and learn the variance."""
     return dict(**pixels(side, 1000), null_class=False, learn_sigma=True)
 
 
-# A row: name, the networks that it runs once each, published 10^6 parameters and Gflops as they are printed, remark
+# A row: name, the networks that it runs once each, published 10^6 parameters and Gflops as they are printed, remark. Published
+# numbers are the report's, or the papers' as later work quotes them; None where none was at hand.
 TABLES = {
     "§4-3: DiT on latents of 256x256 images (Peebles & Xie 2023, tables 1 and 4)": [
-        ("DiT-S/8", [("dit", "S/8", DIT)], "33", "0.36", ""),
-        ("DiT-S/4", [("dit", "S/4", DIT)], "33", "1.41", ""),
+        ("DiT-S/8", [("dit", "S/8", DIT)], None, "0.36", ""),
+        ("DiT-S/4", [("dit", "S/4", DIT)], None, "1.41", ""),
         ("DiT-S/2", [("dit", "S/2", DIT)], "33", "6.06", ""),
-        ("DiT-B/8", [("dit", "B/8", DIT)], "131", "1.42", ""),
-        ("DiT-B/4", [("dit", "B/4", DIT)], "130", "5.56", ""),
+        ("DiT-B/8", [("dit", "B/8", DIT)], None, "1.42", ""),
+        ("DiT-B/4", [("dit", "B/4", DIT)], None, "5.56", ""),
         ("DiT-B/2", [("dit", "B/2", DIT)], "130", "23.01", ""),
-        ("DiT-L/8", [("dit", "L/8", DIT)], "459", "5.01", ""),
-        ("DiT-L/4", [("dit", "L/4", DIT)], "458", "19.70", ""),
+        ("DiT-L/8", [("dit", "L/8", DIT)], None, "5.01", ""),
+        ("DiT-L/4", [("dit", "L/4", DIT)], None, "19.70", ""),
         ("DiT-L/2", [("dit", "L/2", DIT)], "458", "80.71", ""),
-        ("DiT-XL/8", [("dit", "XL/8", DIT)], "676", "7.39", ""),
-        ("DiT-XL/4", [("dit", "XL/4", DIT)], "675", "29.05", ""),
+        ("DiT-XL/8", [("dit", "XL/8", DIT)], None, "7.39", ""),
+        ("DiT-XL/4", [("dit", "XL/4", DIT)], None, "29.05", ""),
         ("DiT-XL/2", [("dit", "XL/2", DIT)], "675", "118.64", ""),
         ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525", ""),
     ],
@@ -57,8 +60,8 @@ TABLES = {
         for name, published in zip(dit.BLOCKS, ("118.64", "118.56", "137.62", "119.37"))
     ],
     "§4-1: U-ViT (Bao et al. 2023, table 1)": [
-        ("U-ViT-S/2 CIFAR-10", [("uvit", "S/2", pixels(32))], "44", None, ""),
-        ("U-ViT-S/4 CelebA 64", [("uvit", "S/4", pixels(64))], "44", None, ""),
+        ("U-ViT-S/2 CIFAR-10", [("uvit", "S/2", pixels(32))], None, None, ""),
+        ("U-ViT-S/4 CelebA 64", [("uvit", "S/4", pixels(64))], None, None, ""),
         ("U-ViT-M/4 ImageNet 64", [("uvit", "M/4", {**pixels(64, 1000), "null_class": False})], "131", None, ""),
         ("U-ViT-L/4 ImageNet 64", [("uvit", "L/4", {**pixels(64, 1000), "null_class": False})], "287", None, ""),
         ("U-ViT-L/2 ImageNet 256", [("uvit", "L/2", LATENT)], "287", None, ""),
@@ -72,9 +75,9 @@ TABLES = {
         ("U-Net", [("unet", "ldm-coco", TEXT)], "53", None, "a configuration of that size; theirs is not published"),
     ],
     "§4-10, Fig. 5-2: ImageNet (Dhariwal & Nichol 2021; Rombach et al. 2022; Peebles & Xie 2023)": [
-        ("ADM at 256x256", [("unet", "adm-256", adm(256))], "554", "1120", ""),
+        ("ADM at 256x256", [("unet", "adm-256", adm(256))], None, "1120", ""),
         ("ADM-U at 256x256", [("unet", "adm-64", adm(64)), ("unet", "adm-64-256", adm(256))], None, "742", ""),
-        ("LDM-8", [("unet", "ldm-8", dict(image_size=32, channels=4))], "395", "57", ""),
+        ("LDM-8", [("unet", "ldm-8", dict(image_size=32, channels=4))], None, "57", ""),
         ("LDM-4", [("unet", "ldm-4", dict(image_size=64, channels=3))], "400", "103.6", "not explained"),
         ("DiT-XL/2", [("dit", "XL/2", DIT)], "675", "119", ""),
         ("ADM at 512x512", [("unet", "adm-512", adm(512))], None, "1983", ""),

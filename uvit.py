@@ -47,7 +47,6 @@ class UViT(nn.Module):
         self.dim, self.context_dim, self.context_tokens, self.skip = dim, context_dim, context_tokens, skip
         self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
-        self.out_channels = channels
         self.checkpointing = False         # see `vit.run`
 
         self.patch_embed = PatchEmbed(patch_size, channels, dim)
