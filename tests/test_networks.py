@@ -153,7 +153,8 @@ def test_every_row_and_column_of_every_parameter_gets_a_gradient(name):
 @every_network
 def test_the_gradient_is_the_slope_of_the_output(name):
     network, h = filled(name), 1e-5
-    inputs, weight = batch(network), normal(3, network.out_channels, 4, 6, seed=3)
+    inputs = batch(network)
+    weight = normal(*network(**inputs).shape, seed=3)
 
     def grown(factor):                       # the output, summed with weights, of all parameters times a factor
         parameters = {key: factor * value for key, value in network.named_parameters()}
