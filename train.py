@@ -53,6 +53,7 @@ RECIPES = {                            # by model and the size's first word; Non
     "unet": {"Ti": {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125},
              "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020, for CIFAR-10
     "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
+            "Nano": {**LAPTOP, "steps": 2800, "batch_size": 64, "weight_decay": 0.05, "shift": 2},
             None: VIT},                                                  # Touvron et al. 2021, table 9, and ViT's clipping
 }
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8"}          # for a laptop

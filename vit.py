@@ -254,7 +254,8 @@ class ViT(nn.Module):
         return self.head(self.tokens(x)[:, 0])                                           # (N, K)
 
 
-SIZES = {                                          # Dosovitskiy et al. 2021, table 1; S: Touvron et al. 2021; Ti is ours
+SIZES = {                          # Dosovitskiy et al. 2021, table 1; S: Touvron et al. 2021; Ti is ours, for a laptop, and
+    "Nano": dict(dim=64, depth=4, heads=4),        # Nano, which judges the digits: under a megabyte
     "Ti": dict(dim=192, depth=6, heads=4),
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),
