@@ -1,10 +1,13 @@
-"""Measure what the project claims: the quality of a run's samples, the speed of training.
+"""Measure what the project claims: the quality of a run's samples, the speed of training, the designs side by side.
 
     python bench.py quality --ckpt run.pt              samples judged by their nearest training images
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
+    python bench.py compare                            DiT, U-ViT and U-Net of like Gflops, and DiTs of rising Gflops: an hour
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
+import csv
+import math
 import sys
 import tempfile
 import time
@@ -18,10 +21,12 @@ import data
 import train
 from checkpoint import build, load
 from cli import Parser, one_line_errors, positive, processes
+from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
+from features import default_space, space_of
 from gflops import count, inputs_of
 from models import MODELS
 from objectives import objective_of
-from sample import CFG_SCALE, STEPS, draw, labels_of
+from sample import STEPS, draw, guidance, labels_of
 
 
 def nearest(queries, reference, k=3):
@@ -56,7 +61,7 @@ def quality(args):
     test_images, test_labels = held_out.batch(np.arange(len(held_out)))
 
     classes = list(range(network.num_classes))
-    scale = CFG_SCALE if network.null_label is not None else 1.0
+    scale = guidance(network)
     samples = [data.to_uint8(x).cpu() for _, x in draw(network.to(device), diffusion, range(args.n), classes, args.seed,
                                                        clip=True, cfg_scale=scale)]
     neighbours = nearest(torch.cat(samples), images)
@@ -66,6 +71,60 @@ def quality(args):
     print(f"samples recognised as their class   {right:6.1%}   by 3 nearest neighbours among {len(real)} training images")
     print(f"real held-out images, likewise      {real_right:6.1%}   of {len(held_out)}")
     print(f"samples whose nearest training image is no other's {unique_share(neighbours[:, 0]):.1%}")
+
+
+COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))    # three alike, then fewer
+ROW = ("model", "size", "seed", "steps", "minutes", "parameters", "gflops", "n", *METRICS)
+
+
+def compare_one(args, model, size, seed, device, space, real, dataset):
+    """Train one network, or take up its run where it stands, and score its samples -> a row of compare.csv."""
+    out = Path(args.out) / f"{model}-{size.replace('/', '-')}-{seed}.pt"
+    began, step = time.perf_counter(), load(out)["step"] if out.exists() else 0
+    if step < args.steps:
+        train.main(["--model", model, "--size", size, "--steps", str(args.steps), "--seed", str(seed), "--out", str(out),
+                    "--sample-every", str(args.steps), "--device", args.device] + ["--resume"] * out.exists())
+    minutes = (time.perf_counter() - began) / 60 if step == 0 else ""    # a run that was interrupted has no time to tell
+    network, diffusion = build(load(out))
+    parameters, multiply_adds = count(network, *inputs_of(network))
+    found = score_network(network.to(device), diffusion, real, space, args.n, dataset.classes, seed, scale=1.0)
+    return dict(model=model, size=size, seed=seed, steps=args.steps, minutes=minutes, parameters=parameters,
+                gflops=multiply_adds / 1e9, n=args.n, **found)
+
+
+def compare(args):
+    """Train the networks of COMPARED on the same images and noise, seed by seed, and print their scores."""
+    device, _, _ = processes(args.device)
+    folder = Path(args.out)
+    folder.mkdir(exist_ok=True)
+    dataset, held_out = (data.load(split=split) for split in ("train", "test"))
+    space = space_of(default_space(dataset.spec, dataset.images.shape[1:]), device)
+    reference = measure_reference(dataset, space, dataset.spec)
+    ours = scores(measure_samples(held_out, None, space), reference.measured, possible(space, held_out.classes))
+    table, rows = folder / "compare.csv", []
+    if table.exists():
+        with open(table, newline="") as file:
+            rows = list(csv.DictReader(file))
+    for seed in range(args.seeds):
+        for model, size in COMPARED:
+            wanted = dict(model=model, size=size, seed=seed, steps=args.steps, n=args.n)
+            if not any(all(row[key] == str(value) for key, value in wanted.items()) for row in rows):
+                rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset))
+                lines = [ROW, *([row.get(key, "") for key in ROW] for row in rows)]
+                with data.atomic_file(table) as file:
+                    file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, weights "
+          f"{space.sha256[:8]}; a range is that of {args.seeds} seeds")
+    print(f"{'':14}{'Mparams':>8}{'Gflops':>8}{'minutes':>9}" + "".join(f"{metric:>18}" for metric in ours))
+    for model, size in COMPARED:
+        runs = [row for row in rows if (row["model"], row["size"], int(row["steps"]), int(row["n"])) == (model, size, args.steps, args.n)]
+        minutes = [float(row["minutes"]) for row in runs if row["minutes"]]
+        print(f"{model + ' ' + size:14}{int(runs[0]['parameters']) / 1e6:8.2f}{float(runs[0]['gflops']):8.3f}"
+              f"{np.mean(minutes) if minutes else math.nan:9.1f}" + "".join(
+                  "{:>18}".format(" – ".join(f"{edge(float(row[metric]) for row in runs):.3f}" for edge in (min, max)))
+                  for metric in ours))
+    print(f"{'held-out digits':39}" + "".join(f"{value:18.3f}" for value in ours.values()))
+    print(f"two halves of the training digits: FD {reference.floor['FD']:.3f}")
 
 
 def rate_of(operation, flops, device):
@@ -180,6 +239,13 @@ def main(argv=None):
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.add_argument("--compile", action="store_true")
     command.set_defaults(run=speed)
+    command = commands.add_parser("compare", help="train DiT, U-ViT and U-Net of like Gflops, and score their samples")
+    command.add_argument("--steps", type=positive, default=1400, help="of training (default: 1400, five minutes on 2 cores)")
+    command.add_argument("--seeds", type=positive, default=2, help="runs of each network (default: 2)")
+    command.add_argument("--n", type=positive, default=2000, help="samples to score (default: 2000)")
+    command.add_argument("--out", default="compare", help="folder of the runs and of compare.csv; what is there is not made again")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=compare)
     args = parser.parse_args(argv)
     with one_line_errors("bench.py"):
         args.run(args)

@@ -88,6 +88,17 @@ def processes(device="auto"):
     return torch.device(device), dist.get_rank() if world > 1 else 0, world
 
 
+@contextmanager
+def first_in_turn():
+    """The first process does what is inside alone, as to download and decode; then the others, who find its cache."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
 def ignore_signals(worker):
     """In a worker of the DataLoader: the main process decides when to stop."""
     for name in (signal.SIGINT, signal.SIGTERM):

@@ -111,7 +111,7 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     """Load "mnist", "cifar10", "cifar10:DIR", a folder of images (class sub-folders, or flat and then without labels) or an
     .npz file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
 
-    image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train" or "test".
+    image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train", "test" or "all".
     cache: folder of caches and downloads. skip_bad: leave out files that cannot be read, instead of stopping at the first.
     ValueError or OSError, in one line, on anything that cannot be used.
     """
@@ -126,6 +126,8 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
         dataset = _folder(Path(spec), image_size, cache, skip_bad, workers)
     else:
         raise ValueError(f"no data set {spec!r}: it is neither mnist, cifar10[:DIR], an existing folder, nor an .npz file")
+    if split == "all":
+        return dataset
     order = np.random.default_rng(0).permutation(len(dataset))           # the same tenth is held out, whoever asks
     held_out = max(1, len(dataset) // 10)
     dataset.rows = np.sort(order[:held_out] if split == "test" else order[held_out:])
@@ -238,7 +240,8 @@ def _checked(images, labels):
 
 def _cifar10(folder, split, cache):
     """CIFAR-10 in its binary version: records of one label byte and 3 x 32 x 32 pixels, channels first."""
-    names = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
+    train, test = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
+    names = {"train": train, "test": test, "all": train + test}[split]
     if folder is None:
         folder = cache_folder(cache)
         download(CIFAR10_URL, CIFAR10_SHA256, folder, "CIFAR-10")
@@ -320,14 +323,36 @@ def _decode(path, size):
     return np.asarray(center_crop(image, size)).reshape(size, size, -1)
 
 
-def _folder(folder, size, cache, skip_bad, workers):
-    if size is None:
-        raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
+def _image_files(folder):
     known = set(Image.registered_extensions()) - {".pdf", ".palm", ".eps", ".ps"}       # written only, or refused
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file()
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not files:
         raise ValueError(f"{folder} holds no image")
+    return files
+
+
+def side_of(folder):
+    """The pixel side of a folder's images.  ValueError if they are not squares of one size."""
+    side, first = None, None
+    for path in _image_files(Path(folder)):
+        try:
+            with Image.open(path) as image:              # reads no further than its header
+                size = image.size
+        except Exception as error:                       # decoders raise anything at all on a damaged file
+            raise ValueError(f"cannot read the image {path}: {error}") from None
+        side, first = side or size, first or path
+        if size != side or size[0] != size[1]:
+            raise ValueError(f"the images of {folder} are not squares of one size: {path.name} has {size[0]}x{size[1]} pixels"
+                             + (f", {first.name} {side[0]}x{side[1]}" if size != side else "")
+                             + "; --image-size crops and scales them to one")
+    return side[0]
+
+
+def _folder(folder, size, cache, skip_bad, workers):
+    if size is None:
+        raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
+    files = _image_files(folder)
     tops = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in files]
     if None in tops and len(set(tops)) > 1:
         raise ValueError(f"{folder} holds images beside class sub-folders: move {files[tops.index(None)].name} into one")

@@ -5,7 +5,6 @@ et al. 2019 (precision and recall). Nothing here knows an image or a network: fe
 Fréchet distance of Inception's pooled features is FID, of its spatial ones sFID. Statistics are float64 on the features' device;
 where papers differ in a detail, this follows ADM's evaluator (Dhariwal & Nichol 2021), whose numbers are those in print.
 """
-import math
 import warnings
 
 import torch

@@ -7,6 +7,7 @@ Report §4-5: noise an image, tell the network the time and the class, let it pr
     draw(step, images, labels, part) -> batch      all of a step's randomness, drawn for the whole batch and cut to `part`
     loss(model, *batch) -> losses (n,), and the group (n,) of each sample, 0 .. len(groups) - 1
     report(network, path) -> {score: value}        at intervals, with the averaged weights; leaves a picture at path
+    evaluate(network) -> {score: value}            every --eval-every steps, by all processes together; a classifier has none
     description()          what run.pt says of the diffusion, or None
 
 What a step draws depends on (seed, step) alone, so that a run resumes exactly and one process or eight train alike.
@@ -16,9 +17,11 @@ import torch
 import torch.nn.functional as F
 
 import data
-from cli import grid, save_image
+from cli import first_in_turn, grid, save_image
 from ddpm import SCHEDULES, Diffusion, keyed_generator
-from sample import CFG_SCALE, draw
+from evaluate import measure_reference, possible, score_network
+from features import default_space, space_of
+from sample import draw, guidance
 
 TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT = range(6)       # what a generator draws, so that one use does not disturb another
 
@@ -41,11 +44,16 @@ def draw_images(step, images, part, args, device):
 class Denoising:
     """Predict the noise, or what --prediction says (§4-5). The loss is logged by quarter of t; the picture shows samples."""
 
-    groups, scores = ("loss_q1", "loss_q2", "loss_q3", "loss_q4"), ()
+    groups = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
 
     def __init__(self, args, dataset, network, device):
-        self.args, self.num_classes, self.null_label, self.device = args, dataset.num_classes, network.null_label, device
-        self.diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
+        self.args, self.dataset, self.null_label, self.device = args, dataset, network.null_label, device
+        self.diffusion, self.scores = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance), ()
+        if args.eval_every:
+            with first_in_turn():
+                self.space = space_of(args.features or default_space(args.data, dataset.images.shape[1:]), device, args.cache)
+            self.real = measure_reference(dataset, self.space, args.data).measured
+            self.scores = tuple(map(self.space.title, possible(self.space, dataset.classes)))
 
     def description(self):
         """The process, for run.pt."""
@@ -73,12 +81,17 @@ class Denoising:
 
     def report(self, network, path):
         """Samples in eight rows; one column a class, for the first ten classes."""
-        columns = min(self.num_classes or 8, 10)
-        scale = CFG_SCALE if self.null_label is not None else 1.0
-        classes = list(range(columns)) if self.num_classes else None
+        columns = min(self.dataset.num_classes or 8, 10)
+        scale = guidance(network)
+        classes = list(range(columns)) if self.dataset.num_classes else None
         batches = draw(network, self.diffusion, range(8 * columns), classes, self.args.seed, clip=True, cfg_scale=scale)
         save_image(path, grid(torch.cat([data.to_uint8(x).cpu() for _, x in batches]).numpy(), columns))
         return {}
+
+    def evaluate(self, network):
+        """The scores of --eval-n samples against the training data, drawn with guidance as `sample.py` does."""
+        found = score_network(network, self.diffusion, self.real, self.space, self.args.eval_n, self.dataset.classes, self.args.seed)
+        return {self.space.title(metric): value for metric, value in found.items()}
 
 
 class Classification:

@@ -58,6 +58,39 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar
         yield part, x
 
 
+def drawable(path):
+    """A checkpoint's description, network and process.  ValueError if there is nothing that can be sampled from it."""
+    described = load(path)
+    network, diffusion = build(described)
+    if diffusion is None:
+        kind = described["network"]["class"]
+        raise ValueError(f"{path} holds a {kind}, which " + {
+            "ViT": "classifies: there is nothing to sample",
+            "SuperResUNet": "enlarges images: it needs small ones to start from",
+        }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
+    if network.context_dim is not None:
+        raise ValueError(f"{path} is told a text, or LDM's class as a token, which nothing here encodes yet: it can be loaded "
+                         "and counted, but not sampled")
+    return described, network, diffusion
+
+
+def guidance(network, scale=None):
+    """The guidance scale: the one asked for, or what suits the network.  ValueError if it needs what the network lacks."""
+    if scale is None:
+        return CFG_SCALE if network.null_label is not None else 1.0
+    if scale != 1 and network.null_label is None:
+        raise ValueError(f"--cfg-scale {scale:g}: the network has no unconditional input, which guidance needs")
+    return scale
+
+
+def evaluations(steps, sampler, diffusion):
+    """The number of steps: the one asked for, or what suits the sampler.  ValueError if the process has fewer."""
+    steps = steps or (min(250, diffusion.T) if sampler == "ddpm" else STEPS)
+    if steps > diffusion.T:
+        raise ValueError(f"--steps {steps}: the process has {diffusion.T}")
+    return steps
+
+
 def parse_classes(text, names, num_classes):
     """Class numbers of a comma-separated list of numbers or names.  ValueError on one that the run does not have."""
     if num_classes is None:
@@ -166,26 +199,12 @@ def run(args):
     if args.seed < 0:
         raise ValueError("--seed must be 0 or more")
     interval = parse_interval(args.cfg_interval) if args.cfg_interval else None
-    described = load(args.ckpt)
-    network, diffusion = build(described)
-    if diffusion is None:
-        kind = described["network"]["class"]
-        raise ValueError(f"{args.ckpt} holds a {kind}, which " + {
-            "ViT": "classifies: there is nothing to sample",
-            "SuperResUNet": "enlarges images: it needs small ones to start from",
-        }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
-    if network.context_dim is not None:
-        raise ValueError(f"{args.ckpt} is told a text, or LDM's class as a token, which nothing here encodes yet: it can be loaded "
-                         "and counted, but not sampled")
+    described, network, diffusion = drawable(args.ckpt)
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
     few = bool(classes) and len(classes) <= 16
     n = args.n or (4 * len(classes) if few else 16)
-    scale = args.cfg_scale if args.cfg_scale is not None else CFG_SCALE if network.null_label is not None else 1.0
-    if scale != 1 and network.null_label is None:
-        raise ValueError(f"--cfg-scale {scale:g}: the network has no unconditional input, which guidance needs")
-    steps = args.steps or (min(250, diffusion.T) if args.sampler == "ddpm" else STEPS)
-    if steps > diffusion.T:
-        raise ValueError(f"--steps {steps}: the process has {diffusion.T}")
+    scale = guidance(network, args.cfg_scale)
+    steps = evaluations(args.steps, args.sampler, diffusion)
     latent = bool(described.get("vae"))
     if latent and args.trajectory:
         raise ValueError("--trajectory: the network works on latents, which are no pictures")

@@ -19,7 +19,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
@@ -28,17 +27,18 @@ from tqdm import tqdm
 import checkpoint
 import data
 import dit
-from cli import Parser, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
+from cli import Parser, first_in_turn, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
 from models import MODELS, build, describe
 from objectives import DROPOUT, objective_of
 from sample import parent_of
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, flip=False, skip_bad=False,
-              cache=None, accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt",
+              cache=None, eval_every=None, eval_n=2000, features=None, accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt",
               resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
               decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
+FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
 DIT = dict(schedule="linear", prediction="eps", variance="learned", steps=400_000, batch_size=256, lr=1e-4, warmup=0,
            decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, shift=0, sample_every=5000, save_every=1000)
 UVIT = {**DIT, "variance": "small", "steps": 500_000, "batch_size": 128, "lr": 2e-4, "weight_decay": 0.03, "warmup": 2500}
@@ -46,12 +46,11 @@ DDPM = {**DIT, "variance": "large", "steps": 800_000, "batch_size": 128, "lr": 2
 IDDPM = {**DIT, "schedule": "cosine", "steps": 500_000, "batch_size": 128}
 VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 0.05, "warmup": 6250, "decay": "cosine",
        "clip_grad": 1.0}
-DENOISING = ("schedule", "prediction", "variance", "cfg_drop")           # flags that a classifier has no use for
+DENOISING = ("schedule", "prediction", "variance", "cfg_drop", "eval_every", "eval_n", "features")   # no use to a classifier
 RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
-    "uvit": {"Ti": LAPTOP, None: UVIT},                                  # Bao et al. 2023, appendix, for CIFAR-10
-    "unet": {"Ti": {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125},
-             "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020, for CIFAR-10
+    "uvit": {"Nano": LAPTOP, "Ti": LAPTOP, None: UVIT},                  # Bao et al. 2023, appendix, for CIFAR-10
+    "unet": {"Nano": FEW, "Ti": FEW, "iddpm": IDDPM, "adm": DIT, None: DDPM},        # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020,
     "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
             "Nano": {**LAPTOP, "steps": 2800, "batch_size": 64, "weight_decay": 0.05, "shift": 2},
             None: VIT},                                                  # Touvron et al. 2021, table 9, and ViT's clipping
@@ -60,7 +59,7 @@ DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8"}     
 LOG_EVERY = 50                                   # steps between rows of run.csv
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
-              "cache", "out", "resume"}          # on --resume: the end (a cosine stretches to it), the machine, when to save
+              "eval_every", "eval_n", "features", "cache", "out", "resume"}          # on --resume: the end (a cosine stretches to it), the machine, when to save
 
 
 def flags():
@@ -108,6 +107,11 @@ def flags():
     saving.add_argument("--resume", action="store_true", default=None, help="go on with --out; flags left out are the run's own")
     saving.add_argument("--sample-every", type=positive, help=f"steps between pictures, or a ViT's held-out accuracy "
                         f"({default('sample_every')})")
+    saving.add_argument("--eval-every", type=positive, help="steps between scores in run.csv, evaluate.py's: Fréchet distance, "
+                        "precision, recall and others, of --eval-n samples (default: never)")
+    saving.add_argument("--eval-n", type=positive, help="samples for them; papers take 50000 (default: 2000)")
+    saving.add_argument("--features", help="as evaluate.py's: inception, or a file (default: the shipped ViT for the embedded digits, "
+                        "else inception)")
     saving.add_argument("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
     return parser
 
@@ -209,10 +213,12 @@ class Log:
         rows = []
         if start and path.exists():
             with open(path, newline="") as file:         # rows beyond the checkpoint's step are trained again
-                rows = [row for row in csv.reader(file) if len(row) == len(self.columns) and row[0].isdigit()
-                        and int(row[0]) <= start]
+                old = csv.DictReader(file)
+                rows = [row for row in old if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= start]
+                self.columns += tuple(name for name in old.fieldnames if name not in self.columns)     # scores given up since
         with data.atomic_file(path) as file:
-            file.write("".join(",".join(row) + "\n" for row in (self.columns, *rows)).encode())
+            file.write("".join(",".join(row) + "\n" for row in
+                               (self.columns, *([row.get(name, "") for name in self.columns] for row in rows))).encode())
 
     def add(self, losses, groups):
         """Sum losses (n,) of samples that belong to groups (n,)."""
@@ -235,7 +241,7 @@ class Log:
         with open(self.path, "a") as file:
             file.write(",".join([str(step), str(step * self.args.batch_size),
                                  *("" if value is None else f"{value:.8g}" for value in values), f"{rate:.1f}"]) + "\n")
-        said = "".join(f", held-out {name} {value:.1%}" for name, value in self.scores.items())
+        said = "".join(f", {name} {value:.4g}" for name, value in self.scores.items())
         self.scores = {}
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
         if self.bar.disable or said:
@@ -259,16 +265,6 @@ def guarded_step(optimizer, parameters, clip):
     return norm, finite
 
 
-def load_data(args, rank, world):
-    """The training split. The first process alone downloads and decodes; the others find its cache."""
-    if rank > 0:
-        dist.barrier()
-    dataset = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return dataset
-
-
 def train(args, run, device, rank, world):
     """Train from the start, or from where `run` stopped."""
     out, start = Path(args.out), run["step"] if run else 0
@@ -278,7 +274,8 @@ def train(args, run, device, rank, world):
     part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     micro = args.batch_size // (world * args.accumulate)
 
-    dataset = load_data(args, rank, world)
+    with first_in_turn():
+        dataset = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
     batches = data.Batches(dataset, args.batch_size, args.seed, part)
     workers = 2 if device.type == "cuda" and dataset.in_files else 0     # what is in memory needs none
     loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps), pin_memory=device.type == "cuda",
@@ -362,9 +359,12 @@ def train(args, run, device, rank, world):
                     tqdm.write(f"about {minutes:.1f} minutes to go")
                     sys.stdout.flush()
             reporting = done % args.sample_every == 0 or ended
+            evaluating = bool(args.eval_every) and (done % args.eval_every == 0 or ended)
             if rank == 0 and reporting:
-                log.scores = objective.report(ema, out.with_suffix(".png"))
-            if done % LOG_EVERY == 0 or reporting:       # the only steps that wait for the device
+                log.scores |= objective.report(ema, out.with_suffix(".png"))
+            if evaluating:
+                log.scores |= objective.evaluate(ema)
+            if done % LOG_EVERY == 0 or reporting or evaluating:         # the only steps that wait for the device
                 log.write(total(log.sums, world), done, norm)
                 if bad_steps >= MAX_BAD_STEPS:
                     raise ValueError(f"{int(bad_steps)} steps in a row had a NaN or infinite gradient, and none was taken: lower "

@@ -347,7 +347,8 @@ class SuperResUNet(UNet):
 
 ADM = dict(scale_shift=True, updown=True)
 SIZES = {
-    # ours: for a laptop; ADM's design in two sizes like DiT's; a guess at the U-Net of 53M parameters in Fig. 5-1
+    # ours: for a laptop, Nano at the cost of DiT-Ti/4; ADM's design in two sizes like DiT's; a guess at the 53M U-Net of Fig. 5-1
+    "Nano": dict(dim=32, res_blocks=1, multipliers=(1, 1, 2), attention_ds=(4,), head_dim=32, **ADM),
     "Ti": dict(dim=32, res_blocks=1, multipliers=(1, 2, 2), attention_ds=(4,), head_dim=32, **ADM),
     "S": dict(dim=128, res_blocks=2, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
     "B": dict(dim=192, res_blocks=3, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),

@@ -1,0 +1,375 @@
+"""Score samples against real images: FID, sFID, Inception score, precision, recall, and the accuracy of their classes.
+
+Report §4-6, §4-10, Fig. 5-2. The scores are metrics.py's, in a named space of features.py: `FID` is printed for FID's Inception
+and nothing else, `FD[vit-mnist]` for a ViT that train.py taught the digits. Reference batches of ADM (Dhariwal & Nichol 2021)
+are read as they are, and written so that ADM's evaluator reads them. Under torchrun each process takes its share.
+
+    python evaluate.py --ckpt run.pt                                      draws samples first; a restart goes on with them
+    python evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py --reference photos/ --image-size 256 --save-reference photos.npz
+"""
+import csv
+import hashlib
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+from cli import Parser, first_in_turn, not_negative, one_line_errors, positive, processes
+from ddpm import SAMPLERS
+from features import (Measured, default_space, measure, measure_dataset, read_tables, save_statistics, share, space_named_in, space_of,
+                      with_statistics)
+from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
+from sample import draw, drawable, evaluations, guidance, labels_of, parent_of, parse_classes
+
+FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
+REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
+METRICS = ("IS", "FD", "sFD", "precision", "recall", "accuracy")         # in the order in which ADM prints them
+COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "features_sha256", *METRICS, "FD_floor", "cfg_scale",
+           "sampler", "steps", "seed", "torch", "numpy")                 # of results.csv
+
+
+class Reference(NamedTuple):
+    """Real images, measured, and the distances {"FD": …, "sFD": …} between two halves of them: what real images themselves score."""
+
+    name: str
+    measured: Measured
+    floor: dict
+    dataset: data.Dataset | None = None
+    order: np.ndarray | None = None    # of its images, in which they were measured
+
+
+# Scores
+
+def bar(name, n):
+    """A progress bar over this process's share of n images, shown by the first process on a terminal."""
+    mine = share(n)
+    return tqdm(total=len(mine), desc=name, unit="image", disable=mine.start > 0 or not sys.stderr.isatty())
+
+
+def obstacles(space, classes, real_lacks=(), fake_lacks=()):
+    """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
+
+    What the reference and the samples lack: "images", "spatial" where a file has statistics without these.
+    """
+    spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks
+    pairs = ("the reference is statistics without images" if "images" in real_lacks else
+             "the samples are statistics without images" if "images" in fake_lacks else None)
+    return {
+        "IS": "the samples are statistics without images" if "images" in fake_lacks else None,
+        "FD": None,
+        "sFD": "it needs spatial features on both sides" if spatial else None,
+        "precision": pairs, "recall": pairs,
+        "accuracy": None if space.knows(classes) and "images" not in fake_lacks else
+        "it needs samples with labels, and the features of a classifier that knows these",
+    }
+
+
+def possible(space, classes):
+    """The scores that images of classes (their names, or None) can have in a space."""
+    return [metric for metric, obstacle in obstacles(space, classes).items() if obstacle is None]
+
+
+def scores(fake, real, wanted):
+    """{metric: score} of samples against real images, both Measured in one space, for the metrics wanted.
+
+    ValueError on features that are not finite, or of too few images.
+    """
+    found = {}
+    if "IS" in wanted:
+        found["IS"] = inception_score(fake.probabilities)
+    if "FD" in wanted:
+        found["FD"] = distance(fake.pool, real.pool)
+    if "sFD" in wanted:
+        found["sFD"] = distance(fake.spatial, real.spatial)
+    if "precision" in wanted or "recall" in wanted:
+        found["precision"], found["recall"] = precision_recall(real.rows, fake.rows)
+    if "accuracy" in wanted:
+        found["accuracy"] = (fake.probabilities.argmax(dim=1).cpu() == fake.labels).double().mean().item()
+    return {metric: found[metric] for metric in METRICS if metric in wanted}
+
+
+def measure_reference(dataset, space, name, file=None):
+    """The Reference of a data set, read in a fixed random order, half by half, with the statistics of a file if it has some;
+    or, without a data set, of these alone."""
+    if dataset is None:
+        return Reference(name, with_statistics(None, file, space), {})
+    order = np.random.default_rng(0).permutation(len(dataset))
+    half = len(order) // 2
+    with bar("measuring the reference", len(order)) as progress:
+        first, second = (measure_dataset(dataset, rows, space, max(0, REFERENCE_IMAGES - before), progress)
+                         for rows, before in ((order[:half], 0), (order[half:], half)))
+    floor = {}
+    if min(first.pool.n, second.pool.n) > 1:             # on the first process, of at least four images
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")              # the score itself warns
+            floor = {"FD": distance(first.pool, second.pool)}
+            if first.spatial:
+                floor["sFD"] = distance(first.spatial, second.spatial)
+    return Reference(name, with_statistics(first.merge(second), file, space), floor, dataset, order)
+
+
+def measure_samples(dataset, n, space, file=None):
+    """The Measured of the first n samples of a data set, all if n is None; or of the statistics in a file, or with them."""
+    if dataset is None:
+        return with_statistics(None, file, space)
+    if n and n > len(dataset):
+        raise ValueError(f"--n {n}: {dataset.spec} has {len(dataset)} images")
+    with bar("measuring the samples", n or len(dataset)) as progress:
+        measured = measure_dataset(dataset, np.arange(n or len(dataset)), space, bar=progress)
+    return measured if n else with_statistics(measured, file, space)
+
+
+def save_reference(path, reference, space):
+    """Write a reference in ADM's layout."""
+    if reference.dataset is None:
+        raise ValueError(f"--save-reference: {reference.name} holds no images, which the file should show")
+    images, _ = reference.dataset.batch(reference.order[:REFERENCE_IMAGES])
+    save_statistics(path, reference.measured, images, space)
+    print(f"wrote {path}: {reference.measured.n:,.0f} images of {reference.name}, features {space.name}")
+
+
+def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None):
+    """The scores of n samples, drawn by `sample.py`'s defaults, against real, Measured; each process draws its share.
+
+    classes: their names, which the samples take in turn; None without. Only the first process gets the scores, the others {}.
+    """
+    numbers = None if classes is None else list(range(len(classes)))
+    batches = (data.to_uint8(x) for _, x in draw(network, diffusion, share(n), numbers, seed, clip=True,
+                                                 cfg_scale=guidance(network, scale)))
+    fake = measure(batches, space)
+    if not fake.n:
+        return {}
+    fake.labels = labels_of(range(n), numbers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # of few samples: whoever asks for them knows
+        return scores(fake, real, possible(space, classes))
+
+
+# What is scored, and against what
+
+def in_files(spec):
+    """Whether a --samples or --reference is a folder or an .npz, whose images count all, and no data set by name."""
+    return spec.endswith(".npz") or Path(spec).is_dir()
+
+
+def lacks(images, file):
+    """What a side lacks: "images" if it is statistics alone, "spatial" ones if its file has only pooled ones."""
+    tables = read_tables(file) if file and file.endswith(".npz") else None
+    return ({"images"} if images is None else set()) | ({"spatial"} if tables and "mu_s" not in tables else set())
+
+
+def images_of(spec, split, args):
+    """The data set of --samples or --reference; None if it is an .npz of statistics without images."""
+    if spec.endswith(".npz") and Path(spec).is_file():
+        try:
+            with np.load(spec, allow_pickle=False) as archive:
+                if "mu" in archive and not {"arr_0", "images"} & set(archive):
+                    return None
+        except Exception as error:                       # zipfile and numpy raise anything at all on a damaged file
+            raise ValueError(f"cannot use {spec}: {error}") from None
+    with first_in_turn():
+        side = args.image_size or (data.side_of(spec) if Path(spec).is_dir() else None)
+        return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
+
+
+def draw_samples(args, described, network, diffusion, n, device):
+    """The first n samples of a run as a data set in the cache, each with its class. What an earlier, perhaps killed, call with the
+    same flags drew is there already; a larger n adds to it."""
+    classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
+    scale, steps = guidance(network, args.cfg_scale), evaluations(args.steps, args.sampler, diffusion)
+    shape = (*network.image_size, network.channels)
+    with open(args.ckpt, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = json.dumps([digest, classes, scale, args.sampler, steps, args.seed])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    pixels_file = data.cache_folder(args.cache) / f"{Path(args.ckpt).stem}-samples-{key}.uint8"
+    done_file = pixels_file.with_suffix(".done")         # a byte an image: 1 when its pixels are on the disk
+    with first_in_turn():
+        for path, size in ((pixels_file, n * math.prod(shape)), (done_file, n)):
+            with open(path, "ab") as file:
+                file.truncate(max(size, file.tell()))    # what is added reads as zeros
+    pixels, done = np.memmap(pixels_file, np.uint8, "r+", shape=(n, *shape)), np.memmap(done_file, np.uint8, "r+", shape=(n,))
+    missing = np.flatnonzero(done == 0)
+    if dist.is_initialized():
+        dist.barrier()                                   # all have looked before the first one draws
+    part = share(len(missing))
+    mine = missing[part.start:part.stop].tolist()
+    with bar("drawing", len(missing)) as progress:
+        for indices, x in draw(network.to(device), diffusion, mine, classes, args.seed, args.batch_size, progress,
+                               sampler=args.sampler, steps=steps, cfg_scale=scale, clip=True):
+            pixels[indices] = data.to_uint8(x).cpu().numpy()
+            pixels.flush()
+            done[indices] = 1
+            done.flush()
+    if dist.is_initialized():
+        dist.barrier()
+    labels = None if classes is None else labels_of(range(n), classes).numpy()
+    names = described["data"].get("classes") or [str(i) for i in range(network.num_classes or 0)]
+    return data.Dataset(args.ckpt, pixels, labels, names), dict(cfg_scale=scale, sampler=args.sampler, steps=steps, seed=args.seed,
+                                                                step=described["step"])
+
+
+def append_row(path, row):
+    """Add a row to a CSV file of COLUMNS, which it begins if it does not exist."""
+    new = not Path(path).exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+# The command
+
+def flags():
+    """The command line."""
+    parser = Parser(prog="evaluate.py", description="Score samples against real images.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ckpt", help="a run or released weights: its samples are drawn first")
+    what.add_argument("--samples", help="a folder, an .npz of images or of statistics, or a data set (of which the held-out part)")
+    parser.add_argument("--reference", help="real images: as --samples, ADM's reference batches included, or a data set (of which "
+                        "the training part). Default: the run's training data")
+    parser.add_argument("--features", help="inception, or a file: its weights, or a ViT of train.py (default: the shipped ViT for the "
+                        "embedded digits, else inception, downloaded once)")
+    parser.add_argument("--resize", default="tf1", choices=("tf1", "pytorch"), help="how Inception enlarges images: as in published "
+                        "numbers, or as pytorch-fid does (default: tf1)")
+    parser.add_argument("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that can be had)")
+    parser.add_argument("--n", type=positive, help=f"samples (default: all of --samples; of a run {FULL} for Inception, else {QUICK})")
+    parser.add_argument("--image-size", type=positive, help="crop and scale the images of folders to this side")
+    parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
+    parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
+    drawing = parser.add_argument_group("drawing the samples of --ckpt, as in sample.py")
+    drawing.add_argument("--classes", help="numbers or names, as 3,5 (default: all)")
+    drawing.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
+    drawing.add_argument("--sampler", default="dpm++", choices=SAMPLERS, help="default: dpm++")
+    drawing.add_argument("--steps", type=positive, help="evaluations along the trajectory (default: 20; 250 for ddpm)")
+    drawing.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
+    drawing.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--cache", help="folder for samples, decoded images and downloads (default: the user's cache)")
+    return parser
+
+
+def validate(args):
+    """Refuse flags that do not go together, before any work.  ValueError."""
+    if not (args.ckpt or args.samples or args.save_reference):
+        raise ValueError("give --ckpt or --samples, or --save-reference to measure a reference only")
+    if not args.ckpt and not args.reference:
+        raise ValueError("--reference: give real images to compare with")
+    wanted = args.metrics.split(",") if args.metrics else None
+    unknown = [metric for metric in wanted or () if metric not in METRICS]
+    if unknown:
+        raise ValueError(f"--metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
+    if args.seed < 0:
+        raise ValueError("--seed must be 0 or more")
+    for path in filter(None, (args.results, args.save_reference)):
+        parent_of(path)
+    results = Path(args.results)
+    if results.exists():
+        with open(results, newline="") as file:
+            if next(csv.reader(file), None) != list(COLUMNS):
+                raise ValueError(f"--results {results} has other columns: choose another file")
+    return wanted
+
+
+def open_reference(args, described):
+    """The data set of real images: --reference, or what the run was trained on; None if it is statistics without images."""
+    if args.reference:
+        return images_of(args.reference, "train", args)
+    config = described["config"]
+    with first_in_turn():
+        return data.load(described["data"]["spec"], config["image_size"], "train", args.cache or config["cache"], config["skip_bad"])
+
+
+def open_run(args):
+    """The description, network and process of --ckpt.  ValueError if its samples cannot be scored."""
+    described, network, diffusion = drawable(args.ckpt)
+    if described["vae"]:
+        raise ValueError(f"{args.ckpt} draws an autoencoder's latents, which nothing here decodes yet")
+    if not args.reference and not described["data"]["spec"]:
+        raise ValueError(f"--reference: {args.ckpt} does not say what it was trained on; give real images to compare with")
+    return described, network, diffusion
+
+
+def same_size(real, fake):
+    """ValueError if two image sizes, each (H, W) or None, differ."""
+    if real and fake and tuple(real) != tuple(fake):
+        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(*fake, *real))
+
+
+def report(args, found, reference, fake, space, how):
+    """Print the table and add the row."""
+    drawn = (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} steps, guidance "
+             f"{how['cfg_scale']:g}, seed {how['seed']}" if how else "")
+    held_out = ", held-out part" if args.samples and not in_files(args.samples) else ""
+    print(f"samples     {fake.n:,.0f} of {args.ckpt or args.samples}{held_out}{drawn}")
+    print(f"reference   {reference.measured.n:,.0f} of {reference.name}")
+    print(f"features    {space.name}, weights {space.sha256[:8]}\n")
+    for metric, value in found.items():
+        shown = f"{value:10.4f}" if metric in ("precision", "recall", "accuracy") else f"{value:10.3f}"
+        halves = reference.dataset and len(reference.dataset) // 2
+        floor = f"   two halves of the reference, {halves:,} images each: {reference.floor[metric]:.3f}" if metric in reference.floor else ""
+        print(f"{space.title(metric):24}{shown}{floor}")
+    append_row(args.results, dict(
+        samples=args.ckpt or args.samples, n=fake.n, reference=reference.name, reference_n=reference.measured.n, features=space.name,
+        features_sha256=space.sha256, **found, FD_floor=reference.floor.get("FD"), **how, torch=torch.__version__,
+        numpy=np.__version__))
+
+
+def run(args):
+    """Measure the reference and the samples, score, print a table and add a row."""
+    wanted = validate(args)
+    described, network, diffusion = open_run(args) if args.ckpt else (None, None, None)
+    device, rank, _ = processes(args.device)
+    real_images = open_reference(args, described)
+    fake_images = images_of(args.samples, "test", args) if args.samples else None
+    same_size(real_images and real_images.image_size, network.image_size if network else fake_images and fake_images.image_size)
+    known = real_images or fake_images
+    with first_in_turn():
+        features = (args.features or args.reference and space_named_in(args.reference)
+                    or (default_space(known.spec, known.images.shape[1:]) if known else "inception"))
+        space = space_of(features, device, args.cache, args.resize == "tf1")
+    classes = described["data"]["classes"] if args.ckpt else fake_images and fake_images.classes
+    against = obstacles(space, classes, lacks(real_images, args.reference), () if args.ckpt else lacks(fake_images, args.samples))
+    for metric in wanted or ():
+        if against[metric]:
+            raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
+    wanted = wanted or [metric for metric in METRICS if not against[metric]]
+
+    part = "" if args.reference and in_files(args.reference) else ", training part"
+    reference = measure_reference(real_images, space, (args.reference or described["data"]["spec"]) + part, args.reference)
+    if args.save_reference and rank == 0:
+        save_reference(args.save_reference, reference, space)
+    how = {}
+    if args.ckpt:
+        n = args.n or (FULL if space.classes is None else QUICK)
+        fake_images, how = draw_samples(args, described, network, diffusion, n, device)
+    elif not args.samples:
+        return
+    fake = measure_samples(fake_images, args.n, space, args.samples)
+    if rank == 0:
+        with warnings.catch_warnings(record=True) as caught:
+            found = scores(fake, reference.measured, wanted)
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
+            print(f"evaluate.py: warning: {message}", file=sys.stderr)
+        report(args, found, reference, fake, space, how)
+
+
+def main(argv=None):
+    """The command: parse, run, report errors in one line."""
+    args = flags().parse_args(argv)
+    with one_line_errors("evaluate.py"):
+        run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""Feature spaces: from images to the numbers that scores are made of.
+
+Report §4-6. A score means something only together with the space that it was measured in, so a space has a name: `inception`,
+whose scores papers print, or that of a ViT classifier of train.py, as `vit-mnist`, for data that Inception knows nothing of.
+`measure` reads images batch by batch and keeps statistics, and the rows that precision and recall need; under torchrun each
+process measures its share.
+"""
+import hashlib
+import math
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+import inception
+from checkpoint import build, load, read
+from metrics import Statistics
+
+JUDGE = data.ASSETS / "vit-mnist.pt"   # a ViT that knows the embedded digits: scores without a download
+BATCH = 64                             # images at once
+
+
+class Space(NamedTuple):
+    """A feature space."""
+
+    name: str
+    sha256: str                        # of the file of its weights
+    extract: callable                  # images (n, H, W, C) uint8 -> dict: pool (n, D), perhaps spatial (n, S), probabilities (n, K)
+    classes: list | None               # the names of the K classes; None for Inception, of whose 1008 nobody asks
+    device: torch.device
+
+    def knows(self, classes):
+        """Whether the space's network tells these classes, by their names, apart."""
+        return classes is not None and self.classes is not None and list(classes) == self.classes[:len(classes)]
+
+    def title(self, metric):
+        """What a score is called here: FID, sFID, IS … of Inception, and FD[vit-mnist], IS[vit-mnist] … of another space."""
+        if self.name == "inception":
+            return {"FD": "FID", "sFD": "sFID"}.get(metric, metric)
+        return f"{metric}[{self.name}]"
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inception_space(network, device, tf1_resize=True):
+    """The space of FID's Inception, by TensorFlow 1's resize (the published one) or PyTorch's (that of pytorch-fid)."""
+    network = network.to(device)
+
+    def extract(images):
+        found = network.features(images, tf1_resize)
+        return dict(pool=found["pool"], spatial=found["spatial"], probabilities=found["logits"].softmax(dim=1))
+    return Space("inception" if tf1_resize else "inception-pytorch-resize", inception.SHA256, extract, None, device)
+
+
+def vit_space(path, device):
+    """The space of a ViT that train.py made: its class token after the last norm.  ValueError if the file holds another network."""
+    run = load(path)
+    if run["network"]["class"] != "ViT":
+        raise ValueError(f"--features {path} holds a {run['network']['class']}: features are those of a ViT classifier or of FID's "
+                         "Inception")
+    network, described = build(run)[0].to(device), run["data"]
+    expected = (*network.image_size, described["channels"])
+
+    def extract(images):
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images of {' x '.join(map(str, images.shape[1:]))}, where the ViT in {path} was taught ones of "
+                             f"{' x '.join(map(str, expected))}")
+        token = network.tokens(data.to_float(images))[:, 0]                              # (n, D)
+        return dict(pool=token, probabilities=network.head(token).softmax(dim=1))
+    return Space(f"vit-{Path(str(described['spec'])).stem}", sha256_of(path), extract, described["classes"], device)
+
+
+def space_of(spec, device, cache=None, tf1_resize=True):
+    """The space that --features names: "inception", or a file with its weights or a ViT's.
+
+    OSError if weights cannot be downloaded, ValueError on those of another network or an Inception that is not FID's.
+    """
+    if spec == "inception":
+        return inception_space(inception.load(read(inception.weights_file(cache=cache))), device, tf1_resize)
+    content = read(spec)
+    if isinstance(content, dict) and "Mixed_5b.branch1x1.conv.weight" in content:
+        return inception_space(inception.load(read(inception.weights_file(spec))), device, tf1_resize)
+    return vit_space(spec, device)
+
+
+def default_space(data_spec, shape):
+    """--features for a data set with images of shape (H, W, C): the shipped judge for the digits, Inception for all else."""
+    return str(JUDGE) if data_spec == "mnist" and tuple(shape) == (32, 32, 1) else "inception"
+
+
+@contextmanager
+def full_precision():
+    """float32 products in full, where CUDA would round their factors to the 10 bits of TF32."""
+    old, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(old)
+
+
+class Moments(NamedTuple):
+    """Statistics of n rows that a file holds; n is infinite where it does not say."""
+
+    n: float
+    mu: torch.Tensor                   # (D,)
+    sigma: torch.Tensor                # (D, D)
+
+
+class Measured:
+    """What scores need of a set of n images.
+
+    pool and spatial, the Statistics of its features (spatial None where the space has none); rows (m, D) and probabilities
+    (m, K) of its first images, or None; labels (n,), the classes that were asked for, or None.
+    """
+
+    def __init__(self, n=0, pool=None, spatial=None, rows=None, probabilities=None, labels=None):
+        self.n, self.pool, self.spatial = n, pool or Statistics(), spatial
+        self.rows, self.probabilities, self.labels = rows, probabilities, labels
+
+    def merge(self, other):
+        """Add another's images behind these; returns self."""
+        self.n += other.n
+        self.pool.merge(other.pool)
+        if other.spatial:
+            self.spatial = (self.spatial or Statistics()).merge(other.spatial)
+        self.rows, self.probabilities = (new if old is None else old if new is None else torch.cat([old, new]) for old, new in
+                                         ((self.rows, other.rows), (self.probabilities, other.probabilities)))
+        return self
+
+
+@torch.no_grad()
+def measure(batches, space, keep=None):
+    """The Measured of batches of images (n, H, W, C) uint8 on the space's device, of all processes in the order of their ranks.
+
+    keep: how many of this process's first rows to keep, all if None. Only the first process gets the whole. Nothing in the loop
+    waits for the device.
+    """
+    measured, rows, probabilities = Measured(), [], []
+    with full_precision():
+        for images in batches:
+            found = space.extract(images)
+            room = None if keep is None else max(0, keep - measured.n)
+            rows.append(found["pool"][:room])
+            probabilities.append(found["probabilities"][:room])
+            measured.n += len(images)
+            measured.pool.add(found["pool"])
+            if "spatial" in found:
+                measured.spatial = (measured.spatial or Statistics()).add(found["spatial"])
+    if rows:
+        measured.rows, measured.probabilities = torch.cat(rows), torch.cat(probabilities)
+    if not dist.is_initialized():
+        return measured
+    everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(_moved(measured, "cpu"), everyone)
+    whole = Measured()
+    for part in everyone or ():
+        whole.merge(_moved(part, space.device))
+    return whole
+
+
+def _moved(measured, device):
+    """The same on another device: what crosses processes does so from the CPU."""
+    for statistics in filter(None, (measured.pool, measured.spatial)):
+        if statistics.n:
+            statistics.mu, statistics.scatter = statistics.mu.to(device), statistics.scatter.to(device)
+    if measured.rows is not None:
+        measured.rows, measured.probabilities = measured.rows.to(device), measured.probabilities.to(device)
+    return measured
+
+
+def share(n):
+    """This process's part of n things, a range."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank * n // world, (rank + 1) * n // world)
+
+
+def measure_dataset(dataset, indices, space, keep=None, bar=None):
+    """The Measured of some images of a data set, by their indices, with their labels; rows of the first `keep` are kept."""
+    mine = share(len(indices))
+
+    def batches():
+        for start in range(mine.start, mine.stop, BATCH):
+            images, _ = dataset.batch(indices[start:min(start + BATCH, mine.stop)])
+            yield images.to(space.device, non_blocking=True)
+            if bar is not None:
+                bar.update(len(images))
+    measured = measure(batches(), space, None if keep is None else keep - mine.start)
+    if space.knows(dataset.classes):
+        measured.labels = torch.from_numpy(dataset.labels[dataset.rows[indices]].astype("int64"))
+    return measured
+
+
+def read_tables(path):
+    """What an .npz of statistics holds: mu, sigma, perhaps mu_s, sigma_s, float64 tensors; n, features, features_sha256, which
+    ADM's lack: they are of Inception. None if it has no mu.  ValueError if it is damaged or its tables do not fit."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "mu" not in archive:
+                return None
+            found = {key: torch.from_numpy(archive[key].astype(np.float64)) for key in ("mu", "sigma", "mu_s", "sigma_s")
+                     if key in archive}
+            for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+                if mu in found and found[mu].shape * 2 != found[sigma].shape:
+                    raise ValueError(f"its {mu} of shape {tuple(found[mu].shape)} does not fit {sigma}'s {tuple(found[sigma].shape)}")
+            return dict(found, n=float(archive["n"]) if "n" in archive else math.inf,
+                        features=str(archive["features"]) if "features" in archive else "inception",
+                        features_sha256=str(archive["features_sha256"]) if "features_sha256" in archive else inception.SHA256)
+    except FileNotFoundError:
+        raise
+    except Exception as error:                           # zipfile and numpy raise anything at all on a damaged file
+        raise ValueError(f"cannot use the statistics in {path}: {error}") from None
+
+
+def read_statistics(path, space):
+    """The Measured, without images, of the statistics in an .npz; None if it has none.  ValueError if they are of another space."""
+    found = read_tables(path)
+    if found is None:
+        return None
+    if (found["features"], found["features_sha256"]) != (space.name, space.sha256):
+        theirs, ours = (f"{name} (weights {sha256[:8]})" for name, sha256 in
+                        ((found["features"], found["features_sha256"]), (space.name, space.sha256)))
+        raise ValueError(f"{path} holds statistics of {theirs}, the features asked for are {ours}: they cannot be compared")
+    n, tables = found["n"], {key: value.to(space.device) for key, value in found.items() if torch.is_tensor(value)}
+    return Measured(n, Moments(n, tables["mu"], tables["sigma"]),
+                    Moments(n, tables["mu_s"], tables["sigma_s"]) if "mu_s" in tables else None)
+
+
+def save_statistics(path, measured, images, space):
+    """Write an .npz in the layout of ADM's reference batches: arr_0, images (n, H, W, C) uint8 to show and to take precision and
+    recall from, mu, sigma, mu_s, sigma_s; and n, features, features_sha256, which ADM does not read."""
+    if space.name.startswith("inception"):
+        images = images.expand(-1, -1, -1, 3)            # ADM's graph takes colour only
+    tables = dict(mu=measured.pool.mu, sigma=measured.pool.sigma)
+    if measured.spatial:
+        tables |= dict(mu_s=measured.spatial.mu, sigma_s=measured.spatial.sigma)
+    with data.atomic_file(path) as file:
+        np.savez(file, arr_0=images.numpy(), **{key: value.cpu().numpy() for key, value in tables.items()}, n=measured.n,
+                 features=space.name, features_sha256=space.sha256)
+
+
+def space_named_in(path):
+    """--features for an .npz whose statistics are of the shipped judge or of Inception; None if it has none.
+
+    ValueError if they are of another space, whose file is not known.
+    """
+    given = read_tables(path) if path.endswith(".npz") else None
+    if given is None or given["features"] == "inception":
+        return given and "inception"
+    if given["features_sha256"] == sha256_of(JUDGE):
+        return str(JUDGE)
+    raise ValueError(f"{path} holds statistics of {given['features']}: name that file with --features")
+
+
+def with_statistics(measured, path, space):
+    """A Measured (or None, without images) with the statistics of its .npz in place of those of the images in it: they are of
+    more images than a file shows. As it is where the file has none."""
+    given = read_statistics(path, space) if path and path.endswith(".npz") else None
+    if given and measured:
+        measured.n, measured.pool, measured.spatial = given.n, given.pool, given.spatial
+    return measured or given
