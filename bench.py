@@ -2,6 +2,7 @@
 
     python bench.py quality --ckpt run.pt              samples judged by their nearest training images
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
+    python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
     python bench.py compare                            DiT, U-ViT and U-Net of like Gflops, and DiTs of rising Gflops: an hour
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
@@ -18,12 +19,14 @@ import torch
 import torch.nn.functional as F
 
 import data
+import inception
 import train
 from checkpoint import build, load
 from cli import Parser, one_line_errors, positive, processes
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
-from features import default_space, space_of
+from features import default_space, full_precision, space_of
 from gflops import count, inputs_of
+from metrics import Statistics, frechet_distance, precision_recall
 from models import MODELS
 from objectives import objective_of
 from sample import STEPS, draw, guidance, labels_of
@@ -92,6 +95,11 @@ def compare_one(args, model, size, seed, device, space, real, dataset):
                 gflops=multiply_adds / 1e9, n=args.n, **found)
 
 
+def is_row(row, **values):
+    """Whether a row, read from a file or just made, has these values."""
+    return all(str(row[key]) == str(value) for key, value in values.items())
+
+
 def compare(args):
     """Train the networks of COMPARED on the same images and noise, seed by seed, and print their scores."""
     device, _, _ = processes(args.device)
@@ -107,17 +115,16 @@ def compare(args):
             rows = list(csv.DictReader(file))
     for seed in range(args.seeds):
         for model, size in COMPARED:
-            wanted = dict(model=model, size=size, seed=seed, steps=args.steps, n=args.n)
-            if not any(all(row[key] == str(value) for key, value in wanted.items()) for row in rows):
+            if not any(is_row(row, model=model, size=size, seed=seed, steps=args.steps, n=args.n) for row in rows):
                 rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset))
                 lines = [ROW, *([row.get(key, "") for key in ROW] for row in rows)]
                 with data.atomic_file(table) as file:
                     file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-    print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, weights "
-          f"{space.sha256[:8]}; a range is that of {args.seeds} seeds")
+    print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, "
+          f"weights {space.sha256[:8]}; a range is that of {args.seeds} seeds")
     print(f"{'':14}{'Mparams':>8}{'Gflops':>8}{'minutes':>9}" + "".join(f"{metric:>18}" for metric in ours))
     for model, size in COMPARED:
-        runs = [row for row in rows if (row["model"], row["size"], int(row["steps"]), int(row["n"])) == (model, size, args.steps, args.n)]
+        runs = [row for row in rows if is_row(row, model=model, size=size, steps=args.steps, n=args.n)]
         minutes = [float(row["minutes"]) for row in runs if row["minutes"]]
         print(f"{model + ' ' + size:14}{int(runs[0]['parameters']) / 1e6:8.2f}{float(runs[0]['gflops']):8.3f}"
               f"{np.mean(minutes) if minutes else math.nan:9.1f}" + "".join(
@@ -140,23 +147,63 @@ def rate_of(operation, flops, device):
     return times * flops / (time.perf_counter() - began)
 
 
-def _random(device, *shape):
-    """Normal numbers, float32 on the CPU and bfloat16 on CUDA, as training computes."""
-    return torch.randn(shape, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+def training_type(device):
+    """The type in which training computes its products by default."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def product_rate(device, side=2048):
+def product_rate(device, dtype, side=2048):
     """FLOP/s of a large square matrix product."""
-    a, b = _random(device, side, side), _random(device, side, side)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return rate_of(lambda: a @ b, 2 * side ** 3, device)
 
 
-def convolution_rate(device, channels=256, side=32, n=8):
+def convolution_rate(device, dtype, channels=256, side=32, n=8):
     """FLOP/s of a large 3 x 3 convolution, channels last."""
-    images, kernels = (_random(device, *shape).to(memory_format=torch.channels_last)
+    images, kernels = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
                        for shape in ((n, channels, side, side), (channels, channels, 3, 3)))
     with torch.no_grad():
         return rate_of(lambda: F.conv2d(images, kernels, padding=1), 2 * n * 9 * channels ** 2 * side ** 2, device)
+
+
+def evaluation(args):
+    """Time the parts of evaluate.py on made features: the Fréchet distance, precision and recall, Inception."""
+    device, D, n = processes(args.device)[0], 2048, args.n
+    generator = torch.Generator(device).manual_seed(0)
+    real, fake = (torch.randn(n, D, generator=generator, device=device) + shift for shift in (0.0, 0.1))
+    one, other = Statistics().add(real), Statistics().add(fake)
+
+    def seconds(operation):
+        _synchronize(device)
+        began = time.perf_counter()
+        operation()
+        _synchronize(device)
+        return time.perf_counter() - began
+    def distance():
+        frechet_distance(one.mu, one.sigma, other.mu, other.sigma)
+    seconds(distance)                                    # the first call loads libraries
+    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; random weights and features")
+    print(f"Fréchet distance, {D} features, from statistics: {seconds(distance):.2f} s")
+
+    with full_precision():
+        rates = [product_rate(device, torch.float32)]
+        taken = seconds(lambda: precision_recall(real, fake))
+        rates.append(product_rate(device, torch.float32))
+    work, rate = 3 * 2 * n ** 2 * D, np.mean(rates)      # each set with itself, and both with each other
+    print(f"precision and recall, {n} x {n}: {taken:.2f} s, {work / taken / 1e9:.0f} GFLOP/s, {work / taken / rate:.0%} of a large "
+          f"float32 product's {rate / 1e9:.0f}")
+
+    network = inception.Inception().to(device)
+    images = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8, generator=generator, device=device)
+    multiply_adds = count(network, images[:1])[1]
+    with torch.no_grad(), full_precision():
+        rates = [convolution_rate(device, torch.float32)]
+        network.features(images)
+        taken, resizing = (min(seconds(lambda: part(images)) for _ in range(3)) for part in (network.features, network.preprocess))
+        rates.append(convolution_rate(device, torch.float32))
+    work, rate = 2 * len(images) * multiply_adds, np.mean(rates)
+    print(f"Inception: {len(images) / taken:.1f} images/s, {work / taken / 1e9:.0f} GFLOP/s, {work / taken / rate:.0%} of a large "
+          f"float32 convolution's {rate / 1e9:.0f}; {resizing / taken:.1%} of it enlarges the images")
 
 
 def _synchronize(device):
@@ -198,7 +245,7 @@ def speed(args):
                                                (torch.optim.AdamW, "step"))]
     with tempfile.TemporaryDirectory() as folder:
         never = str(10 ** 9)
-        rates = [measure(device)]
+        rates = [measure(device, training_type(device))]
         try:
             train.main(["--model", args.model, "--size", size, "--batch-size", str(args.batch_size), "--steps",
                         str(warm + args.steps), "--data", args.data, "--out", str(Path(folder) / "run.pt"), "--save-every", never,
@@ -206,7 +253,7 @@ def speed(args):
         finally:
             for put_back in undo:
                 put_back()
-        rates.append(measure(device))
+        rates.append(measure(device, training_type(device)))
         network, _ = build(load(Path(folder) / "run.pt"))
     starts = watch.starts["loss"]
     whole = (starts[-1] - starts[warm]) / (len(starts) - 1 - warm)                   # seconds a step, all included
@@ -239,6 +286,10 @@ def main(argv=None):
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.add_argument("--compile", action="store_true")
     command.set_defaults(run=speed)
+    command = commands.add_parser("evaluate", help="time the evaluator's parts on made features")
+    command.add_argument("--n", type=positive, default=10_000, help="rows on each side (default: 10000)")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=evaluation)
     command = commands.add_parser("compare", help="train DiT, U-ViT and U-Net of like Gflops, and score their samples")
     command.add_argument("--steps", type=positive, default=1400, help="of training (default: 1400, five minutes on 2 cores)")
     command.add_argument("--seeds", type=positive, default=2, help="runs of each network (default: 2)")

@@ -338,7 +338,7 @@ def main(argv=None):
     """The command: print what a file holds, or write what of it is worth sharing."""
     parser = Parser(prog="checkpoint.py", description="Show what a checkpoint holds.")
     parser.add_argument("file", help="run.pt, a released checkpoint, or a .safetensors file")
-    parser.add_argument("--slim", metavar="OUT", help="write its averaged weights alone to OUT.pt, in half precision, to be shared")
+    parser.add_argument("--slim", metavar="OUT", help="write its averaged weights alone to this .pt, in half precision")
     args = parser.parse_args(argv)
     with one_line_errors("checkpoint.py"):
         if args.slim:

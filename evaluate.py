@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -25,8 +26,8 @@ from tqdm import tqdm
 import data
 from cli import Parser, first_in_turn, not_negative, one_line_errors, positive, processes
 from ddpm import SAMPLERS
-from features import (Measured, default_space, measure, measure_dataset, read_tables, save_statistics, share, space_named_in, space_of,
-                      with_statistics)
+from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics, sha256_of,
+                      share, space_named_in, space_of, with_statistics)
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
 from sample import draw, drawable, evaluations, guidance, labels_of, parent_of, parse_classes
 
@@ -38,7 +39,7 @@ COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "feat
 
 
 class Reference(NamedTuple):
-    """Real images, measured, and the distances {"FD": …, "sFD": …} between two halves of them: what real images themselves score."""
+    """Real images, measured, and {"FD": …, "sFD": …} between two halves of them: what real images score themselves."""
 
     name: str
     measured: Measured
@@ -91,7 +92,8 @@ def scores(fake, real, wanted):
     if "sFD" in wanted:
         found["sFD"] = distance(fake.spatial, real.spatial)
     if "precision" in wanted or "recall" in wanted:
-        found["precision"], found["recall"] = precision_recall(real.rows, fake.rows)
+        with full_precision():
+            found["precision"], found["recall"] = precision_recall(real.rows, fake.rows)
     if "accuracy" in wanted:
         found["accuracy"] = (fake.probabilities.argmax(dim=1).cpu() == fake.labels).double().mean().item()
     return {metric: found[metric] for metric in METRICS if metric in wanted}
@@ -181,41 +183,47 @@ def images_of(spec, split, args):
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
-def draw_samples(args, described, network, diffusion, n, device):
-    """The first n samples of a run as a data set in the cache, each with its class. What an earlier, perhaps killed, call with the
-    same flags drew is there already; a larger n adds to it."""
-    classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
-    scale, steps = guidance(network, args.cfg_scale), evaluations(args.steps, args.sampler, diffusion)
-    shape = (*network.image_size, network.channels)
-    with open(args.ckpt, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = json.dumps([digest, classes, scale, args.sampler, steps, args.seed])
-    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
-    pixels_file = data.cache_folder(args.cache) / f"{Path(args.ckpt).stem}-samples-{key}.uint8"
-    done_file = pixels_file.with_suffix(".done")         # a byte an image: 1 when its pixels are on the disk
+def drawing(args, described, network, diffusion):
+    """How --ckpt's samples are drawn, as plain values.  ValueError on what the run cannot do."""
+    return dict(classes=parse_classes(args.classes, described["data"]["classes"], network.num_classes),
+                cfg_scale=guidance(network, args.cfg_scale), sampler=args.sampler,
+                steps=evaluations(args.steps, args.sampler, diffusion), seed=args.seed)
+
+
+def draw_samples(args, how, names, network, diffusion, n):
+    """The first n samples of a run, each with its class, as a data set in the cache.
+
+    What an earlier, perhaps killed, call with the same flags drew is there already; a larger n adds to it.
+    """
+    classes, shape = how["classes"], (*network.image_size, network.channels)
+    key = hashlib.sha256(json.dumps([sha256_of(args.ckpt), how]).encode()).hexdigest()[:16]
+    pixels = data.cache_folder(args.cache) / f"{Path(args.ckpt).stem}-samples-{key}.uint8"
+    done = pixels.with_suffix(".done")                   # a byte an image: 1 once its pixels are on the disk
+    size = math.prod(shape)
     with first_in_turn():
-        for path, size in ((pixels_file, n * math.prod(shape)), (done_file, n)):
+        for path, length in ((pixels, n * size), (done, n)):
             with open(path, "ab") as file:
-                file.truncate(max(size, file.tell()))    # what is added reads as zeros
-    pixels, done = np.memmap(pixels_file, np.uint8, "r+", shape=(n, *shape)), np.memmap(done_file, np.uint8, "r+", shape=(n,))
-    missing = np.flatnonzero(done == 0)
+                file.truncate(max(length, file.tell()))                  # what is added reads as zeros
+    missing = np.flatnonzero(np.fromfile(done, np.uint8, n) == 0)
     if dist.is_initialized():
         dist.barrier()                                   # all have looked before the first one draws
-    part = share(len(missing))
-    mine = missing[part.start:part.stop].tolist()
-    with bar("drawing", len(missing)) as progress:
-        for indices, x in draw(network.to(device), diffusion, mine, classes, args.seed, args.batch_size, progress,
-                               sampler=args.sampler, steps=steps, cfg_scale=scale, clip=True):
-            pixels[indices] = data.to_uint8(x).cpu().numpy()
-            pixels.flush()
-            done[indices] = 1
-            done.flush()
+    mine = share(len(missing))
+    with bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
+        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes, how["seed"], args.batch_size,
+                               progress, sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"], clip=True):
+            for i, image in zip(indices, data.to_uint8(x).cpu().numpy()):
+                pixels_file.seek(i * size)
+                pixels_file.write(image.tobytes())
+            pixels_file.flush()
+            os.fsync(pixels_file.fileno())
+            for i in indices:
+                done_file.seek(i)
+                done_file.write(b"\1")
+            done_file.flush()
     if dist.is_initialized():
         dist.barrier()
     labels = None if classes is None else labels_of(range(n), classes).numpy()
-    names = described["data"].get("classes") or [str(i) for i in range(network.num_classes or 0)]
-    return data.Dataset(args.ckpt, pixels, labels, names), dict(cfg_scale=scale, sampler=args.sampler, steps=steps, seed=args.seed,
-                                                                step=described["step"])
+    return data.Dataset(args.ckpt, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
 
 
 def append_row(path, row):
@@ -238,12 +246,13 @@ def flags():
     what.add_argument("--samples", help="a folder, an .npz of images or of statistics, or a data set (of which the held-out part)")
     parser.add_argument("--reference", help="real images: as --samples, ADM's reference batches included, or a data set (of which "
                         "the training part). Default: the run's training data")
-    parser.add_argument("--features", help="inception, or a file: its weights, or a ViT of train.py (default: the shipped ViT for the "
-                        "embedded digits, else inception, downloaded once)")
-    parser.add_argument("--resize", default="tf1", choices=("tf1", "pytorch"), help="how Inception enlarges images: as in published "
-                        "numbers, or as pytorch-fid does (default: tf1)")
+    parser.add_argument("--features", help="inception, or a file: its weights, or a ViT of train.py (default: the shipped ViT for "
+                        "the embedded digits, else inception, downloaded once)")
+    parser.add_argument("--resize", default="tf1", choices=("tf1", "pytorch"), help="how Inception enlarges images: as in "
+                        "published numbers, or as pytorch-fid does (default: tf1)")
     parser.add_argument("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that can be had)")
-    parser.add_argument("--n", type=positive, help=f"samples (default: all of --samples; of a run {FULL} for Inception, else {QUICK})")
+    parser.add_argument("--n", type=positive, help=f"samples (default: all of --samples; of a run {FULL} for Inception, else "
+                        f"{QUICK})")
     parser.add_argument("--image-size", type=positive, help="crop and scale the images of folders to this side")
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
@@ -281,13 +290,18 @@ def validate(args):
     return wanted
 
 
-def open_reference(args, described):
-    """The data set of real images: --reference, or what the run was trained on; None if it is statistics without images."""
-    if args.reference:
-        return images_of(args.reference, "train", args)
+def training_data(args, described):
+    """The training part of the data set that a run was trained on."""
     config = described["config"]
     with first_in_turn():
-        return data.load(described["data"]["spec"], config["image_size"], "train", args.cache or config["cache"], config["skip_bad"])
+        return data.load(described["data"]["spec"], config["image_size"], "train", args.cache or config["cache"],
+                         config["skip_bad"])
+
+
+def suited(args, images):
+    """--features where it is not given: those that the reference's statistics are of, or that suit the images."""
+    named = space_named_in(args.reference) if args.reference else None
+    return named or (default_space(images.spec, images.images.shape[1:]) if images else "inception")
 
 
 def open_run(args):
@@ -308,56 +322,60 @@ def same_size(real, fake):
 
 def report(args, found, reference, fake, space, how):
     """Print the table and add the row."""
-    drawn = (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} steps, guidance "
-             f"{how['cfg_scale']:g}, seed {how['seed']}" if how else "")
+    def count(n):
+        return f"{n:,.0f}" if math.isfinite(n) else "an unknown number"
+    drawn = "" if not how else (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} "
+                                f"steps, guidance {how['cfg_scale']:g}, seed {how['seed']}")
     held_out = ", held-out part" if args.samples and not in_files(args.samples) else ""
-    print(f"samples     {fake.n:,.0f} of {args.ckpt or args.samples}{held_out}{drawn}")
-    print(f"reference   {reference.measured.n:,.0f} of {reference.name}")
+    training = "" if args.reference and in_files(args.reference) else ", training part"
+    print(f"samples     {count(fake.n)} of {args.ckpt or args.samples}{held_out}{drawn}")
+    print(f"reference   {count(reference.measured.n)} of {reference.name}{training}")
     print(f"features    {space.name}, weights {space.sha256[:8]}\n")
     for metric, value in found.items():
-        shown = f"{value:10.4f}" if metric in ("precision", "recall", "accuracy") else f"{value:10.3f}"
-        halves = reference.dataset and len(reference.dataset) // 2
-        floor = f"   two halves of the reference, {halves:,} images each: {reference.floor[metric]:.3f}" if metric in reference.floor else ""
-        print(f"{space.title(metric):24}{shown}{floor}")
+        line = f"{space.title(metric):24}" + (f"{value:10.3f}" if metric in ("IS", "FD", "sFD") else f"{value:10.4f}")
+        if metric in reference.floor:
+            line += f"   two halves of the reference, {count(len(reference.order) // 2)} images each: {reference.floor[metric]:.3f}"
+        print(line)
     append_row(args.results, dict(
-        samples=args.ckpt or args.samples, n=fake.n, reference=reference.name, reference_n=reference.measured.n, features=space.name,
-        features_sha256=space.sha256, **found, FD_floor=reference.floor.get("FD"), **how, torch=torch.__version__,
-        numpy=np.__version__))
+        samples=args.ckpt or args.samples, n=fake.n, reference=reference.name, reference_n=reference.measured.n,
+        features=space.name, features_sha256=space.sha256, **found, FD_floor=reference.floor.get("FD"), torch=torch.__version__,
+        numpy=np.__version__, **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if key in how}))
 
 
 def run(args):
     """Measure the reference and the samples, score, print a table and add a row."""
-    wanted = validate(args)
-    described, network, diffusion = open_run(args) if args.ckpt else (None, None, None)
+    wanted, how, fake_images = validate(args), {}, None
+    if args.ckpt:
+        described, network, diffusion = open_run(args)
+        how, names, size = drawing(args, described, network, diffusion), described["data"]["classes"], network.image_size
     device, rank, _ = processes(args.device)
-    real_images = open_reference(args, described)
-    fake_images = images_of(args.samples, "test", args) if args.samples else None
-    same_size(real_images and real_images.image_size, network.image_size if network else fake_images and fake_images.image_size)
-    known = real_images or fake_images
+    real_images = images_of(args.reference, "train", args) if args.reference else training_data(args, described)
+    if args.samples:
+        fake_images = images_of(args.samples, "test", args)
+    if not args.ckpt:
+        names, size = (fake_images.classes, fake_images.image_size) if fake_images else (None, None)
+    same_size(real_images and real_images.image_size, size)
     with first_in_turn():
-        features = (args.features or args.reference and space_named_in(args.reference)
-                    or (default_space(known.spec, known.images.shape[1:]) if known else "inception"))
-        space = space_of(features, device, args.cache, args.resize == "tf1")
-    classes = described["data"]["classes"] if args.ckpt else fake_images and fake_images.classes
-    against = obstacles(space, classes, lacks(real_images, args.reference), () if args.ckpt else lacks(fake_images, args.samples))
+        space = space_of(args.features or suited(args, real_images or fake_images), device, args.cache, args.resize == "tf1")
+    against = obstacles(space, names, lacks(real_images, args.reference), () if how else lacks(fake_images, args.samples))
     for metric in wanted or ():
         if against[metric]:
             raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
     wanted = wanted or [metric for metric in METRICS if not against[metric]]
 
-    part = "" if args.reference and in_files(args.reference) else ", training part"
-    reference = measure_reference(real_images, space, (args.reference or described["data"]["spec"]) + part, args.reference)
+    reference = measure_reference(real_images, space, args.reference or described["data"]["spec"], args.reference)
     if args.save_reference and rank == 0:
         save_reference(args.save_reference, reference, space)
-    how = {}
-    if args.ckpt:
-        n = args.n or (FULL if space.classes is None else QUICK)
-        fake_images, how = draw_samples(args, described, network, diffusion, n, device)
+    if how:
+        n = args.n or (FULL if space.name.startswith("inception") else QUICK)
+        fake_images = draw_samples(args, how, names, network.to(device), diffusion, n)
+        how["step"] = described["step"]
     elif not args.samples:
         return
     fake = measure_samples(fake_images, args.n, space, args.samples)
     if rank == 0:
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             found = scores(fake, reference.measured, wanted)
         for message in dict.fromkeys(str(warning.message) for warning in caught):
             print(f"evaluate.py: warning: {message}", file=sys.stderr)

@@ -29,7 +29,7 @@ class Space(NamedTuple):
 
     name: str
     sha256: str                        # of the file of its weights
-    extract: callable                  # images (n, H, W, C) uint8 -> dict: pool (n, D), perhaps spatial (n, S), probabilities (n, K)
+    extract: callable                  # images (n, H, W, C) uint8 -> dict: pool (n, D), perhaps spatial (n, S), probabilities
     classes: list | None               # the names of the K classes; None for Inception, of whose 1008 nobody asks
     device: torch.device
 
@@ -211,7 +211,8 @@ def read_tables(path):
                      if key in archive}
             for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
                 if mu in found and found[mu].shape * 2 != found[sigma].shape:
-                    raise ValueError(f"its {mu} of shape {tuple(found[mu].shape)} does not fit {sigma}'s {tuple(found[sigma].shape)}")
+                    raise ValueError(f"{mu} and {sigma} of shapes {tuple(found[mu].shape)} and {tuple(found[sigma].shape)} do not "
+                                     "belong together")
             return dict(found, n=float(archive["n"]) if "n" in archive else math.inf,
                         features=str(archive["features"]) if "features" in archive else "inception",
                         features_sha256=str(archive["features_sha256"]) if "features_sha256" in archive else inception.SHA256)

@@ -165,6 +165,8 @@ class Inception(nn.Module):
         pool = x.mean(dim=(2, 3))                                                        # (N, 2048)
         return dict(pool=pool, spatial=spatial, logits=pool @ self.fc.weight.T)
 
+    forward = features
+
 
 def weights_file(path=None, cache=None):
     """The file of the canonical weights: the one given, or downloaded once.  OSError or ValueError if it is not to be had."""

@@ -90,7 +90,8 @@ class Denoising:
 
     def evaluate(self, network):
         """The scores of --eval-n samples against the training data, drawn with guidance as `sample.py` does."""
-        found = score_network(network, self.diffusion, self.real, self.space, self.args.eval_n, self.dataset.classes, self.args.seed)
+        found = score_network(network, self.diffusion, self.real, self.space, self.args.eval_n, self.dataset.classes,
+                              self.args.seed)
         return {self.space.title(metric): value for metric, value in found.items()}
 
 

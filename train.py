@@ -34,8 +34,8 @@ from objectives import DROPOUT, objective_of
 from sample import parent_of
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, flip=False, skip_bad=False,
-              cache=None, eval_every=None, eval_n=2000, features=None, accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt",
-              resume=False)
+              cache=None, eval_every=None, eval_n=2000, features=None, accumulate=1, seed=0, device="auto", precision=None,
+              compile=False, checkpointing=False, out="run.pt", resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
               decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
 FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
@@ -46,11 +46,13 @@ DDPM = {**DIT, "variance": "large", "steps": 800_000, "batch_size": 128, "lr": 2
 IDDPM = {**DIT, "schedule": "cosine", "steps": 500_000, "batch_size": 128}
 VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 0.05, "warmup": 6250, "decay": "cosine",
        "clip_grad": 1.0}
-DENOISING = ("schedule", "prediction", "variance", "cfg_drop", "eval_every", "eval_n", "features")   # no use to a classifier
+DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags that a classifier has no use for
+             "eval_every", "eval_n", "features")
 RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
     "uvit": {"Nano": LAPTOP, "Ti": LAPTOP, None: UVIT},                  # Bao et al. 2023, appendix, for CIFAR-10
-    "unet": {"Nano": FEW, "Ti": FEW, "iddpm": IDDPM, "adm": DIT, None: DDPM},        # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020,
+    "unet": {"Nano": FEW, "Ti": FEW,
+             "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020, for CIFAR-10
     "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
             "Nano": {**LAPTOP, "steps": 2800, "batch_size": 64, "weight_decay": 0.05, "shift": 2},
             None: VIT},                                                  # Touvron et al. 2021, table 9, and ViT's clipping
@@ -59,7 +61,8 @@ DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8"}     
 LOG_EVERY = 50                                   # steps between rows of run.csv
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
-              "eval_every", "eval_n", "features", "cache", "out", "resume"}          # on --resume: the end (a cosine stretches to it), the machine, when to save
+              "eval_every", "eval_n", "features", "cache", "out", "resume"}
+# on --resume may change: the end (a cosine stretches to it), the machine, when to save and what to score
 
 
 def flags():
@@ -110,8 +113,8 @@ def flags():
     saving.add_argument("--eval-every", type=positive, help="steps between scores in run.csv, evaluate.py's: Fréchet distance, "
                         "precision, recall and others, of --eval-n samples (default: never)")
     saving.add_argument("--eval-n", type=positive, help="samples for them; papers take 50000 (default: 2000)")
-    saving.add_argument("--features", help="as evaluate.py's: inception, or a file (default: the shipped ViT for the embedded digits, "
-                        "else inception)")
+    saving.add_argument("--features", help="as evaluate.py's: inception, or a file (default: the shipped ViT for the embedded "
+                        "digits, else inception)")
     saving.add_argument("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
     return parser
 

@@ -103,8 +103,8 @@ class UViT(nn.Module):
         return self.final_layer(unpatchify(x, self.grid, self.patch_size))               # (N, C, H, W)
 
 
-SIZES = {              # Bao et al. 2023, table 1 (whose layers count the middle one too); S-deep: MS-COCO; Ti and Nano are ours, for a laptop
-    "Nano": dict(dim=192, depth=4, heads=4),             # at patch 4 it costs what DiT-Ti/4 does
+SIZES = {                                # Bao et al. 2023, table 1 (whose layers count the middle one too); S-deep: MS-COCO
+    "Nano": dict(dim=192, depth=4, heads=4),             # ours, as Ti, for a laptop: at patch 4 it costs what DiT-Ti/4 does
     "Ti": dict(dim=192, depth=6, heads=4),
     "S": dict(dim=512, depth=12, heads=8),
     "S-deep": dict(dim=512, depth=16, heads=8),
