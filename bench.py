@@ -87,6 +87,8 @@ def compare_one(args, model, size, seed, device, space, real, dataset):
     if step < args.steps:
         train.main(["--model", model, "--size", size, "--steps", str(args.steps), "--seed", str(seed), "--out", str(out),
                     "--sample-every", str(args.steps), "--device", args.device] + ["--resume"] * out.exists())
+    if load(out)["step"] < args.steps:
+        raise ValueError(f"{out} was stopped before its end: the same command goes on with it")
     minutes = (time.perf_counter() - began) / 60 if step == 0 else ""    # a run that was interrupted has no time to tell
     network, diffusion = build(load(out))
     parameters, multiply_adds = count(network, *inputs_of(network))

@@ -142,9 +142,10 @@ class Inception(nn.Module):
 
     def preprocess(self, images, tf1_resize=True):
         """uint8 (N, H, W, C) or float (N, C, H, W) in [-1, 1], grey or colour -> (N, 3, 299, 299) in about [-1, 1]."""
-        pixels = images.permute(0, 3, 1, 2).float() if images.dtype == torch.uint8 else 127.5 * (images.float() + 1)
-        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+        axis = 3 if images.dtype == torch.uint8 else 1                   # of the channels
+        if images.ndim != 4 or images.shape[axis] not in (1, 3):
             raise ValueError(f"images of shape {tuple(images.shape)} are neither uint8 NHWC nor float NCHW of 1 or 3 channels")
+        pixels = images.permute(0, 3, 1, 2).float() if axis == 3 else 127.5 * (images.float() + 1)       # (N, C, H, W) in 0 .. 255
         if tf1_resize:
             x = (resize_tf1(pixels) - 128) / 128                         # the graph's own step
         else:
@@ -186,5 +187,6 @@ def load(state):
     try:
         network.load_state_dict({**own, **state}, strict=True)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"these are not the weights of FID's Inception: {str(error).strip()[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"these are not the weights of FID's Inception: {reason}") from None
     return network

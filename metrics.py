@@ -10,7 +10,7 @@ import warnings
 import torch
 
 BLOCK = 2 ** 25                        # distances held at once: 128 MB in float32
-ROUNDING = 2e-6                        # of a squared distance in float32, relative to the squared norm: a tie counts as inside
+ROUNDING = 2e-6                        # of a squared distance in float32, relative to squared norm and radius: ties are inside
 
 
 def checked(features, name="features"):
@@ -133,8 +133,9 @@ def precision_recall(real, fake, k=3):
     centre = real.mean(dim=0)
     real, fake = real - centre, fake - centre                            # smaller norms round less
     norms = real.square().sum(dim=1)
-    reach_of_real = squared_radii(real, k) + ROUNDING * norms            # (M,)
-    reach_of_fake = squared_radii(fake, k) + ROUNDING * fake.square().sum(dim=1)         # (n,)
+    reach_of_real, reach_of_fake = squared_radii(real, k), squared_radii(fake, k)        # (M,), (n,)
+    reach_of_real += ROUNDING * (norms + reach_of_real)
+    reach_of_fake += ROUNDING * (fake.square().sum(dim=1) + reach_of_fake)
     realistic, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     block = max(1, BLOCK // len(real))
     for rows, reach in zip(fake.split(block), reach_of_fake.split(block)):

@@ -217,8 +217,9 @@ class Log:
         if start and path.exists():
             with open(path, newline="") as file:         # rows beyond the checkpoint's step are trained again
                 old = csv.DictReader(file)
-                rows = [row for row in old if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= start]
-                self.columns += tuple(name for name in old.fieldnames if name not in self.columns)     # scores given up since
+                rows = [row for row in old if None not in (*row, *row.values()) and row.get("step", "").isdigit()
+                        and int(row["step"]) <= start]
+                self.columns += tuple(name for name in old.fieldnames or () if name not in self.columns)    # scores given up since
         with data.atomic_file(path) as file:
             file.write("".join(",".join(row) + "\n" for row in
                                (self.columns, *([row.get(name, "") for name in self.columns] for row in rows))).encode())
@@ -241,9 +242,10 @@ class Log:
         mean, groups, scores = sum(losses) / sum(counts), self.objective.groups, self.objective.scores
         by_group = [loss / count if count else math.nan for loss, count in zip(losses, counts)] if groups else []
         values = (mean, *by_group, *map(self.scores.get, scores), norm.item(), learning_rate(step - 1, self.args))
+        row = [str(step), str(step * self.args.batch_size), *("" if value is None else f"{value:.8g}" for value in values),
+               f"{rate:.1f}"]
         with open(self.path, "a") as file:
-            file.write(",".join([str(step), str(step * self.args.batch_size),
-                                 *("" if value is None else f"{value:.8g}" for value in values), f"{rate:.1f}"]) + "\n")
+            file.write(",".join(row + [""] * (len(self.columns) - len(row))) + "\n")
         said = "".join(f", {name} {value:.4g}" for name, value in self.scores.items())
         self.scores = {}
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")

@@ -1,10 +1,14 @@
 """bench.py: its judge is right on digits whose class is known, and its stopwatch changes nothing."""
+import csv
+
 import numpy as np
 import pytest
 import torch
 
 import bench
 import data
+from gflops import count, inputs_of
+from models import build, describe
 from objectives import Classification, Denoising
 
 
@@ -40,6 +44,37 @@ def test_quality_prints_three_shares(tiny_run, capsys):
     said = capsys.readouterr().out
     shares = [float(word.rstrip("%")) for word in said.split() if word.endswith("%")]
     assert len(shares) == 3 and shares[1] > 90 and all(0 <= share <= 100 for share in shares)
+
+
+def test_the_comparison_trains_and_scores_each_network_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "COMPARED", (("dit", "Ti/16"), ("unet", "Nano")))
+    argv = ["compare", "--steps", "2", "--n", "10", "--out", str(tmp_path / "compare"), "--device", "cpu"]
+    bench.main(argv)
+    first = capsys.readouterr().out
+    with open(tmp_path / "compare" / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["seed"]) for row in rows] == [("dit", "0"), ("unet", "0"), ("dit", "1"), ("unet", "1")]
+    table = [line.split() for line in first.splitlines()]
+    assert [line for line in table if line[:2] == ["unet", "Nano"]][0][3] == f"{float(rows[1]['gflops']):.3f}"
+    assert [line for line in table if line[:1] == ["held-out"]][0][-1] == "0.980"        # the shipped judge's accuracy
+    bench.main(argv)
+    second = capsys.readouterr().out
+    assert "loss" in first and "loss" not in second                      # nothing was trained again
+    assert second.splitlines()[-5:] == first.splitlines()[-5:]
+
+
+def test_the_networks_compared_first_cost_alike_and_the_transformers_then_less_and_less():
+    costs = []
+    for model, size in bench.COMPARED:
+        network = build(describe(model, size, (32, 32), 1, 10))
+        costs.append(count(network, *inputs_of(network))[1])
+    assert max(costs[:3]) < 1.15 * min(costs[:3]) and costs[0] > 3 * costs[3] > 9 * costs[4]
+
+
+def test_the_evaluators_parts_are_timed_beside_a_product_and_a_convolution(capsys):
+    bench.main(["evaluate", "--n", "100", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("Fréchet distance, 2048 features", "100 x 100", "product's", "images/s", "convolution's"))
 
 
 @pytest.mark.parametrize("model, size, ruler", [("dit", "Ti/4", "product"), ("uvit", "Ti/4", "product"), ("vit", "Ti/4", "product"),

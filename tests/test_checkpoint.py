@@ -27,6 +27,7 @@ import ddpm
 import dit
 import models
 import sample
+import train
 import unet
 import uvit
 import vit
@@ -1094,6 +1095,24 @@ def test_the_command_prints_what_a_run_holds(tmp_path, capsys):
     numbers = sum(value.numel() for value in network().state_dict().values())
     for part in ("DiT", "step 1234", "dim=16", "patch_size=2", f"{numbers:,}", "cosine", "prediction=v", "classes=['a'"):
         assert part in out, part
+
+
+def test_a_slim_run_is_a_tenth_of_the_size_and_draws_nearly_the_same(tiny_run, tmp_path, capsys):
+    slim = tmp_path / "slim.pt"
+    main([str(tiny_run), "--slim", str(slim)])
+    assert capsys.readouterr().out.startswith(f"{slim}: a run at step 4") and slim.stat().st_size < 0.13 * tiny_run.stat().st_size
+    (first, process), (second, other) = (build(load(path)) for path in (tiny_run, slim))
+    x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():                                                # half precision rounds weights to 2^-11 of their size
+        assert_close(*(model(x, torch.tensor([7, 900]), torch.tensor([1, 10])) for model in (first, second)), rtol=0, atol=2e-2)
+    assert np.array_equal(process.betas, other.betas) and load(slim)["data"] == load(tiny_run)["data"]
+
+
+def test_a_slim_run_cannot_be_trained_on(tiny_run, tmp_path, capsys):
+    main([str(tiny_run), "--slim", str(tmp_path / "slim.pt")])
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--resume", "--out", str(tmp_path / "slim.pt")])
+    assert stopped.value.code == 2 and "is not a run of train.py" in capsys.readouterr().err
 
 
 def test_the_command_prints_the_flags_of_a_run_as_they_were_given(tmp_path, capsys):

@@ -229,6 +229,29 @@ def test_the_two_splits_of_any_data_set_share_no_image_and_miss_none(tmp_path_fa
     assert len(test) == max(1, n // 10)
 
 
+def test_all_of_a_data_set_is_both_of_its_splits(tmp_path):
+    folder = photos(tmp_path / "photos", range(12))
+    both = np.concatenate([load_folder(folder, split=split).rows for split in ("train", "test")])
+    assert sorted(both) == load_folder(folder, split="all").rows.tolist() == list(range(12))
+
+
+def test_the_side_of_a_folder_is_that_of_its_images(tmp_path):
+    assert data.side_of(photos(tmp_path / "photos", [1, 2, 3], side=6)) == 6
+
+
+def test_a_folder_of_unequal_or_oblong_images_has_no_side(tmp_path):
+    folder = photos(tmp_path / "photos", [1, 2])
+    solid(folder / "03.png", 3, side=5)
+    with pytest.raises(ValueError, match=r"03\.png has 5x5 pixels, 00\.png 4x4; --image-size"):
+        data.side_of(folder)
+    Image.new("L", (4, 6)).save(tmp_path / "photos" / "00.png")
+    with pytest.raises(ValueError, match=r"00\.png has 4x6 pixels"):
+        data.side_of(folder)
+    (folder / "00.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot read the image .*00.png"):
+        data.side_of(folder)
+
+
 def test_a_data_set_of_one_image_is_refused(tmp_path):
     refusal(lambda: load_folder(photos(tmp_path / "photos", [7])), "photos", "too few")
 
@@ -787,6 +810,11 @@ def test_cifar10_trains_on_its_five_batches_in_order(cifar_folder):
 def test_the_test_split_of_cifar10_is_its_own(cifar_folder):
     dataset = load(cifar_folder, split="test")
     assert levels(dataset) == [10, 11] and dataset.labels.tolist() == [5, 5] and len(dataset) == 2
+
+
+def test_all_of_cifar10_is_its_training_batches_and_then_its_test_batch(cifar_folder):
+    parts = [load(cifar_folder, split=split) for split in ("train", "test", "all")]
+    assert np.array_equal(parts[2].images, np.concatenate([part.images for part in parts[:2]]))
 
 
 def test_cifar10_pixels_are_three_planes_of_rows(tmp_path):

@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 
 def settings_of(**changes):
     return Namespace(**(dict(seed=0, batch_size=8, flip=False, shift=0, cfg_drop=0.1, schedule="linear", prediction="eps",
-                             variance="small", data="mnist", image_size=None, cache=None, skip_bad=False) | changes))
+                             variance="small", data="mnist", image_size=None, cache=None, skip_bad=False, eval_every=None, eval_n=20,
+                             features=None) | changes))
 
 
 def labelled(num_classes=10):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ import torch
 from hypothesis import given, strategies as st
 
 import checkpoint
+import data
 import dit
+import evaluate
+import features
 import sample
 import train
 import unet
@@ -361,6 +365,40 @@ def test_resuming_drops_rows_beyond_the_checkpoint_and_half_a_row(tmp_path):
     (tmp_path / "run.csv").write_text(f"{names}\n50{row}\n100{row}\n150{row}\n200,1,1")
     train.Log(tmp_path / "run.csv", args, Denoising, 120, torch.zeros(2, 4), 0)
     assert (tmp_path / "run.csv").read_text() == f"{names}\n50{row}\n100{row}\n"
+
+
+def test_scores_that_are_new_or_given_up_on_resuming_leave_their_columns_empty(tmp_path):
+    args, old = settings_of("--out", str(tmp_path / "run.pt")), tmp_path / "run.csv"
+    old.write_text("step,images,loss,FD[old],grad_norm,lr,images_per_s\n50,400,1,7,2,3,4\n")
+    objective = Namespace(groups=(), scores=("accuracy",))
+    log = train.Log(old, args, objective, 50, torch.zeros(2, 1), 0)
+    log.add(torch.tensor([0.5]), torch.tensor([0]))
+    log.scores["accuracy"] = 0.75
+    log.write(log.sums.clone(), 100, torch.tensor(2.0))
+    with open(old, newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["FD[old]"], first["accuracy"], first["loss"]) == ("7", "", "1")
+    assert (second["FD[old]"], second["accuracy"], float(second["loss"])) == ("", "0.75", 0.5)
+
+
+def test_eval_every_writes_the_scores_of_the_averaged_weights_into_the_log(tmp_path):
+    out = trained(tmp_path / "run.pt", "--steps", "4", "--eval-every", "2", "--eval-n", "20", "--sample-every", "3")
+    with open(out.with_suffix(".csv"), newline="") as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    scored = [step for step, row in rows.items() if row["FD[vit-mnist]"]]
+    assert sorted(rows) == [2, 3, 4] and scored == [2, 4]
+    dataset, run = data.load(), checkpoint.load(out)
+    space = features.space_of(str(features.JUDGE), torch.device("cpu"))
+    real = evaluate.measure_reference(dataset, space, "mnist").measured
+    again = evaluate.score_network(*checkpoint.build(run), real, space, 20, dataset.classes)
+    assert again == pytest.approx({metric: float(rows[4][space.title(metric)]) for metric in again}, rel=1e-5)      # 8 digits
+
+
+def test_evaluating_changes_nothing_that_is_trained(tmp_path):
+    one = trained(tmp_path / "one.pt", "--steps", "4")
+    other = trained(tmp_path / "other.pt", "--steps", "4", "--eval-every", "2", "--eval-n", "4")
+    first, second = (checkpoint.load(path)["model"] for path in (one, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_quarter_of_t_without_samples_is_left_empty_and_a_skipped_one_does_not_spread(tmp_path):

@@ -1,0 +1,335 @@
+"""features.py: a feature space has a name that goes with every number, and what is measured does not depend on how it was read.
+
+The statistics of batches are those of the whole, whatever their size; files keep ADM's layout and say which space they are of;
+the shipped judge knows the digits, sees noise that was added to them, and misses digits that were left out.
+"""
+import math
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import checkpoint
+import data
+import evaluate
+import features
+import inception
+import metrics
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return features.space_of(str(features.JUDGE), CPU)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Held-out digits (200, 32, 32, 1) uint8."""
+    return data.load(split="test").batch(np.arange(200))[0]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """An Inception of random weights that neither shrink nor grow what passes."""
+    torch.manual_seed(0)
+    network = inception.Inception()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return network
+
+
+@pytest.fixture(scope="module")
+def space(network):
+    return features.inception_space(network, CPU)
+
+
+@pytest.fixture(scope="module")
+def measured(space, digits):
+    """Six digits in that Inception's features."""
+    return features.measure(digits[:6].split(4), space)
+
+
+def moments(rows):
+    """Mean and covariance of all rows at once, in float64."""
+    return rows.double().mean(dim=0), torch.cov(rows.double().T)
+
+
+def statistics_file(path, **changes):
+    """An .npz of statistics of 2 numbers with some entries changed, or left out by None."""
+    tables = dict(mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(3), sigma_s=np.eye(3)) | changes
+    np.savez(path, **{key: value for key, value in tables.items() if value is not None})
+    return str(path)
+
+
+def assert_same(a, b):
+    """Equal statistics, and equal rows where both have them."""
+    assert a.n == b.n and torch.equal(a.pool.mu, b.pool.mu) and torch.equal(a.pool.sigma, b.pool.sigma)
+    assert (a.spatial is None) == (b.spatial is None)
+    if a.spatial:
+        assert torch.equal(a.spatial.mu, b.spatial.mu) and torch.equal(a.spatial.sigma, b.spatial.sigma)
+
+
+# Spaces and their names
+
+def test_the_shipped_judge_is_small_and_recognises_96_percent_of_the_held_out_digits(judge):
+    held_out = data.load(split="test")
+    measured = features.measure_dataset(held_out, np.arange(len(held_out)), judge)
+    assert measured.n == 1000 and (measured.probabilities.argmax(dim=1) == measured.labels).double().mean() >= 0.96
+    assert features.JUDGE.stat().st_size < 1e6 and judge.name == "vit-mnist" and judge.sha256 == features.sha256_of(features.JUDGE)
+    assert checkpoint.load(features.JUDGE)["data"]["spec"] == "mnist"                    # its training part, not these
+
+
+def test_fid_is_inceptions_with_tensorflows_resize_and_nothing_elses(judge, network, space):
+    assert [space.title(metric) for metric in evaluate.METRICS] == ["IS", "FID", "sFID", "precision", "recall", "accuracy"]
+    other = features.inception_space(network, CPU, tf1_resize=False)
+    for named, name in ((judge, "vit-mnist"), (other, "inception-pytorch-resize")):
+        assert [named.title(metric) for metric in evaluate.METRICS] == [f"{metric}[{name}]" for metric in evaluate.METRICS]
+
+
+def test_a_vits_pooled_features_are_its_class_token_and_its_probabilities_those_of_its_classes(judge, digits):
+    network, _ = checkpoint.build(checkpoint.load(features.JUDGE))
+    with torch.no_grad():
+        found, x = judge.extract(digits[:9]), data.to_float(digits[:9])
+        torch.testing.assert_close(found["pool"], network.tokens(x)[:, 0])
+        torch.testing.assert_close(found["probabilities"], network(x).softmax(dim=1))
+    assert set(found) == {"pool", "probabilities"} and found["pool"].shape == (9, 64)
+
+
+@pytest.mark.parametrize("tf1", [True, False])
+def test_inceptions_features_are_those_of_its_network_by_the_resize_asked_for(network, digits, tf1):
+    found, theirs = features.inception_space(network, CPU, tf1).extract(digits[:2]), network.features(digits[:2], tf1)
+    assert torch.equal(found["pool"], theirs["pool"]) and torch.equal(found["spatial"], theirs["spatial"])
+    assert torch.equal(found["probabilities"], theirs["logits"].softmax(dim=1)) and found["probabilities"].shape == (2, 1008)
+    assert not torch.equal(found["pool"], network.features(digits[:2], not tf1)["pool"])
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3), (32, 16, 1)])
+def test_a_vit_refuses_images_of_a_size_that_it_was_not_taught(judge, shape):
+    with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} x {shape[2]}.* taught ones of 32 x 32 x 1"):
+        judge.extract(torch.zeros(2, *shape, dtype=torch.uint8))
+
+
+def test_a_space_knows_its_classes_by_name_and_in_order(judge, space):
+    assert judge.knows([str(i) for i in range(10)]) and judge.knows(["0", "1", "2"])     # a file of fewer classes has these
+    for classes in (None, ["1", "0"], ["cat"], [str(i) for i in range(11)]):
+        assert not judge.knows(classes)
+    assert not space.knows(["0"])
+
+
+def test_features_names_a_vit_or_fids_weights_and_refuses_other_networks(tmp_path, monkeypatch, network, digits, tiny_run):
+    path = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), path)
+    with pytest.raises(ValueError, match=f"{features.sha256_of(path)}, expected {inception.SHA256}"):
+        features.space_of(str(path), CPU)
+    monkeypatch.setattr(inception, "SHA256", features.sha256_of(path))
+    found = features.space_of(str(path), CPU)
+    assert (found.name, found.sha256) == ("inception", inception.SHA256)
+    assert features.space_of(str(path), CPU, tf1_resize=False).name == "inception-pytorch-resize"
+    assert torch.equal(found.extract(digits[:1])["pool"], network.features(digits[:1])["pool"])
+    with pytest.raises(ValueError, match="holds a DiT"):
+        features.space_of(str(tiny_run), CPU)
+
+
+def test_the_judge_is_the_default_for_its_digits_and_inception_for_all_else():
+    assert features.default_space("mnist", (32, 32, 1)) == str(features.JUDGE)
+    for spec, shape in (("mnist", (28, 28, 1)), ("digits.npz", (32, 32, 1)), ("cifar10", (32, 32, 3))):
+        assert features.default_space(spec, shape) == "inception"
+
+
+def test_full_precision_is_for_the_measurement_only():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with features.full_precision():
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# Measuring
+
+@given(cuts=st.lists(st.integers(0, 40), max_size=5))
+@settings(max_examples=10)
+def test_statistics_of_batches_are_those_of_the_whole(judge, digits, cuts):
+    cuts = sorted({0, *cuts, 40})
+    measured = features.measure([digits[a:b] for a, b in zip(cuts, cuts[1:])], judge)
+    with torch.no_grad():
+        rows = judge.extract(digits[:40])["pool"]
+    mu, sigma = moments(rows)
+    assert measured.n == measured.pool.n == 40 and measured.spatial is None
+    torch.testing.assert_close(measured.rows, rows)
+    torch.testing.assert_close(measured.pool.mu, mu, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measured.pool.sigma, sigma, rtol=1e-4, atol=1e-4)
+
+
+def test_spatial_statistics_are_those_of_the_spatial_features(measured, network, digits):
+    found = network.features(digits[:6])
+    for statistics, rows in ((measured.pool, found["pool"]), (measured.spatial, found["spatial"])):
+        mu, sigma = moments(rows)
+        torch.testing.assert_close(statistics.mu, mu, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(statistics.sigma, sigma, rtol=1e-3, atol=1e-8)
+    assert measured.spatial.mu.shape == (2023,) and measured.pool.mu.shape == (2048,)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 16, 20, 99])
+def test_only_the_first_rows_are_kept_and_all_are_counted(judge, digits, keep):
+    whole, some = (features.measure(digits[:40].split(16), judge, keep) for keep in (None, keep))
+    assert torch.equal(some.rows, whole.rows[:keep]) and torch.equal(some.probabilities, whole.probabilities[:keep])
+    assert len(some.rows) == len(some.probabilities) == min(keep, 40)
+    assert_same(some, whole)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_a_data_set_is_measured_in_the_order_asked_for_with_its_labels(judge, monkeypatch, batch):
+    monkeypatch.setattr(features, "BATCH", batch)
+    held_out = data.load(split="test")
+    order = np.random.default_rng(0).permutation(50)
+    images, labels = held_out.batch(order)
+    measured, expected = features.measure_dataset(held_out, order, judge, keep=30), features.measure([images], judge)
+    torch.testing.assert_close(measured.rows, expected.rows[:30], rtol=1e-4, atol=1e-4)
+    assert torch.equal(measured.labels, labels) and measured.n == 50 and expected.labels is None
+    named = data.Dataset("pets", held_out.images, held_out.labels % 2, ["cat", "dog"])
+    assert features.measure_dataset(named, order, judge).labels is None                  # the judge knows neither
+
+
+def test_nothing_measured_is_nothing_and_merges_as_nothing(judge, digits):
+    empty, some = features.measure([], judge), features.measure([digits[:4]], judge)
+    assert empty.n == 0 and empty.rows is None and empty.probabilities is None
+    assert_same(features.measure([], judge).merge(some), some)
+    assert torch.equal(some.merge(empty).rows, features.measure([digits[:4]], judge).rows) and some.n == 4
+
+
+def test_a_merge_is_the_images_of_one_behind_those_of_the_other(measured, space, digits):
+    first, second = features.measure([digits[:2]], space), features.measure([digits[2:6]], space)
+    whole = features.Measured().merge(first).merge(second)
+    assert whole.n == 6 and len(whole.rows) == len(whole.probabilities) == 6
+    torch.testing.assert_close(whole.rows, measured.rows)
+    torch.testing.assert_close(whole.probabilities, measured.probabilities)
+    for ours, theirs in ((whole.pool, measured.pool), (whole.spatial, measured.spatial)):
+        assert ours.n == 6
+        torch.testing.assert_close(ours.mu, theirs.mu, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.sigma, theirs.sigma, rtol=1e-3, atol=1e-7)
+
+
+# What the scores see
+
+def test_noise_on_digits_raises_the_distance_step_by_step(judge, digits):
+    real = features.measure_dataset(data.load(), np.arange(300), judge)
+    noise = torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))
+    found = [metrics.distance(real.pool, features.measure((digits + level * noise).clamp(0, 255).byte().split(64), judge).pool)
+             for level in (0, 30, 60, 120)]
+    assert all(b > 1.2 * a for a, b in zip(found, found[1:])), found
+
+
+def test_digits_left_out_lower_recall_and_not_precision(judge):
+    held_out = data.load(split="test")
+    real = features.measure_dataset(data.load(), np.arange(500), judge).rows
+    fake = features.measure_dataset(held_out, np.arange(500), judge)
+    whole, half = (metrics.precision_recall(real, rows) for rows in (fake.rows, fake.rows[fake.labels < 5]))
+    assert half[1] < whole[1] - 0.15 and abs(half[0] - whole[0]) < 0.05, (whole, half)
+
+
+# Files of statistics
+
+def test_saved_statistics_are_read_back_as_they_were(tmp_path, judge, digits):
+    measured, path = features.measure([digits], judge), str(tmp_path / "digits.npz")
+    features.save_statistics(path, measured, digits[:50], judge)
+    assert_same(features.read_statistics(path, judge), measured)
+    with np.load(path) as archive:
+        assert set(archive) == {"arr_0", "mu", "sigma", "n", "features", "features_sha256"}
+        assert archive["arr_0"].dtype == np.uint8 and (archive["arr_0"] == digits[:50].numpy()).all()
+        assert str(archive["features"]) == "vit-mnist" and str(archive["features_sha256"]) == judge.sha256
+
+
+def test_inceptions_statistics_are_what_adms_evaluator_reads(tmp_path, measured, space, digits):
+    """It takes arr_0 in colour, and the four tables if there is a mu."""
+    path = str(tmp_path / "reference.npz")
+    features.save_statistics(path, measured, digits[:6], space)
+    with np.load(path) as archive:
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_0"].shape == (6, 32, 32, 3)
+        assert (archive["arr_0"] == digits[:6].numpy()).all()            # the same grey in all three
+        for key, table in (("mu", measured.pool.mu), ("sigma", measured.pool.sigma), ("mu_s", measured.spatial.mu),
+                           ("sigma_s", measured.spatial.sigma)):
+            assert (archive[key] == table.numpy()).all()
+    assert_same(features.read_statistics(path, space), measured)
+
+
+def test_a_file_of_adms_is_inceptions_and_of_a_number_of_images_that_it_does_not_say(tmp_path, judge, space):
+    path = statistics_file(tmp_path / "adm.npz", sigma=np.eye(2, dtype=np.float32))
+    found = features.read_statistics(path, space)
+    assert found.n == math.inf and found.rows is None and found.pool.sigma.dtype == torch.float64
+    assert found.pool.mu.shape == (2,) and found.spatial.sigma.shape == (3, 3)
+    assert features.read_statistics(statistics_file(tmp_path / "pool.npz", mu_s=None, sigma_s=None), space).spatial is None
+    theirs, ours = rf"inception \(weights {inception.SHA256[:8]}\)", rf"vit-mnist \(weights {judge.sha256[:8]}\)"
+    with pytest.raises(ValueError, match=f"adm.npz holds statistics of {theirs}, .* {ours}: they cannot be compared"):
+        features.read_statistics(path, judge)
+
+
+@pytest.mark.parametrize("name, sha256", [("vit-cifar10", None), ("vit-mnist", 64 * "a"), ("inception-pytorch-resize", None)])
+def test_statistics_of_another_space_or_other_weights_are_refused_with_both_names(tmp_path, judge, name, sha256):
+    path = statistics_file(tmp_path / "other.npz", features=name, features_sha256=sha256 or judge.sha256)
+    with pytest.raises(ValueError) as error:
+        features.read_statistics(path, judge)
+    assert f"{name} (weights {(sha256 or judge.sha256)[:8]})" in str(error.value)
+    assert f"vit-mnist (weights {judge.sha256[:8]})" in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(sigma=None), dict(sigma_s=None), dict(sigma=np.eye(3)), dict(sigma=np.eye(2)[:1]), dict(mu_s=np.zeros(2)),
+    dict(mu=np.array("?")), dict(mu=np.array([None, None])), dict(n=np.array("many")), dict(sigma=np.ones(2)), dict(n=-5),
+    dict(n=1)],
+    ids=lambda changes: f"{next(iter(changes))} {next(iter(changes.values()))}".replace("\n", ""))
+def test_tables_that_do_not_fit_are_refused(tmp_path, judge, space, changes):
+    path = statistics_file(tmp_path / "odd.npz", **changes)
+    for named in (judge, space):
+        with pytest.raises(ValueError, match="cannot use the statistics in .*odd.npz"):
+            features.read_statistics(path, named)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut off", "a flipped byte", "an array"])
+def test_a_damaged_file_of_statistics_is_refused_and_a_missing_one_is_missing(tmp_path, judge, damage):
+    path = tmp_path / "bad.npz"
+    whole = statistics_file(path, mu=np.arange(500.0), sigma=np.eye(500)) and path.read_bytes()
+    if damage == "an array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        with zipfile.ZipFile(path) as archive:
+            middle = archive.getinfo("sigma.npy").header_offset + 1000
+        path.write_bytes({"text": b"hello", "cut off": whole[:middle],
+                          "a flipped byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]}[damage])
+    with pytest.raises(ValueError, match="cannot use the statistics in .*bad.npz"):
+        features.read_statistics(str(path), judge)
+    with pytest.raises(FileNotFoundError):
+        features.read_statistics(str(tmp_path / "none.npz"), judge)
+
+
+def test_a_file_names_the_features_to_compare_it_in(tmp_path, judge):
+    ours = statistics_file(tmp_path / "ours.npz", features="vit-mnist", features_sha256=judge.sha256)
+    assert features.space_named_in(ours) == str(features.JUDGE)
+    assert features.space_named_in(statistics_file(tmp_path / "adm.npz")) == "inception"
+    assert features.space_named_in(statistics_file(tmp_path / "other.npz", features="inception-pytorch-resize")) == "inception"
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    assert features.space_named_in(str(tmp_path / "images.npz")) is None and features.space_named_in("photos") is None
+    assert features.read_statistics(str(tmp_path / "images.npz"), judge) is None
+    with pytest.raises(ValueError, match="statistics of vit-pets: name that file with --features"):
+        features.space_named_in(statistics_file(tmp_path / "pets.npz", features="vit-pets", features_sha256="b"))
+
+
+def test_a_files_statistics_replace_those_of_its_images_and_leave_the_rows(tmp_path, judge, digits):
+    path = str(tmp_path / "digits.npz")
+    many, few = features.measure([digits], judge), features.measure([digits[:8]], judge)
+    rows, own = few.rows, features.measure([digits[:8]], judge)
+    features.save_statistics(path, many, digits[:8], judge)
+    found = features.with_statistics(few, path, judge)
+    assert_same(found, many)
+    assert found.rows is rows and len(found.probabilities) == 8
+    assert_same(features.with_statistics(None, path, judge), many)       # of a file without images
+    np.savez(tmp_path / "images.npz", arr_0=digits[:8].numpy())
+    for elsewhere in (str(tmp_path / "images.npz"), "mnist", None):
+        assert_same(features.with_statistics(features.measure([digits[:8]], judge), elsewhere, judge), own)
