@@ -56,6 +56,11 @@ def bar(name, n):
     return tqdm(total=len(mine), desc=name, unit="image", disable=mine.start > 0 or not sys.stderr.isatty())
 
 
+def count(n):
+    """A number of images, as text."""
+    return f"{n:,}" if math.isfinite(n) else "an unknown number"
+
+
 def obstacles(space, classes, real_lacks=(), fake_lacks=()):
     """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
 
@@ -123,8 +128,6 @@ def measure_samples(dataset, n, space, file=None):
     """The Measured of the first n samples of a data set, all if n is None; or of the statistics in a file, or with them."""
     if dataset is None:
         return with_statistics(None, file, space)
-    if n and n > len(dataset):
-        raise ValueError(f"--n {n}: {dataset.spec} has {len(dataset)} images")
     with bar("measuring the samples", n or len(dataset)) as progress:
         measured = measure_dataset(dataset, np.arange(n or len(dataset)), space, bar=progress)
     return measured if n else with_statistics(measured, file, space)
@@ -136,7 +139,7 @@ def save_reference(path, reference, space):
         raise ValueError(f"--save-reference: {reference.name} holds no images, which the file should show")
     images, _ = reference.dataset.batch(reference.order[:REFERENCE_IMAGES])
     save_statistics(path, reference.measured, images, space)
-    print(f"wrote {path}: {reference.measured.n:,.0f} images of {reference.name}, features {space.name}")
+    print(f"wrote {path}: {count(reference.measured.n)} of {reference.name}, features {space.name}")
 
 
 def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None):
@@ -201,9 +204,12 @@ def draw_samples(args, how, names, network, diffusion, n):
     done = pixels.with_suffix(".done")                   # a byte an image: 1 once its pixels are on the disk
     size = math.prod(shape)
     with first_in_turn():
-        for path, length in ((pixels, n * size), (done, n)):
+        there = pixels.stat().st_size // size if pixels.exists() else 0
+        for path, kept, length in ((pixels, there * size, n * size), (done, there, n)):
             with open(path, "ab") as file:
-                file.truncate(max(length, file.tell()))                  # what is added reads as zeros
+                end = file.tell()
+                file.truncate(min(kept, end))                            # no claim on pixels that were deleted
+                file.truncate(max(length, end))                          # what is added reads as zeros
     missing = np.flatnonzero(np.fromfile(done, np.uint8, n) == 0)
     if dist.is_initialized():
         dist.barrier()                                   # all have looked before the first one draws
@@ -222,7 +228,7 @@ def draw_samples(args, how, names, network, diffusion, n):
             done_file.flush()
     if dist.is_initialized():
         dist.barrier()
-    labels = None if classes is None else labels_of(range(n), classes).numpy()
+    labels = None if names is None else labels_of(range(n), classes).numpy()             # released weights have no names
     return data.Dataset(args.ckpt, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
 
 
@@ -282,6 +288,11 @@ def validate(args):
         raise ValueError("--seed must be 0 or more")
     for path in filter(None, (args.results, args.save_reference)):
         parent_of(path)
+    if args.save_reference:
+        if not args.save_reference.endswith(".npz"):
+            raise ValueError(f"--save-reference {args.save_reference}: its name must end in .npz")
+        if any(os.path.realpath(path) == os.path.realpath(args.save_reference) for path in (args.reference, args.samples) if path):
+            raise ValueError(f"--save-reference {args.save_reference} would replace the images that are measured")
     results = Path(args.results)
     if results.exists():
         with open(results, newline="") as file:
@@ -322,8 +333,6 @@ def same_size(real, fake):
 
 def report(args, found, reference, fake, space, how):
     """Print the table and add the row."""
-    def count(n):
-        return f"{n:,.0f}" if math.isfinite(n) else "an unknown number"
     drawn = "" if not how else (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} "
                                 f"steps, guidance {how['cfg_scale']:g}, seed {how['seed']}")
     held_out = ", held-out part" if args.samples and not in_files(args.samples) else ""
@@ -352,6 +361,9 @@ def run(args):
     real_images = images_of(args.reference, "train", args) if args.reference else training_data(args, described)
     if args.samples:
         fake_images = images_of(args.samples, "test", args)
+        there = 0 if fake_images is None else len(fake_images)
+        if (args.n or 0) > there:
+            raise ValueError(f"--n {args.n}: {args.samples} has {there} images")
     if not args.ckpt:
         names, size = (fake_images.classes, fake_images.image_size) if fake_images else (None, None)
     same_size(real_images and real_images.image_size, size)

@@ -213,7 +213,10 @@ def read_tables(path):
                 if mu in found and found[mu].shape * 2 != found[sigma].shape:
                     raise ValueError(f"{mu} and {sigma} of shapes {tuple(found[mu].shape)} and {tuple(found[sigma].shape)} do not "
                                      "belong together")
-            return dict(found, n=float(archive["n"]) if "n" in archive else math.inf,
+            n = int(archive["n"]) if "n" in archive else math.inf
+            if n < 2:
+                raise ValueError(f"{n} samples: a covariance needs at least two")
+            return dict(found, n=n,
                         features=str(archive["features"]) if "features" in archive else "inception",
                         features_sha256=str(archive["features_sha256"]) if "features_sha256" in archive else inception.SHA256)
     except FileNotFoundError:
@@ -245,8 +248,8 @@ def save_statistics(path, measured, images, space):
     if measured.spatial:
         tables |= dict(mu_s=measured.spatial.mu, sigma_s=measured.spatial.sigma)
     with data.atomic_file(path) as file:
-        np.savez(file, arr_0=images.numpy(), **{key: value.cpu().numpy() for key, value in tables.items()}, n=measured.n,
-                 features=space.name, features_sha256=space.sha256)
+        np.savez(file, arr_0=images.numpy(), **{key: value.cpu().numpy() for key, value in tables.items()},
+                 **({"n": measured.n} if math.isfinite(measured.n) else {}), features=space.name, features_sha256=space.sha256)
 
 
 def space_named_in(path):
@@ -255,7 +258,7 @@ def space_named_in(path):
     ValueError if they are of another space, whose file is not known.
     """
     given = read_tables(path) if path.endswith(".npz") else None
-    if given is None or given["features"] == "inception":
+    if given is None or given["features"].startswith("inception"):      # by --resize; another one is refused later
         return given and "inception"
     if given["features_sha256"] == sha256_of(JUDGE):
         return str(JUDGE)

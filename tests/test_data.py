@@ -731,6 +731,24 @@ def test_the_payload_does_run_where_it_is_trusted(tmp_path):
     assert (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("shape", [(9, 4, 4, 3), (9, 4, 4)], ids=["colour", "grey"])
+def test_large_images_of_an_npz_stay_in_the_file(tmp_path, monkeypatch, shape):
+    images = noise(*shape)
+    np.savez(tmp_path / "large.npz", arr_1=np.arange(9), arr_0=images)
+    loaded = load(str(tmp_path / "large.npz"), split="all")
+    monkeypatch.setattr(data, "MAPPED", 100)
+    mapped = load(str(tmp_path / "large.npz"), split="all")
+    assert mapped.in_files and not loaded.in_files and np.array_equal(mapped.images, loaded.images)
+    assert mapped.labels.tolist() == list(range(9))
+
+
+def test_large_images_that_are_compressed_are_refused_with_the_way_out(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "large.npz", arr_0=np.zeros((9, 4, 4, 3), np.uint8))
+    monkeypatch.setattr(data, "MAPPED", 100)
+    with pytest.raises(ValueError, match="compressed and has .* save it with numpy.savez"):
+        load(str(tmp_path / "large.npz"))
+
+
 def test_a_missing_npz_is_named(tmp_path):
     refusal(lambda: load(str(tmp_path / "no.npz")), tmp_path / "no.npz", "does not exist", kind=FileNotFoundError)
 

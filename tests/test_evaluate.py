@@ -137,12 +137,14 @@ def test_a_run_is_scored_against_its_training_part_in_a_table_and_a_row(here, ca
     assert evaluated(*DRAW, "--n", "12", "--seed", "3") == row and rows() == [row, row]  # under one header
 
 
-def test_samples_are_those_of_sample_py_and_labelled_in_turn(here):
-    evaluated(*DRAW, "--n", "5", "--classes", "3,7", "--cfg-scale", "2", "--sampler", "ddim", "--seed", "1")
-    sample.main(["--ckpt", "run.pt", "--n", "5", "--classes", "3,7", "--cfg-scale", "2", "--sampler", "ddim", "--seed", "1",
-                 "--steps", "2", "--npz", "drawn.npz", "--device", "cpu"])
+def test_samples_are_those_of_sample_py(here):
+    drawing = ["--ckpt", "run.pt", "--steps", "2", "--n", "5", "--classes", "3,7", "--cfg-scale", "2", "--sampler", "ddim",
+               "--seed", "1", "--batch-size", "2", "--device", "cpu"]
+    row = evaluated(*drawing, "--features", JUDGE)
+    sample.main([*drawing, "--npz", "drawn.npz"])
     with np.load("drawn.npz") as archive:
-        assert (pixels(5) == archive["arr_0"]).all()
+        assert (pixels(5) == archive["arr_0"]).all() and archive["arr_0"].any(axis=(1, 2, 3)).all()
+    assert (row["cfg_scale"], row["sampler"], row["steps"], row["seed"]) == (2, "ddim", 2, 1)
 
 
 def test_what_was_drawn_is_not_drawn_again_and_more_is_added_to_it(here, digit):
@@ -323,6 +325,8 @@ def test_a_file_that_does_not_say_of_how_many_images_is_taken_as_it_is(here, cap
     again = evaluated("--samples", "fake.npz", "--reference", "saved.npz")
     assert scores_of(again, ["FD_floor", "recall"]) == pytest.approx(scores_of(row, ["FD_floor", "recall"]))
     assert row["reference_n"] == again["reference_n"] == float("inf")
+    whole, shown = (evaluated("--samples", "adm.npz", "--reference", "stats.npz", *argv) for argv in ([], ["--n", "20"]))
+    assert abs(whole["FD"]) < 1e-6 and shown["FD"] > 1   # the file's statistics are of all its images, not of some
 
 
 def test_noise_is_far_from_digits_from_either_side(here):
@@ -333,13 +337,33 @@ def test_noise_is_far_from_digits_from_either_side(here):
     assert noise["IS"] < 2 < digits["IS"] and noise["accuracy"] == "" and other["accuracy"] == digits["accuracy"] > 0.95
 
 
-def test_accuracy_counts_the_classes_that_were_asked_for(here):
+def test_digits_left_out_of_the_samples_lower_recall_and_those_left_out_of_the_reference_precision(here):
+    for name in ("fake", "real"):
+        with np.load(f"{name}.npz") as archive:
+            np.savez(f"few-{name}.npz", arr_0=archive["arr_0"][archive["arr_1"] < 3])
+    samples, reference = (evaluated("--samples", fake, "--reference", real, "--features", JUDGE) for fake, real in (
+        ("few-fake.npz", "real.npz"), ("fake.npz", "few-real.npz")))
+    assert samples["recall"] < 0.5 < 0.7 < samples["precision"], samples
+    assert reference["precision"] < 0.5 < 0.7 < reference["recall"], reference
+
+
+def test_accuracy_counts_the_classes_that_the_samples_say_they_are_of(here):
     with np.load("fake.npz") as archive:
         np.savez("wrong.npz", arr_0=archive["arr_0"], arr_1=(archive["arr_1"] + 1) % 10)
         np.savez("half.npz", arr_0=archive["arr_0"], arr_1=(archive["arr_1"] + (np.arange(80) < 40)) % 10)
     right, wrong, half = (evaluated("--samples", f"{name}.npz", "--reference", "real.npz", "--features", JUDGE, "--metrics",
                                     "accuracy")["accuracy"] for name in ("fake", "wrong", "half"))
     assert right > 0.95 and wrong < 0.05 and abs(half - right / 2) < 0.05
+
+
+def test_accuracy_of_a_run_counts_the_classes_that_were_asked_for(here):
+    with np.load("real.npz") as archive:
+        digits = [archive["arr_0"][archive["arr_1"] == label][:2] for label in (7, 3)]
+    argv = [*DRAW, "--n", "4", "--classes", "7,3", "--metrics", "accuracy"]
+    evaluated(*argv)
+    for order, accuracy in ((digits, 1), (digits[::-1], 0)):             # laid where the samples are kept
+        put({2 * i + j: order[j][i] for i in range(2) for j in range(2)})
+        assert evaluated(*argv)["accuracy"] == accuracy
 
 
 def test_n_takes_the_first_samples(here):
