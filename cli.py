@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from tqdm import tqdm
 
 from data import atomic_file
 
@@ -97,6 +98,18 @@ def first_in_turn():
     yield
     if rank == 0 and world > 1:
         dist.barrier()
+
+
+def share(n):
+    """This process's part of n things, a range."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank * n // world, (rank + 1) * n // world)
+
+
+def progress_bar(name, n):
+    """A bar over this process's share of n images, shown by the first process on a terminal."""
+    mine = share(n)
+    return tqdm(total=len(mine), desc=name, unit="image", disable=mine.start > 0 or not sys.stderr.isatty())
 
 
 def ignore_signals(worker):

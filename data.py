@@ -164,12 +164,17 @@ def atomic_file(path):
         raise
 
 
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def download(url, sha256, folder, what):
     """Fetch a file once into a folder -> its path. OSError if it cannot be had, or its SHA-256 differs (it is not kept)."""
     path = Path(folder) / url.rsplit("/", 1)[-1]
     if path.exists():
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != sha256:
             raise OSError(f"{path} is not {what}: its SHA-256 is {found}, not {sha256}; delete it")
         return path

@@ -9,8 +9,6 @@ are read as they are, and written so that ADM's evaluator reads them. Under torc
     python evaluate.py --reference photos/ --image-size 256 --save-reference photos.npz
 """
 import csv
-import hashlib
-import json
 import math
 import os
 import sys
@@ -20,16 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import data
-from cli import Parser, first_in_turn, not_negative, one_line_errors, positive, processes
+from cli import Parser, first_in_turn, not_negative, one_line_errors, positive, processes, progress_bar, share
 from ddpm import SAMPLERS
-from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics, sha256_of,
-                      share, space_named_in, space_of, with_statistics)
+from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
+                      space_named_in, space_of, with_statistics)
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
-from sample import draw, drawable, evaluations, guidance, labels_of, parent_of, parse_classes
+from sample import draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
 REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
@@ -49,12 +45,6 @@ class Reference(NamedTuple):
 
 
 # Scores
-
-def bar(name, n):
-    """A progress bar over this process's share of n images, shown by the first process on a terminal."""
-    mine = share(n)
-    return tqdm(total=len(mine), desc=name, unit="image", disable=mine.start > 0 or not sys.stderr.isatty())
-
 
 def count(n):
     """A number of images, as text."""
@@ -111,7 +101,7 @@ def measure_reference(dataset, space, name, file=None):
         return Reference(name, with_statistics(None, file, space), {})
     order = np.random.default_rng(0).permutation(len(dataset))
     half = len(order) // 2
-    with bar("measuring the reference", len(order)) as progress:
+    with progress_bar("measuring the reference", len(order)) as progress:
         first, second = (measure_dataset(dataset, rows, space, max(0, REFERENCE_IMAGES - before), progress)
                          for rows, before in ((order[:half], 0), (order[half:], half)))
     floor = {}
@@ -128,7 +118,7 @@ def measure_samples(dataset, n, space, file=None):
     """The Measured of the first n samples of a data set, all if n is None; or of the statistics in a file, or with them."""
     if dataset is None:
         return with_statistics(None, file, space)
-    with bar("measuring the samples", n or len(dataset)) as progress:
+    with progress_bar("measuring the samples", n or len(dataset)) as progress:
         measured = measure_dataset(dataset, np.arange(n or len(dataset)), space, bar=progress)
     return measured if n else with_statistics(measured, file, space)
 
@@ -193,51 +183,11 @@ def drawing(args, described, network, diffusion):
                 steps=evaluations(args.steps, args.sampler, diffusion), seed=args.seed)
 
 
-def draw_samples(args, how, names, network, diffusion, n):
-    """The first n samples of a run, each with its class, as a data set in the cache.
-
-    What an earlier, perhaps killed, call with the same flags drew is there already; a larger n adds to it.
-    """
-    classes, shape = how["classes"], (*network.image_size, network.channels)
-    key = hashlib.sha256(json.dumps([sha256_of(args.ckpt), how]).encode()).hexdigest()[:16]
-    pixels = data.cache_folder(args.cache) / f"{Path(args.ckpt).stem}-samples-{key}.uint8"
-    done = pixels.with_suffix(".done")                   # a byte an image: 1 once its pixels are on the disk
-    size = math.prod(shape)
-    with first_in_turn():
-        there = pixels.stat().st_size // size if pixels.exists() else 0
-        for path, kept, length in ((pixels, there * size, n * size), (done, there, n)):
-            with open(path, "ab") as file:
-                end = file.tell()
-                file.truncate(min(kept, end))                            # no claim on pixels that were deleted
-                file.truncate(max(length, end))                          # what is added reads as zeros
-    missing = np.flatnonzero(np.fromfile(done, np.uint8, n) == 0)
-    if dist.is_initialized():
-        dist.barrier()                                   # all have looked before the first one draws
-    mine = share(len(missing))
-    with bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
-        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes, how["seed"], args.batch_size,
-                               progress, sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"], clip=True):
-            for i, image in zip(indices, data.to_uint8(x).cpu().numpy()):
-                pixels_file.seek(i * size)
-                pixels_file.write(image.tobytes())
-            pixels_file.flush()
-            os.fsync(pixels_file.fileno())
-            for i in indices:
-                done_file.seek(i)
-                done_file.write(b"\1")
-            done_file.flush()
-    if dist.is_initialized():
-        dist.barrier()
-    labels = None if names is None else labels_of(range(n), classes).numpy()             # released weights have no names
-    return data.Dataset(args.ckpt, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
-
-
 def append_row(path, row):
-    """Add a row to a CSV file of COLUMNS, which it begins if it does not exist."""
-    new = not Path(path).exists()
+    """Add a row to a CSV file of COLUMNS, which it begins if there is none."""
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        if new:
+        if not file.tell():
             writer.writeheader()
         writer.writerow(row)
 
@@ -296,7 +246,7 @@ def validate(args):
     results = Path(args.results)
     if results.exists():
         with open(results, newline="") as file:
-            if next(csv.reader(file), None) != list(COLUMNS):
+            if next(csv.reader(file), None) not in (None, list(COLUMNS)):
                 raise ValueError(f"--results {results} has other columns: choose another file")
     return wanted
 
@@ -380,7 +330,7 @@ def run(args):
         save_reference(args.save_reference, reference, space)
     if how:
         n = args.n or (FULL if space.name.startswith("inception") else QUICK)
-        fake_images = draw_samples(args, how, names, network.to(device), diffusion, n)
+        fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size)
         how["step"] = described["step"]
     elif not args.samples:
         return

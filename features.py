@@ -5,7 +5,6 @@ whose scores papers print, or that of a ViT classifier of train.py, as `vit-mnis
 `measure` reads images batch by batch and keeps statistics, and the rows that precision and recall need; under torchrun each
 process measures its share.
 """
-import hashlib
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch.distributed as dist
 import data
 import inception
 from checkpoint import build, load, read
+from cli import share
+from data import sha256_of
 from metrics import Statistics
 
 JUDGE = data.ASSETS / "vit-mnist.pt"   # a ViT that knows the embedded digits: scores without a download
@@ -42,12 +43,6 @@ class Space(NamedTuple):
         if self.name == "inception":
             return {"FD": "FID", "sFD": "sFID"}.get(metric, metric)
         return f"{metric}[{self.name}]"
-
-
-def sha256_of(path):
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inception_space(network, device, tf1_resize=True):
@@ -176,12 +171,6 @@ def _moved(measured, device):
     if measured.rows is not None:
         measured.rows, measured.probabilities = measured.rows.to(device), measured.probabilities.to(device)
     return measured
-
-
-def share(n):
-    """This process's part of n things, a range."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return range(rank * n // world, (rank + 1) * n // world)
 
 
 def measure_dataset(dataset, indices, space, keep=None, bar=None):

@@ -4,14 +4,13 @@ Report §4-6. Szegedy et al. 2016, as TensorFlow's graph of 2015-12-05 has it, w
 `pt_inception-2015-12-05`. It is never trained here: each batch norm is folded into its convolution. Images are enlarged to 299
 pixels first, by the rule of TensorFlow 1 or by PyTorch's; published numbers rest on the former.
 """
-import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import cache_folder, download
+from data import cache_folder, download, sha256_of
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -173,8 +172,7 @@ def weights_file(path=None, cache=None):
     """The file of the canonical weights: the one given, or downloaded once.  OSError or ValueError if it is not to be had."""
     if path is None:
         return download(URL, SHA256, cache_folder(cache), "the weights of the FID Inception")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != SHA256:
         raise ValueError(f"{path} holds other weights than FID's Inception: its SHA-256 is {found}, expected {SHA256}")
     return Path(path)

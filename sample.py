@@ -7,19 +7,22 @@ train.py leaves. An image depends on the seed and its number alone, whatever the
     python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
     torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
+import hashlib
+import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import ddpm
 from checkpoint import build, load
-from cli import Parser, grid, not_negative, one_line_errors, positive, processes, save_image, to_image
-from data import atomic_file, to_uint8
+from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, positive, processes, progress_bar, save_image, share,
+                 to_image)
+from data import Dataset, atomic_file, cache_folder, sha256_of, to_uint8
 
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
 STEPS = 20                       # of DPM-Solver++; more barely change the picture
@@ -108,6 +111,46 @@ def parse_classes(text, names, num_classes):
         else:
             raise ValueError(f"--classes: {word!r} is not a class of the run, which has 0 to {num_classes - 1}")
     return classes
+
+
+def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None):
+    """The first n samples of a checkpoint, as a data set in the cache: a file that is filled as they are drawn.
+
+    how: classes, cfg_scale, sampler, steps, seed, plain values; names: of all classes, if the samples shall have labels. What an
+    earlier, perhaps killed, call with the same checkpoint and the same `how` drew is there already; a larger n adds to it.
+    """
+    classes, shape = how["classes"], (*network.image_size, network.channels)
+    key = hashlib.sha256(json.dumps([sha256_of(path), how]).encode()).hexdigest()[:16]
+    pixels = cache_folder(cache) / f"{Path(path).stem}-samples-{key}.uint8"
+    done = pixels.with_suffix(".done")                   # a byte an image: 1 once its pixels are on the disk
+    size = math.prod(shape)
+    with first_in_turn():
+        there = pixels.stat().st_size // size if pixels.exists() else 0
+        for file_path, kept, length in ((pixels, there * size, n * size), (done, there, n)):
+            with open(file_path, "ab") as file:
+                end = file.tell()
+                file.truncate(min(kept, end))                            # no claim on pixels that were deleted
+                file.truncate(max(length, end))                          # what is added reads as zeros
+    missing = np.flatnonzero(np.fromfile(done, np.uint8, n) == 0)
+    if dist.is_initialized():
+        dist.barrier()                                   # all have looked before the first one draws
+    mine = share(len(missing))
+    with progress_bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
+        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes, how["seed"], batch_size,
+                               progress, sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"], clip=True):
+            for i, image in zip(indices, to_uint8(x).cpu().numpy()):
+                pixels_file.seek(i * size)
+                pixels_file.write(image.tobytes())
+            pixels_file.flush()
+            os.fsync(pixels_file.fileno())
+            for i in indices:
+                done_file.seek(i)
+                done_file.write(b"\1")
+            done_file.flush()
+    if dist.is_initialized():
+        dist.barrier()
+    labels = None if names is None else labels_of(range(n), classes).numpy()             # released weights have no names
+    return Dataset(path, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
 
 
 def parse_interval(text):
@@ -214,7 +257,7 @@ def run(args):
     one_by_one = is_folder(args.out) and not latent
     if one_by_one:
         Path(args.out).mkdir(exist_ok=True)
-    mine = range(rank * n // world, (rank + 1) * n // world)
+    mine = share(n)
     columns = len(classes) if few else math.ceil(math.sqrt(min(n, 64)))
     frames, images = {}, []
 
@@ -222,7 +265,7 @@ def run(args):
         if rank == 0 and not images:                     # of the first batch; a smaller try after a full memory replaces them
             frames[t] = grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns)
 
-    with tqdm(total=len(mine), unit="image", disable=rank > 0 or not sys.stderr.isatty()) as bar:
+    with progress_bar("drawing", n) as bar:
         for part, x in draw(network, diffusion, mine, classes, args.seed, args.batch_size, bar, sampler=args.sampler,
                             steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, cfg_interval=interval,
                             clip=not latent, callback=keep_frame if args.trajectory else None):
