@@ -44,11 +44,11 @@ def draw_images(step, images, part, args, device):
 class Denoising:
     """Predict the noise, or what --prediction says (§4-5). The loss is logged by quarter of t; the picture shows samples."""
 
-    groups = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+    groups, scores = ("loss_q1", "loss_q2", "loss_q3", "loss_q4"), ()
 
     def __init__(self, args, dataset, network, device):
         self.args, self.dataset, self.null_label, self.device = args, dataset, network.null_label, device
-        self.diffusion, self.scores = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance), ()
+        self.diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
         if args.eval_every:
             if min(args.eval_n, len(dataset)) < 4:
                 raise ValueError("--eval-every: precision and recall need at least 4 samples and 4 images")
