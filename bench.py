@@ -77,12 +77,12 @@ def quality(args):
 
 
 COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))    # three alike, then fewer
-ROW = ("model", "size", "seed", "steps", "minutes", "parameters", "gflops", "n", *METRICS)
+ROW = ("model", "size", "seed", "steps", "minutes", "parameters", "gflops", "n", "features_sha256", *METRICS)
 
 
 def compare_one(args, model, size, seed, device, space, real, dataset):
     """Train one network, or take up its run where it stands, and score its samples -> a row of compare.csv."""
-    out = Path(args.out) / f"{model}-{size.replace('/', '-')}-{seed}.pt"
+    out = Path(args.out) / f"{model}-{size.replace('/', '-')}-{args.steps}-{seed}.pt"
     began, step = time.perf_counter(), load(out)["step"] if out.exists() else 0
     if step < args.steps:
         train.main(["--model", model, "--size", size, "--steps", str(args.steps), "--seed", str(seed), "--out", str(out),
@@ -94,12 +94,12 @@ def compare_one(args, model, size, seed, device, space, real, dataset):
     parameters, multiply_adds = count(network, *inputs_of(network))
     found = score_network(network.to(device), diffusion, real, space, args.n, dataset.classes, seed, scale=1.0)
     return dict(model=model, size=size, seed=seed, steps=args.steps, minutes=minutes, parameters=parameters,
-                gflops=multiply_adds / 1e9, n=args.n, **found)
+                gflops=multiply_adds / 1e9, n=args.n, features_sha256=space.sha256, **found)
 
 
 def is_row(row, **values):
     """Whether a row, read from a file or just made, has these values."""
-    return all(str(row[key]) == str(value) for key, value in values.items())
+    return all(str(row.get(key)) == str(value) for key, value in values.items())
 
 
 def compare(args):
@@ -115,9 +115,10 @@ def compare(args):
     if table.exists():
         with open(table, newline="") as file:
             rows = list(csv.DictReader(file))
+    same = dict(steps=args.steps, n=args.n, features_sha256=space.sha256)
     for seed in range(args.seeds):
         for model, size in COMPARED:
-            if not any(is_row(row, model=model, size=size, seed=seed, steps=args.steps, n=args.n) for row in rows):
+            if not any(is_row(row, model=model, size=size, seed=seed, **same) for row in rows):
                 rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset))
                 lines = [ROW, *([row.get(key, "") for key in ROW] for row in rows)]
                 with data.atomic_file(table) as file:
@@ -126,13 +127,13 @@ def compare(args):
           f"weights {space.sha256[:8]}; a range is that of {args.seeds} seeds")
     print(f"{'':14}{'Mparams':>8}{'Gflops':>8}{'minutes':>9}" + "".join(f"{metric:>18}" for metric in ours))
     for model, size in COMPARED:
-        runs = [row for row in rows if is_row(row, model=model, size=size, steps=args.steps, n=args.n)]
+        runs = [row for row in rows if is_row(row, model=model, size=size, **same) and int(row["seed"]) < args.seeds]
         minutes = [float(row["minutes"]) for row in runs if row["minutes"]]
         print(f"{model + ' ' + size:14}{int(runs[0]['parameters']) / 1e6:8.2f}{float(runs[0]['gflops']):8.3f}"
               f"{np.mean(minutes) if minutes else math.nan:9.1f}" + "".join(
                   "{:>18}".format(" – ".join(f"{edge(float(row[metric]) for row in runs):.3f}" for edge in (min, max)))
                   for metric in ours))
-    print(f"{'held-out digits':39}" + "".join(f"{value:18.3f}" for value in ours.values()))
+    print(f"{f'{len(held_out):,} held-out digits':39}" + "".join(f"{value:18.3f}" for value in ours.values()))
     print(f"two halves of the training digits: FD {reference.floor['FD']:.3f}")
 
 

@@ -328,7 +328,12 @@ def describe(path):
 
 
 def slim(run):
-    """A run with its averaged weights only, in half precision: what sampling and features need, an eighth of the size."""
+    """A run with its averaged weights only, in half precision: what sampling and features need, an eighth of the size.
+
+    ValueError if it is no run, but released weights.
+    """
+    if run["step"] is None:
+        raise ValueError("these are released weights, which hold nothing else: only a run of train.py can be made slim")
     weights = {key: value.half() if value.is_floating_point() else value for key, value in run["ema"].items()}
     kept = {key: run[key] for key in ("version", "step", "config", "network", "diffusion", "data", "vae")}
     return {**kept, "model": weights, "ema": weights, "optimizer": {}}   # one tensor is stored once
@@ -342,6 +347,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with one_line_errors("checkpoint.py"):
         if args.slim:
+            if Path(args.slim).exists():
+                raise ValueError(f"--slim {args.slim}: there is such a file already, which stays as it is")
             save(args.slim, slim(load(args.file)))
         print("\n".join(describe(args.slim or args.file)))
 

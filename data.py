@@ -214,25 +214,23 @@ def _npz(path):
             image_key, label_key = ("arr_0", "arr_1") if "arr_0" in archive else ("images", "labels")
             if image_key not in archive:
                 raise ValueError(f"it has neither arr_0 nor images, but {', '.join(archive.files) or 'nothing'}")
-            large = archive.zip.getinfo(f"{image_key}.npy").file_size > MAPPED
-            images = _mapped(path, image_key) if large else archive[image_key]
+            entry = archive.zip.getinfo(f"{image_key}.npy")
+            large = entry.file_size > MAPPED and entry.compress_type == zipfile.ZIP_STORED
+            images = _mapped(path, entry) if large else archive[image_key]
             labels = archive[label_key] if label_key in archive else None
         return Dataset(path, *_checked(images, labels))
     except Exception as error:                           # zipfile and numpy raise anything at all on a damaged file
         raise ValueError(f"cannot use {path}: {error}") from None
 
 
-def _mapped(path, key):
-    """An array of an uncompressed .npz, mapped from where it lies in the file: 50,000 images of 256 pixels are 10 GB."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member, open(path, "rb") as file:
-        entry = archive.getinfo(f"{key}.npy")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"its {key} is compressed and has {entry.file_size:,} bytes: save it with numpy.savez")
+def _mapped(path, entry):
+    """An uncompressed array of an .npz, mapped from where it lies in the file: 50,000 images of 256 pixels are 10 GB."""
+    with zipfile.ZipFile(path) as archive, archive.open(entry) as member, open(path, "rb") as file:
         version = np.lib.format.read_magic(member)
         shape, column_order, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                                       else np.lib.format.read_array_header_2_0)(member)
         if dtype.hasobject or column_order:
-            raise ValueError(f"its {key} is no plain array of rows")
+            raise ValueError(f"its {entry.filename} is no plain array of rows")
         file.seek(entry.header_offset + 26)              # the lengths of name and extra field end the 30 bytes before them
         start = entry.header_offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
         return np.memmap(path, dtype, "r", start + member.tell(), shape)

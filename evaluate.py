@@ -30,8 +30,8 @@ from sample import draw, draw_once, drawable, evaluations, guidance, labels_of, 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
 REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
 METRICS = ("IS", "FD", "sFD", "precision", "recall", "accuracy")         # in the order in which ADM prints them
-COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "features_sha256", *METRICS, "FD_floor", "cfg_scale",
-           "sampler", "steps", "seed", "torch", "numpy")                 # of results.csv
+COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "features_sha256", *METRICS, "FD_floor", "classes",
+           "cfg_scale", "sampler", "steps", "seed", "torch", "numpy")    # of results.csv
 
 
 class Reference(NamedTuple):
@@ -51,14 +51,16 @@ def count(n):
     return f"{n:,}" if math.isfinite(n) else "an unknown number"
 
 
-def obstacles(space, classes, real_lacks=(), fake_lacks=()):
+def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
     """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
 
-    What the reference and the samples lack: "images", "spatial" where a file has statistics without these.
+    What the reference and the samples lack: "images", "spatial" where a file has statistics without these. fewest: images of the
+    side that has fewer.
     """
-    spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks
+    spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks        # a classifier has none
     pairs = ("the reference is statistics without images" if "images" in real_lacks else
-             "the samples are statistics without images" if "images" in fake_lacks else None)
+             "the samples are statistics without images" if "images" in fake_lacks else
+             f"it needs 4 images on both sides, and there are {fewest}" if fewest < 4 else None)
     return {
         "IS": "the samples are statistics without images" if "images" in fake_lacks else None,
         "FD": None,
@@ -118,8 +120,11 @@ def measure_samples(dataset, n, space, file=None):
     """The Measured of the first n samples of a data set, all if n is None; or of the statistics in a file, or with them."""
     if dataset is None:
         return with_statistics(None, file, space)
+    order = np.arange(len(dataset))
+    if file and Path(file).is_dir():                     # sorted by class perhaps, which the Inception score's chunks must not be
+        order = np.random.default_rng(0).permutation(len(dataset))
     with progress_bar("measuring the samples", n or len(dataset)) as progress:
-        measured = measure_dataset(dataset, np.arange(n or len(dataset)), space, bar=progress)
+        measured = measure_dataset(dataset, order[:n], space, bar=progress)
     return measured if n else with_statistics(measured, file, space)
 
 
@@ -209,7 +214,7 @@ def flags():
     parser.add_argument("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that can be had)")
     parser.add_argument("--n", type=positive, help=f"samples (default: all of --samples; of a run {FULL} for Inception, else "
                         f"{QUICK})")
-    parser.add_argument("--image-size", type=positive, help="crop and scale the images of folders to this side")
+    parser.add_argument("--image-size", type=positive, help="crop and scale the images to this side (default: as they are)")
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
     drawing = parser.add_argument_group("drawing the samples of --ckpt, as in sample.py")
@@ -233,7 +238,9 @@ def validate(args):
     wanted = args.metrics.split(",") if args.metrics else None
     unknown = [metric for metric in wanted or () if metric not in METRICS]
     if unknown:
-        raise ValueError(f"--metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
+        raise ValueError(f"--metrics: {unknown[0]!r} is none of {', '.join(METRICS)}; Inception's FD is FID")
+    if args.features not in (None, "inception") and not Path(args.features).is_file():
+        raise ValueError(f"--features {args.features}: there is no such file")
     if args.seed < 0:
         raise ValueError("--seed must be 0 or more")
     for path in filter(None, (args.results, args.save_reference)):
@@ -241,8 +248,6 @@ def validate(args):
     if args.save_reference:
         if not args.save_reference.endswith(".npz"):
             raise ValueError(f"--save-reference {args.save_reference}: its name must end in .npz")
-        if any(os.path.realpath(path) == os.path.realpath(args.save_reference) for path in (args.reference, args.samples) if path):
-            raise ValueError(f"--save-reference {args.save_reference} would replace the images that are measured")
     results = Path(args.results)
     if results.exists():
         with open(results, newline="") as file:
@@ -275,6 +280,12 @@ def open_run(args):
     return described, network, diffusion
 
 
+def spare(path, *others):
+    """ValueError if a file that would be written is one of others, which are read."""
+    if any(os.path.realpath(path) == os.path.realpath(other) for other in others if other):
+        raise ValueError(f"--save-reference {path} would replace what is measured")
+
+
 def same_size(real, fake):
     """ValueError if two image sizes, each (H, W) or None, differ."""
     if real and fake and tuple(real) != tuple(fake):
@@ -292,13 +303,17 @@ def report(args, found, reference, fake, space, how):
     print(f"features    {space.name}, weights {space.sha256[:8]}\n")
     for metric, value in found.items():
         line = f"{space.title(metric):24}" + (f"{value:10.3f}" if metric in ("IS", "FD", "sFD") else f"{value:10.4f}")
+        if metric in ("precision", "recall"):
+            line += f"   {count(len(reference.measured.rows))} real images"
         if metric in reference.floor:
             line += f"   two halves of the reference, {count(len(reference.order) // 2)} images each: {reference.floor[metric]:.3f}"
         print(line)
+    real_n = reference.measured.n if math.isfinite(reference.measured.n) else None
+    drawn = {key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if key in how}
     append_row(args.results, dict(
-        samples=args.ckpt or args.samples, n=fake.n, reference=reference.name, reference_n=reference.measured.n,
+        samples=args.ckpt or args.samples, n=fake.n, reference=reference.name, reference_n=real_n,
         features=space.name, features_sha256=space.sha256, **found, FD_floor=reference.floor.get("FD"), torch=torch.__version__,
-        numpy=np.__version__, **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if key in how}))
+        numpy=np.__version__, classes=args.classes, **drawn))
 
 
 def run(args):
@@ -307,6 +322,8 @@ def run(args):
     if args.ckpt:
         described, network, diffusion = open_run(args)
         how, names, size = drawing(args, described, network, diffusion), described["data"]["classes"], network.image_size
+    if args.save_reference:
+        spare(args.save_reference, args.ckpt, args.samples, args.reference or described["data"]["spec"])
     device, rank, _ = processes(args.device)
     real_images = images_of(args.reference, "train", args) if args.reference else training_data(args, described)
     if args.samples:
@@ -319,17 +336,24 @@ def run(args):
     same_size(real_images and real_images.image_size, size)
     with first_in_turn():
         space = space_of(args.features or suited(args, real_images or fake_images), device, args.cache, args.resize == "tf1")
-    against = obstacles(space, names, lacks(real_images, args.reference), () if how else lacks(fake_images, args.samples))
+    n = args.n or (len(fake_images) if fake_images else FULL if space.name.startswith("inception") else QUICK)
+    fewest = min(n if how or fake_images else math.inf, len(real_images) if real_images else math.inf)
+    if fewest < 2:
+        raise ValueError(f"{fewest} image on one side: at least two samples and two real images are needed")
+    against = obstacles(space, names, lacks(real_images, args.reference), () if how else lacks(fake_images, args.samples), fewest)
     for metric in wanted or ():
         if against[metric]:
             raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
     wanted = wanted or [metric for metric in METRICS if not against[metric]]
+    for images in filter(None, (real_images, fake_images)):              # refuse now what the space does not take
+        space.extract(images.batch(np.arange(1))[0].to(device))
+    if how:
+        space.extract(torch.zeros(1, *network.image_size, network.channels, dtype=torch.uint8, device=device))
 
     reference = measure_reference(real_images, space, args.reference or described["data"]["spec"], args.reference)
     if args.save_reference and rank == 0:
         save_reference(args.save_reference, reference, space)
     if how:
-        n = args.n or (FULL if space.name.startswith("inception") else QUICK)
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size)
         how["step"] = described["step"]
     elif not args.samples:

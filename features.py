@@ -6,6 +6,7 @@ whose scores papers print, or that of a ViT classifier of train.py, as `vit-mnis
 process measures its share.
 """
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -114,8 +115,8 @@ class Moments(NamedTuple):
 class Measured:
     """What scores need of a set of n images.
 
-    pool and spatial, the Statistics of its features (spatial None where the space has none); rows (m, D) and probabilities
-    (m, K) of its first images, or None; labels (n,), the classes that were asked for, or None.
+    pool and spatial, the Statistics of its features (spatial None where the space has none); rows (m, D), pooled features of its
+    first images, or None; probabilities (n, K) or None; labels (n,), the classes that were asked for, or None.
     """
 
     def __init__(self, n=0, pool=None, spatial=None, rows=None, probabilities=None, labels=None):
@@ -137,22 +138,23 @@ class Measured:
 def measure(batches, space, keep=None):
     """The Measured of batches of images (n, H, W, C) uint8 on the space's device, of all processes in the order of their ranks.
 
-    keep: how many of this process's first rows to keep, all if None. Only the first process gets the whole. Nothing in the loop
-    waits for the device.
+    keep: how many of this process's first rows to keep; None keeps all, and the probabilities too. Only the first process gets
+    the whole. Nothing in the loop waits for the device.
     """
     measured, rows, probabilities = Measured(), [], []
-    with full_precision():
-        for images in batches:
+    for images in batches:
+        with full_precision():                           # not while the next batch is drawn
             found = space.extract(images)
-            room = None if keep is None else max(0, keep - measured.n)
-            rows.append(found["pool"][:room])
-            probabilities.append(found["probabilities"][:room])
-            measured.n += len(images)
-            measured.pool.add(found["pool"])
-            if "spatial" in found:
-                measured.spatial = (measured.spatial or Statistics()).add(found["spatial"])
-    if rows:
-        measured.rows, measured.probabilities = torch.cat(rows), torch.cat(probabilities)
+        if keep is None:
+            rows.append(found["pool"])
+            probabilities.append(found["probabilities"])
+        elif measured.n < keep:
+            rows.append(found["pool"][:keep - measured.n].clone())       # a view would keep the whole batch
+        measured.n += len(images)
+        measured.pool.add(found["pool"])
+        if "spatial" in found:
+            measured.spatial = (measured.spatial or Statistics()).add(found["spatial"])
+    measured.rows, measured.probabilities = (torch.cat(parts) if parts else None for parts in (rows, probabilities))
     if not dist.is_initialized():
         return measured
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -164,12 +166,12 @@ def measure(batches, space, keep=None):
 
 
 def _moved(measured, device):
-    """The same on another device: what crosses processes does so from the CPU."""
+    """Move a Measured to another device, in place: what crosses processes does so from the CPU. Returns it."""
     for statistics in filter(None, (measured.pool, measured.spatial)):
         if statistics.n:
             statistics.mu, statistics.scatter = statistics.mu.to(device), statistics.scatter.to(device)
-    if measured.rows is not None:
-        measured.rows, measured.probabilities = measured.rows.to(device), measured.probabilities.to(device)
+    measured.rows, measured.probabilities = (None if value is None else value.to(device)
+                                             for value in (measured.rows, measured.probabilities))
     return measured
 
 
@@ -177,12 +179,20 @@ def measure_dataset(dataset, indices, space, keep=None, bar=None):
     """The Measured of some images of a data set, by their indices, with their labels; rows of the first `keep` are kept."""
     mine = share(len(indices))
 
+    def read(start):
+        images, _ = dataset.batch(indices[start:min(start + BATCH, mine.stop)])
+        return images.pin_memory() if space.device.type == "cuda" else images
+
     def batches():
-        for start in range(mine.start, mine.stop, BATCH):
-            images, _ = dataset.batch(indices[start:min(start + BATCH, mine.stop)])
-            yield images.to(space.device, non_blocking=True)
-            if bar is not None:
-                bar.update(len(images))
+        with ThreadPoolExecutor(1) as reader:            # reads the next batch while the network works on this one
+            ahead = None
+            for start in (*range(mine.start, mine.stop, BATCH), None):
+                images = ahead and ahead.result()
+                ahead = reader.submit(read, start) if start is not None else None
+                if images is not None:
+                    yield images.to(space.device, non_blocking=True)
+                    if bar is not None:
+                        bar.update(len(images))
     measured = measure(batches(), space, None if keep is None else keep - mine.start)
     if space.knows(dataset.classes):
         measured.labels = torch.from_numpy(dataset.labels[dataset.rows[indices]].astype("int64"))
@@ -190,8 +200,10 @@ def measure_dataset(dataset, indices, space, keep=None, bar=None):
 
 
 def read_tables(path):
-    """What an .npz of statistics holds: mu, sigma, perhaps mu_s, sigma_s, float64 tensors; n, features, features_sha256, which
-    ADM's lack: they are of Inception. None if it has no mu.  ValueError if it is damaged or its tables do not fit."""
+    """What an .npz of statistics holds: mu, sigma, perhaps mu_s, sigma_s, float64 tensors; n, features, features_sha256.
+
+    ADM's files lack these three and are of Inception; so do pytorch-fid's, which have no mu_s either and are of Inception by
+    PyTorch's resize. None if it has no mu.  ValueError if it is damaged or its tables do not fit."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if "mu" not in archive:
@@ -199,14 +211,16 @@ def read_tables(path):
             found = {key: torch.from_numpy(archive[key].astype(np.float64)) for key in ("mu", "sigma", "mu_s", "sigma_s")
                      if key in archive}
             for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+                if (mu in found) != (sigma in found):
+                    raise ValueError(f"it has {mu} or {sigma}, but not both")
                 if mu in found and found[mu].shape * 2 != found[sigma].shape:
                     raise ValueError(f"{mu} and {sigma} of shapes {tuple(found[mu].shape)} and {tuple(found[sigma].shape)} do not "
                                      "belong together")
             n = int(archive["n"]) if "n" in archive else math.inf
             if n < 2:
                 raise ValueError(f"{n} samples: a covariance needs at least two")
-            return dict(found, n=n,
-                        features=str(archive["features"]) if "features" in archive else "inception",
+            unnamed = "inception" if "mu_s" in found else "inception-pytorch-resize"
+            return dict(found, n=n, features=str(archive["features"]) if "features" in archive else unnamed,
                         features_sha256=str(archive["features_sha256"]) if "features_sha256" in archive else inception.SHA256)
     except FileNotFoundError:
         raise

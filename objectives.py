@@ -51,7 +51,8 @@ class Denoising:
         self.diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
         if args.eval_every:
             if min(args.eval_n, len(dataset)) < 4:
-                raise ValueError("--eval-every: precision and recall need at least 4 samples and 4 images")
+                raise ValueError(f"--eval-every: precision and recall need at least 4 samples and images, not {args.eval_n} and "
+                                 f"{len(dataset)}")
             with first_in_turn():
                 self.space = space_of(args.features or default_space(args.data, dataset.images.shape[1:]), device, args.cache)
             self.real = measure_reference(dataset, self.space, args.data).measured

@@ -149,6 +149,8 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
             done_file.flush()
     if dist.is_initialized():
         dist.barrier()
+    if not np.fromfile(done, np.uint8, n).all():
+        raise ValueError(f"{pixels} is not complete: all processes need one cache, --cache DIR")
     labels = None if names is None else labels_of(range(n), classes).numpy()             # released weights have no names
     return Dataset(path, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
 

@@ -154,6 +154,9 @@ def settings(argv):
     useless = [f"--{key.replace('_', '-')}" for key in DENOISING if args.model == "vit" and key in given]
     if useless:
         raise ValueError(f"{useless[0]}: a ViT classifies, it does not denoise")
+    unused = [name for name in ("eval_n", "features") if name in given and not args.eval_every]
+    if unused:
+        raise ValueError(f"--{unused[0].replace('_', '-')} says how to score, which only --eval-every does")
     if not 0 <= args.ema < 1 or not 0 <= (args.cfg_drop or 0) < 1:
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
     if min(args.shift, args.warmup, args.seed) < 0:
@@ -368,6 +371,7 @@ def train(args, run, device, rank, world):
             if rank == 0 and reporting:
                 log.scores |= objective.report(ema, out.with_suffix(".png"))
             if evaluating:
+                save(done)                               # scoring takes a while, and may run out of memory
                 log.scores |= objective.evaluate(ema)
             if done % LOG_EVERY == 0 or reporting or evaluating:         # the only steps that wait for the device
                 log.write(total(log.sums, world), done, norm)
