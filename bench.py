@@ -9,6 +9,7 @@ Times on shared machines drift by tens of percent: compare ratios within one run
 """
 import csv
 import math
+import resource
 import sys
 import tempfile
 import time
@@ -207,6 +208,8 @@ def evaluation(args):
     work, rate = 2 * len(images) * multiply_adds, np.mean(rates)
     print(f"Inception: {len(images) / taken:.1f} images/s, {work / taken / 1e9:.0f} GFLOP/s, {work / taken / rate:.0%} of a large "
           f"float32 convolution's {rate / 1e9:.0f}; {resizing / taken:.1%} of it enlarges the images")
+    unit = 1 if sys.platform == "darwin" else 1024       # of what the system reports
+    print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.1f} GiB")
 
 
 def _synchronize(device):
