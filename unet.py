@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vit import attention, checked, divided, pair, run, timestep_embedding
+from vit import attention, checked, default_layout, divided, pair, run, timestep_embedding
 
 
 def two_convolutions(channels, out_channels):
@@ -312,7 +312,7 @@ class UNet(nn.Module):
 
     def denoise(self, x, t, y):
         """The network itself: x (N, inputs C, H, W), t (N,), y checked -> (N, out_channels, H, W)."""
-        x = x.contiguous()                                               # a batch read as NHWC would keep its layout: see `norm`
+        x = default_layout(x)                                            # a batch read as NHWC would keep its own: see `norm`
         emb = self.time_embed(timestep_embedding(t, self.dim).to(x.dtype))           # (N, E)
         if self.num_classes is not None:
             emb = emb + self.label_emb(y)

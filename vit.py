@@ -65,6 +65,14 @@ def checked(network, x, t, y):
     return y
 
 
+def default_layout(x):
+    """x (N, C, H, W) in PyTorch's default memory layout, whatever it came in: see `unet.norm`.
+
+    A copy, because of one channel `.contiguous()` leaves the strides of NHWC bytes, from which convolutions take their layout.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def run(network, block, *inputs):
     """block(*inputs); recomputed in the backward pass where network.checkpointing is set: less memory, a third more work."""
     if network.checkpointing and network.training:
@@ -243,7 +251,7 @@ class ViT(nn.Module):
         """All tokens after the last norm (N, 1 + L, D), the class token first."""
         if tuple(x.shape[2:]) != self.image_size:
             raise ValueError(f"images of {tuple(x.shape[2:])} pixels where the network was built for {self.image_size}")
-        x = self.patch_embed(self.stem(x.contiguous()))                                  # (N, L, D); the layout: see `unet.norm`
+        x = self.patch_embed(self.stem(default_layout(x)))                              # (N, L, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)                 # (N, 1 + L, D)
         x = x + self.pos_embed
         for block in self.blocks:

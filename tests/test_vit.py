@@ -13,9 +13,10 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 from formula import fill, golden, golden_json
-from vit import (SIZES, Attention, Block, Mlp, PatchEmbed, ViT, attention, sincos_position_embedding, timestep_embedding,
-                 token_grid, unpatchify)
+from vit import (SIZES, Attention, Block, Mlp, PatchEmbed, ViT, attention, default_layout, sincos_position_embedding,
+                 timestep_embedding, token_grid, unpatchify)
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}       # gradients sum some hundred products of size 1: 100 * 6e-8, on either side
@@ -435,3 +436,10 @@ def test_a_few_dozen_steps_teach_lying_from_standing_stripes(hybrid):
         losses[-1].backward()
         optimizer.step()
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_read_as_bytes_enter_convolutions_in_the_default_layout(channels):
+    bytes_nhwc = torch.zeros(2, 4, 4, channels, dtype=torch.uint8)
+    maps = torch.nn.Conv2d(channels, 8, 3)(default_layout(data.to_float(bytes_nhwc)))
+    assert maps.stride() == (32, 4, 2, 1)                                # (2, 8, 2, 2): channels last would be (32, 1, 16, 8)

@@ -1,0 +1,259 @@
+"""Text: CLIP's byte-pair tokenizer and text encoder, and a small encoder of bytes that is trained with the denoiser.
+
+Report §4-1 (images from text). Papers: Sennrich et al. 2016 (byte-pair encoding), Radford et al. 2021 (CLIP). A caption
+becomes ids (L,), always as many; a transformer makes of them the context (N, L, D) that a denoiser takes as its y. The
+unconditional input of classifier-free guidance is the encoded empty caption. State-dict names are Hugging Face's, vocabularies
+theirs or OpenAI's. Shapes: N captions, L tokens, D width, h heads.
+"""
+import gzip
+import html
+import itertools
+import json
+import re
+import unicodedata
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import checkpoint
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+ATOM = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")          # words, whatever follows them
+MERGES_FILE, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2        # CLIP takes so many of the 262,145 in OpenAI's
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+PREFIX, TABLE = "text_model.", "embeddings.token_embedding.weight"
+
+# A visible character for each byte, in the order of CLIP's ids: visible ones stand for themselves, the others for U+0100 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+CHARACTERS = {byte: chr(byte) for byte in VISIBLE}
+CHARACTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*VISIBLE}))}
+BYTES = {character: byte for byte, character in CHARACTERS.items()}
+
+
+def normalise(text):
+    """What CLIP reads of a caption: HTML entities resolved (twice), Unicode's NFC, single spaces, lower case."""
+    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)))
+    return " ".join(text.split()).lower()
+
+
+def kind(character):
+    """"L" for a letter, "N" for a number, " " for white space, "S" for anything else."""
+    return {"L": "L", "N": "N"}.get(unicodedata.category(character)[0], " " if character.isspace() else "S")
+
+
+def split(text):
+    r"""Cut a text into CLIP's words: markers and English endings, runs of letters, single numbers, runs of other characters.
+
+    <\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+
+    """
+    start = 0
+    while start < len(text):
+        atom, first = ATOM.match(text, start), kind(text[start])
+        end = atom.end() if atom else start + 1
+        while not atom and first in "LS" and end < len(text) and kind(text[end]) == first:
+            end += 1
+        if first != " ":
+            yield text[start:end]
+        start = end
+
+
+def read_merges(path):
+    """The pairs of pieces that merge, first learnt first, after one line of heading.  ValueError or OSError if damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no merges {path}: CLIP's vocabulary is vocab.json and merges.txt, or {MERGES_FILE}")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            pairs = [tuple(line.split()) for line in itertools.islice(file, 1, 1 + MERGES) if line.strip()]
+        if {*map(len, pairs)} != {2}:
+            raise ValueError("after its first, a line is a pair")
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path} is not a list of merges: {error}") from None
+    return pairs
+
+
+def read_vocabulary(path, pieces):
+    """The id of each piece, from vocab.json.  ValueError or OSError if it is damaged, or not of exactly these pieces."""
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+        fits = ids.keys() == {*pieces} and {*ids.values()} == {*range(len(ids))}
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a vocabulary: {error}") from None
+    if not fits:
+        raise ValueError(f"{path} does not number the {len({*pieces})} pieces that its merges make: the files do not match")
+    return ids
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokenizer: a caption -> ids (length,) int64, a start, its pieces, an end, and ends as padding.
+
+    Every word's UTF-8 bytes are merged pairwise, earlier learnt pairs first; "</w>" marks a piece that ends a word. Without
+    vocab_file, the ids are counted: bytes, bytes that end a word, merges, start, end. A caption that is too long loses its end.
+    ValueError or OSError, in one line, if a file is missing or damaged."""
+
+    def __init__(self, vocab_file=None, merges_file=MERGES_FILE, length=77):
+        merges, characters = read_merges(merges_file), [*CHARACTERS.values()]
+        pieces = [*characters, *(c + "</w>" for c in characters), *map("".join, merges), START, END]
+        self.ids = {piece: i for i, piece in enumerate(pieces)} if vocab_file is None else read_vocabulary(vocab_file, pieces)
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.pieces = {i: piece for piece, i in self.ids.items()}
+        self.length, self.start, self.end = length, self.ids[START], self.ids[END]
+        self.known = {START: [self.start], END: [self.end]}              # the ids of words met before
+
+    def word_ids(self, word):
+        """The ids of a word's pieces; lone surrogates, undecodable bytes of a command line, become "?"."""
+        if word not in self.known:
+            pieces = [CHARACTERS[byte] for byte in word.encode("utf-8", "replace")]
+            pieces[-1] += "</w>"
+            while len(pieces) > 1:
+                rank, i = min((self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(zip(pieces, pieces[1:])))
+                if rank == len(self.ranks):                  # none of the pairs merges
+                    break
+                pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+            self.known[word] = [self.ids[piece] for piece in pieces]
+        return self.known[word]
+
+    def __call__(self, text):
+        ids = [i for word in split(normalise(text)) for i in self.word_ids(word)][:self.length - 2]
+        return torch.tensor([self.start, *ids] + [self.end] * (self.length - 1 - len(ids)))
+
+    def decode(self, ids):
+        """The words of ids up to their end, with one space between them: normalised, so "It's" comes back as "it 's"."""
+        pieces = itertools.takewhile(lambda piece: piece != END, (self.pieces[int(i)] for i in ids[1:]))
+        text = "".join(pieces).replace("</w>", CHARACTERS[ord(" ")])
+        return bytes(BYTES[character] for character in text).decode("utf-8", "replace").removesuffix(" ")
+
+    def cut(self, text):
+        """What of a text the ids do not hold, from the first word that is not in them whole: "" if nothing is lost."""
+        text, room, start = normalise(text), self.length - 2, 0
+        for word in split(text):
+            room, start = room - len(self.word_ids(word)), text.index(word, start)
+            if room < 0:
+                return text[start:]
+            start += len(word)
+        return ""
+
+
+class TextBlock(nn.Module):
+    """A pre-norm encoder block, as `vit.Block`, with CLIP's names and GELU, and a mask: True where row sees column."""
+
+    def __init__(self, dim, heads, hidden):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide width {dim}")
+        self.heads = heads
+        self.layer_norm1 = nn.LayerNorm(dim, eps=1e-5)   # epsilon of the released weights
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(dim, dim) for name in ("q", "k", "v", "out")})
+        self.layer_norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
+
+    def forward(self, x, mask):
+        normal = self.layer_norm1(x)                                                     # (N, L, D)
+        q, k, v = (self.self_attn[f"{name}_proj"](normal).unflatten(2, (self.heads, -1)).transpose(1, 2) for name in "qkv")
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                    # (N, h, L, d), as q, k, v
+        x = x + self.self_attn.out_proj(out.transpose(1, 2).flatten(2))                  # (N, L, D)
+        h = self.mlp.fc1(self.layer_norm2(x))                                            # (N, L, hidden)
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))                            # (N, L, D); CLIP's quick GELU
+
+
+class CLIPTextEncoder(nn.Module):
+    """CLIP's transformer of text: ids (N, L) -> (N, L, D), L up to `length`. A token sees itself and those before it.
+
+    The defaults are ViT-L/14's; hidden, the width inside an MLP, is 4 dim."""
+
+    def __init__(self, vocab=49408, length=77, dim=768, depth=12, heads=12, hidden=None):
+        super().__init__()
+        self.vocab, self.length, self.dim = vocab, length, dim
+        tables = dict(token_embedding=nn.Embedding(vocab, dim), position_embedding=nn.Embedding(length, dim))
+        layers = nn.ModuleList(TextBlock(dim, heads, hidden or 4 * dim) for _ in range(depth))
+        self.text_model = nn.ModuleDict(dict(embeddings=nn.ModuleDict(tables), encoder=nn.ModuleDict(dict(layers=layers)),
+                                             final_layer_norm=nn.LayerNorm(dim, eps=1e-5)))
+        self.register_load_state_dict_pre_hook(          # older files also hold the numbers 0 .. L-1
+            lambda module, state, prefix, *_: state.pop(f"{prefix}{PREFIX}embeddings.position_ids", None))
+        for weight in self.parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)        # Hugging Face's for tables, U-ViT's for products
+
+    def mask(self, ids):
+        """Causal, of padding too: (L, L)."""
+        return torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+
+    def forward(self, ids):
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.length:
+            raise ValueError(f"ids of shape {tuple(ids.shape)}: they must be (N, L) with L from 1 to {self.length}")
+        tables, mask = self.text_model.embeddings, self.mask(ids)
+        x = tables.token_embedding(ids) + tables.position_embedding.weight[:ids.shape[1]]          # (N, L, D)
+        for layer in self.text_model.encoder.layers:
+            x = layer(x, mask)
+        return self.text_model.final_layer_norm(x)                                                 # (N, L, D)
+
+
+class TextEncoder(CLIPTextEncoder):
+    """Ours: CLIP's network, small, on the bytes of a caption, all of which a token sees. Trained with the denoiser.
+
+    An id is a byte, or 256, which ends a caption and fills what is left of its `length` ids.
+    """
+
+    end = 256
+
+    def __init__(self, dim=192, length=32, depth=2, heads=4):
+        super().__init__(self.end + 1, length, dim, depth, heads)
+
+    def kept(self, text):
+        """As much of a caption as fits in length - 1 bytes of UTF-8."""
+        return text.encode("utf-8", "replace")[:self.length - 1].decode("utf-8", "ignore")         # no part of a character
+
+    def cut(self, text):
+        """What of a caption does not fit: "" mostly."""
+        return text[len(self.kept(text)):]
+
+    def tokenize(self, captions):
+        """A list of captions -> ids (N, length) int64."""
+        kept = [self.kept(caption).encode("utf-8") for caption in captions]
+        rows = [[*row, *[self.end] * (self.length - len(row))] for row in kept]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)
+
+    def mask(self, ids):
+        """Every token sees the caption up to its end, and nothing after it: (N, 1, 1, L)."""
+        ends = (ids == self.end).long()                                                  # (N, L)
+        return (ends.cumsum(1) - ends == 0)[:, None, None, :]                            # no end comes before
+
+
+def clip_encoder(tensors, heads=None):
+    """The CLIPTextEncoder in a dict of tensors, which may also hold the rest of CLIP; its sizes follow from their shapes."""
+    prefix = next((name for name in tensors if name.endswith(TABLE)), TABLE).removesuffix(TABLE)
+    state = {PREFIX + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    (vocab, dim), length = state[PREFIX + TABLE].shape, len(state[f"{PREFIX}embeddings.position_embedding.weight"])
+    hidden = len(state[f"{PREFIX}encoder.layers.0.mlp.fc1.weight"])
+    depth = len({name.split(".")[3] for name in state if name.startswith(f"{PREFIX}encoder.layers.")})
+    encoder = CLIPTextEncoder(vocab, length, dim, depth, heads or max(1, dim // 64), hidden)       # CLIP's heads are 64 wide
+    encoder.load_state_dict(state, strict=True)
+    return encoder.eval()
+
+
+def load_clip(path, heads=None):
+    """CLIP's text encoder, in eval mode, and its tokenizer -> (CLIPTextEncoder, Tokenizer).
+
+    path: a folder of Hugging Face's files, or the weights, whose folder then holds the vocabulary; heads=None: one for 64
+    columns. ValueError or OSError if a file is missing, damaged or of another network."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        path = next(filter(Path.is_file, (folder / name for name in WEIGHTS)), folder / WEIGHTS[0])
+    tensors = checkpoint.read(path)
+    try:
+        encoder = clip_encoder(tensors, heads)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
+    settings = folder / "config.json"                    # where it is there: OpenCLIP's shapes do not show their exact GELU
+    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', settings.read_text("utf-8", "replace")):
+        raise ValueError(f"{settings} asks for an exact GELU: only OpenAI's CLIP, with its quick GELU, is known here")
+    files = (folder / "vocab.json", folder / "merges.txt")
+    tokenizer = Tokenizer(*(files if files[0].is_file() else (None, folder / MERGES_FILE)), length=encoder.length)
+    if len(tokenizer.ids) != encoder.vocab:
+        raise ValueError(f"the vocabulary in {folder} has {len(tokenizer.ids)} pieces where its encoder has {encoder.vocab}")
+    return encoder, tokenizer

@@ -1,0 +1,259 @@
+"""The autoencoder of latent diffusion: an image becomes a smaller map, on which diffusion costs a fraction, and back.
+
+Report §2-5. Papers: Rombach et al. 2022 (LDM), section 3.1 and appendix G; Kingma & Welling 2014 (VAE). The encoder gives the
+mean and log variance of a Gaussian q(z | x) for each number of the latent z, the decoder draws the image from z. What is learned
+bounds the image's evidence: log p(x) >= E_q log p(x | z) - KL(q(z | x) || N(0, I)). Latent diffusion weighs the KL with 1e-6, so
+that z loses little: it only keeps latents from drifting apart, and their distribution is left to diffusion.
+
+Images are (N, C, H, W) in [-1, 1], any sides that the factor f divides; latents (N, c, H / f, W / f), not yet multiplied by
+`scale`; D is the width of a map. State-dict names are those of CompVis's releases; the diffusers library's are renamed.
+"""
+import re
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unet import Upsample, norm
+from vit import attention, default_layout, divided
+
+EPS = 1e-6                             # GroupNorm epsilon of the released weights
+
+
+def kl_divergence(mean, log_variance):
+    """KL(q(z | x) || N(0, I)) of each sample in nats: (N, c, h, w) twice -> (N,).  Kingma & Welling 2014, appendix B."""
+    # expm1: variance - 1 without the rounding that would make the small divergences negative
+    return 0.5 * (mean.square() + log_variance.expm1() - log_variance).flatten(1).sum(dim=1)
+
+
+def sample_latent(mean, log_variance, noise):
+    """Sample z from q(z | x), all (N, c, h, w); noise is standard normal.  Kingma & Welling 2014, section 2.4."""
+    return mean + (0.5 * log_variance).exp() * noise
+
+
+def conv(channels, out_channels):
+    return nn.Conv2d(channels, out_channels, 3, padding=1)               # keeps the sides
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with a residual: (N, D, H, W) -> (N, D', H, W)."""
+
+    def __init__(self, width, out_width):
+        super().__init__()
+        self.norm1, self.conv1 = norm(width, EPS), conv(width, out_width)
+        self.norm2, self.conv2 = norm(out_width, EPS), conv(out_width, out_width)
+        self.nin_shortcut = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))                            # (N, D', H, W)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention among the pixels of x (N, D, H, W), one head of all channels, with a residual."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = norm(width, EPS)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))   # (N, 1, H W, D)
+        out = attention(q, k, v).squeeze(1).transpose(1, 2)              # (N, D, H W)
+        return x + self.proj_out(out.unflatten(2, x.shape[2:]))          # (N, D, H, W)
+
+
+def downsample(width):
+    """Halve even sides: (N, D, H, W) -> (N, D, H / 2, W / 2). Zeros lie right and below only, as in the released weights."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
+
+
+def blocks(width, out_width, n):
+    """n residual blocks, of which the first changes the width."""
+    return nn.Sequential(*(ResBlock(out_width if i else width, out_width) for i in range(n)))
+
+
+def middle(width):
+    """The layers between, on the smallest map, where every pixel sees every other."""
+    return nn.ModuleDict({"block_1": ResBlock(width, width), "attn_1": AttentionBlock(width), "block_2": ResBlock(width, width)})
+
+
+class Encoder(nn.Module):
+    """An image (N, C, H, W) -> (N, 2 c, H / f, W / f), the moments of its latent. down.0 is of the image's size."""
+
+    def __init__(self, channels, dim, widths, res_blocks, latent_channels):
+        super().__init__()
+        self.conv_in = conv(channels, dim)
+        self.down = nn.ModuleList()
+        for before, width in zip([dim, *widths], widths):
+            self.down.append(nn.ModuleDict({"block": blocks(before, width, res_blocks)}))
+            if len(self.down) < len(widths):                 # the smallest map is the last
+                self.down[-1]["downsample"] = downsample(width)
+        self.mid = middle(widths[-1])
+        self.norm_out, self.conv_out = norm(widths[-1], EPS), conv(widths[-1], 2 * latent_channels)
+
+    def forward(self, x):
+        x = self.conv_in(x)                                              # (N, D, H, W)
+        for level in (*self.down, self.mid):
+            for layer in level.values():
+                x = layer(x)                                             # the last: (N, D, H / f, W / f)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """A latent (N, c, h, w) -> an image (N, C, f h, f w). up.0 is of the image's size and comes last."""
+
+    def __init__(self, channels, widths, res_blocks, latent_channels):
+        super().__init__()
+        self.conv_in = conv(latent_channels, widths[-1])
+        self.mid = middle(widths[-1])
+        self.up = nn.ModuleList()
+        for width, before in zip(widths, [*widths[1:], widths[-1]]):
+            level = nn.ModuleDict({"block": blocks(before, width, res_blocks + 1)})
+            if self.up:
+                level["upsample"] = Upsample(width, conv=True)
+            self.up.append(level)
+        self.norm_out, self.conv_out = norm(widths[0], EPS), conv(widths[0], channels)
+
+    def forward(self, z):
+        x = self.conv_in(z)                                              # (N, D, h, w)
+        for level in (self.mid, *reversed(self.up)):
+            for layer in level.values():
+                x = layer(x)                                             # the last: (N, D, f h, f w)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def checked(x, channels, what):
+    """x in PyTorch's default layout. ValueError if it is not (N, channels, H, W)."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"{what} of shape {tuple(x.shape)} where the autoencoder takes (N, {channels}, H, W)")
+    return default_layout(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's autoencoder, of its size by default.  Rombach et al. 2022, table 8: f = 8, KL, c = 4.
+
+    dim times a multiplier is the width of each resolution; between two of them the sides are halved. The encoder has res_blocks
+    residual blocks a resolution, the decoder one more. scale is what latents are multiplied by, outside, to have deviation 1
+    for diffusion: SD's until another is set. ValueError on a dim that is not a multiple of 32, the norms' groups.
+    """
+
+    def __init__(self, channels=3, dim=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4):
+        super().__init__()
+        if dim < 32 or dim % 32:
+            lower = max(32, dim // 32 * 32)
+            raise ValueError(f"dim {dim} is not a multiple of 32, the groups of its norms: use {lower} or {lower + 32}")
+        self.channels, self.latent_channels = channels, latent_channels
+        self.factor, self.scale = 2 ** (len(multipliers) - 1), 0.18215
+        widths = [dim * multiplier for multiplier in multipliers]
+        self.encoder = Encoder(channels, dim, widths, res_blocks, latent_channels)
+        self.decoder = Decoder(channels, widths, res_blocks, latent_channels)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    def encode(self, x):
+        """Mean and log variance of q(z | x), each (N, c, H / f, W / f), of images x (N, C, H, W); ValueError if x does not fit."""
+        x = checked(x, self.channels, "images")
+        divided(x.shape[2:], self.factor, "the autoencoder's factor")
+        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)             # CompVis's limits: the variance is 1e-13 … 5e8
+
+    def decode(self, z):
+        """The images (N, C, f h, f w) of latents z (N, c, h, w)."""
+        return self.decoder(self.post_quant_conv(checked(z, self.latent_channels, "latents")))
+
+    def forward(self, x, noise):
+        """Images x, encoded, sampled with standard normal noise like their latents and decoded -> image, mean, log variance."""
+        mean, log_variance = self.encode(x)
+        return self.decode(sample_latent(mean, log_variance, noise)), mean, log_variance
+
+
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")      # a training checkpoint holds others: loss.*
+RULES = [                              # a pattern in the diffusers library's names, old or new, and what CompVis calls it
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"attn_1\.group_norm\.", "attn_1.norm."),
+    (r"attn_1\.(to_q|query)\.", "attn_1.q."),
+    (r"attn_1\.(to_k|key)\.", "attn_1.k."),
+    (r"attn_1\.(to_v|value)\.", "attn_1.v."),
+    (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
+    (r"down_blocks\.(\d+)\.", r"down.\1."),
+    (r"up_blocks\.(\d+)\.", lambda match, levels: f"up.{levels - 1 - int(match[1])}."),          # counted from the smallest map
+    (r"\.resnets\.", ".block."),
+    (r"\.(down|up)samplers\.0\.", r".\1sample."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+]
+
+
+def counted(state, stem):
+    """How many modules of a list there are: the different numbers behind stem."""
+    return len({name[len(stem) + 1:].split(".")[0] for name in state if name.startswith(f"{stem}.")})
+
+
+def names_of(state):
+    """An autoencoder's state dict in CompVis's names and shapes, from theirs or the diffusers library's.
+
+    Within a whole Stable Diffusion checkpoint its names begin with first_stage_model. or vae.; the rest is left out. Attention's
+    weights may be matrices (D, D), as in newer files, and become kernels (D, D, 1, 1).
+    """
+    prefix = next((prefix for prefix in ("first_stage_model.", "vae.") if any(name.startswith(prefix) for name in state)), "")
+    state = {name.removeprefix(prefix): value for name, value in state.items()
+             if name.startswith(tuple(prefix + part for part in PARTS))}
+    levels, renamed = counted(state, "decoder.up_blocks"), {}
+    for name, value in state.items():
+        for pattern, ours in RULES:
+            name = re.sub(pattern, ours if isinstance(ours, str) else lambda match: ours(match, levels), name)
+        renamed[name] = value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
+    return renamed
+
+
+def infer(state):
+    """The arguments of the autoencoder with this state dict, in CompVis's names. KeyError where a name is missing."""
+    dim, channels = state["encoder.conv_in.weight"].shape[:2]
+    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(counted(state, "encoder.down"))]
+    return dict(channels=channels, dim=dim, multipliers=tuple(max(1, width // dim) for width in widths),
+                res_blocks=counted(state, "encoder.down.0.block"), latent_channels=state["decoder.conv_in.weight"].shape[1])
+
+
+def from_state(state):
+    """The autoencoder of a released state dict, whichever its names, in eval mode, in float32. ValueError if it is none."""
+    try:
+        state = names_of(state)
+        with torch.device("meta"):                           # nothing is drawn that the file replaces
+            network = AutoencoderKL(**infer(state))
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, ArithmeticError):
+        raise ValueError("its tensors have the names of no autoencoder known here") from None
+    expected, found = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (network.state_dict(), state))
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}")
+    network.to_empty(device="cpu").load_state_dict(state)
+    return network.eval()
+
+
+def load_autoencoder(path):
+    """The autoencoder of a released file, .safetensors or a .pt, .bin or .ckpt of plain tensors, in eval mode.
+
+    Its scale is SD's. ValueError or FileNotFoundError, in one line, if there is none that can be read.
+    """
+    from checkpoint import read        # here: checkpoint.py builds networks by name, and stands above them
+    try:
+        content = read(path)
+    except ValueError as error:
+        remedy = "" if str(path).endswith(".safetensors") else "; use the .safetensors file of the same weights"
+        raise ValueError(f"{error}{remedy}") from None
+    try:
+        return from_state(content.get("state_dict", content) if isinstance(content, dict) else content)
+    except ValueError as error:
+        raise ValueError(f"cannot use {path}: {error}") from None
+
+
+SIZES = {
+    "Ti": dict(dim=32, multipliers=(1, 2, 2), res_blocks=1),     # ours, for a laptop: 32 x 32 pixels become 4 x 8 x 8 numbers
+    "SD": dict(),
+}
