@@ -26,6 +26,7 @@ import dit
 import models
 import unet
 import uvit
+import vae
 import vit
 from cli import Parser, one_line_errors
 from data import atomic_file
@@ -303,6 +304,22 @@ def build(run, weights="ema"):
 def load_network(path, config=None):
     """The network of a run.pt (its EMA weights), of an official checkpoint or of a .safetensors file, in eval mode."""
     return build(load(path, config))[0]
+
+
+def load_autoencoder(path):
+    """The autoencoder of a released file, .safetensors or a .pt, .bin or .ckpt of plain tensors, in eval mode.
+
+    Its scale is Stable Diffusion's. ValueError or OSError, in one line, if there is none that can be read.
+    """
+    try:
+        content = read(path)
+    except ValueError as error:
+        remedy = "" if str(path).endswith(".safetensors") else "; use the .safetensors file of the same weights"
+        raise ValueError(f"{error}{remedy}") from None
+    try:
+        return vae.from_state(content.get("state_dict", content) if isinstance(content, dict) else content)
+    except ValueError as error:
+        raise ValueError(f"cannot use {path}: {error}") from None
 
 
 def describe(path):

@@ -21,11 +21,13 @@ import torch
 
 import data
 from cli import Parser, first_in_turn, not_negative, one_line_errors, positive, processes, progress_bar, share
+from data import sha256_of
 from ddpm import SAMPLERS
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
-from sample import draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes
+from sample import (decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes,
+                    pixel_shape)
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
 REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
@@ -183,7 +185,8 @@ def images_of(spec, split, args):
 
 def drawing(args, described, network, diffusion):
     """How --ckpt's samples are drawn, as plain values.  ValueError on what the run cannot do."""
-    return dict(classes=parse_classes(args.classes, described["data"]["classes"], network.num_classes),
+    return dict(vae=args.vae and sha256_of(args.vae),
+                classes=parse_classes(args.classes, described["data"]["classes"], network.num_classes),
                 cfg_scale=guidance(network, args.cfg_scale), sampler=args.sampler,
                 steps=evaluations(args.steps, args.sampler, diffusion), seed=args.seed)
 
@@ -218,6 +221,7 @@ def flags():
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
     drawing = parser.add_argument_group("drawing the samples of --ckpt, as in sample.py")
+    drawing.add_argument("--vae", help="the autoencoder of a latent model, which decodes what it draws")
     drawing.add_argument("--classes", help="numbers or names, as 3,5 (default: all)")
     drawing.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
     drawing.add_argument("--sampler", default="dpm++", choices=SAMPLERS, help="default: dpm++")
@@ -273,8 +277,8 @@ def suited(args, images):
 def open_run(args):
     """The description, network and process of --ckpt.  ValueError if its samples cannot be scored."""
     described, network, diffusion = drawable(args.ckpt)
-    if described["vae"]:
-        raise ValueError(f"{args.ckpt} draws an autoencoder's latents, which nothing here decodes yet")
+    if described["vae"] and not args.vae:
+        raise ValueError(f"{args.ckpt} draws an autoencoder's latents: --vae FILE names the one that decodes them")
     if not args.reference and not described["data"]["spec"]:
         raise ValueError(f"--reference: {args.ckpt} does not say what it was trained on; give real images to compare with")
     return described, network, diffusion
@@ -321,7 +325,9 @@ def run(args):
     wanted, how, fake_images = validate(args), {}, None
     if args.ckpt:
         described, network, diffusion = open_run(args)
-        how, names, size = drawing(args, described, network, diffusion), described["data"]["classes"], network.image_size
+        autoencoder = decoder(args.vae, described, network)
+        how, names = drawing(args, described, network, diffusion), described["data"]["classes"]
+        shape = pixel_shape(network, autoencoder)
     if args.save_reference:
         spare(args.save_reference, args.ckpt, args.samples, args.reference or described["data"]["spec"])
     device, rank, _ = processes(args.device)
@@ -332,8 +338,8 @@ def run(args):
         if (args.n or 0) > there:
             raise ValueError(f"--n {args.n}: {args.samples} has {there} images")
     if not args.ckpt:
-        names, size = (fake_images.classes, fake_images.image_size) if fake_images else (None, None)
-    same_size(real_images and real_images.image_size, size)
+        names, shape = (fake_images.classes, fake_images.images.shape[1:]) if fake_images else (None, None)
+    same_size(real_images and real_images.image_size, shape and shape[:2])
     with first_in_turn():
         space = space_of(args.features or suited(args, real_images or fake_images), device, args.cache, args.resize == "tf1")
     n = args.n or (len(fake_images) if fake_images else FULL if space.name.startswith("inception") else QUICK)
@@ -348,13 +354,14 @@ def run(args):
     for images in filter(None, (real_images, fake_images)):              # refuse now what the space does not take
         space.extract(images.batch(np.arange(1))[0].to(device))
     if how:
-        space.extract(torch.zeros(1, *network.image_size, network.channels, dtype=torch.uint8, device=device))
+        space.extract(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
 
     reference = measure_reference(real_images, space, args.reference or described["data"]["spec"], args.reference)
     if args.save_reference and rank == 0:
         save_reference(args.save_reference, reference, space)
     if how:
-        fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size)
+        fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
+                                autoencoder and autoencoder.to(device))
         how["step"] = described["step"]
     elif not args.samples:
         return

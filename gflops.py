@@ -20,6 +20,8 @@ import unet
 import vit
 from cli import Parser, natural, one_line_errors, positive
 from models import MODELS, build, describe
+from text import CLIPTextEncoder
+from vae import AutoencoderKL
 
 # What the networks see: latents of 256 x 256 and 512 x 512 images (four channels, an eighth of the sides), or pixels
 LATENT, LATENT_512 = (dict(image_size=side, channels=4, num_classes=1000) for side in (32, 64))
@@ -69,10 +71,12 @@ TABLES = {
         ("U-ViT-L/4 ImageNet 512", [("uvit", "L/4", LATENT_512)], "287", None, ""),
         ("U-ViT-H/4 ImageNet 512", [("uvit", "H/4", LATENT_512)], "501", None, ""),
     ],
-    "Fig. 5-1: MS-COCO, the denoiser's parameters alone": [
+    "Fig. 5-1: MS-COCO; the figure adds text encoder (TE) and autoencoder (AE) to the denoiser": [
         ("U-ViT-S/2", [("uvit", "S/2", TEXT)], "45", None, ""),
         ("U-ViT-S/2 Deep", [("uvit", "S-deep/2", TEXT)], "58", None, ""),
         ("U-Net", [("unet", "ldm-coco", TEXT)], "53", None, "a configuration of that size; theirs is not published"),
+        ("CLIP's text encoder (TE)", [("clip", None, {})], "123", None, "one caption"),
+        ("Stable Diffusion's (AE)", [("vae", None, {})], "84", None, "one 256x256 image, in and out"),
     ],
     "§4-10, Fig. 5-2: ImageNet (Dhariwal & Nichol 2021; Rombach et al. 2022; Peebles & Xie 2023)": [
         ("ADM at 256x256", [("unet", "adm-256", adm(256))], None, "1120", ""),
@@ -84,6 +88,12 @@ TABLES = {
         ("ADM-U at 512x512", [("unet", "adm-128", adm(128)), ("unet", "adm-128-512", adm(512))], None, "2813", ""),
         ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525", ""),
     ],
+}
+
+
+BESIDE = {                             # what stands beside a denoiser: its network, and what that takes for one image
+    "clip": lambda: (CLIPTextEncoder(), torch.zeros(1, 77, dtype=torch.long)),
+    "vae": lambda: (AutoencoderKL(), torch.empty(1, 3, 256, 256), torch.empty(1, 4, 32, 32)),
 }
 
 
@@ -117,6 +127,9 @@ def inputs_of(network):
 def cost(model, size, **options):
     """Parameters, and multiply-adds for one image, of a named network; options as in `models.describe`."""
     with torch.device("meta"):
+        if model in BESIDE:
+            network, *inputs = BESIDE[model]()
+            return count(network, *inputs)
         network = build(describe(model, size, **options))
     return count(network, *inputs_of(network))
 

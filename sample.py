@@ -5,6 +5,7 @@ train.py leaves. An image depends on the seed and its number alone, whatever the
 
     python sample.py --ckpt run.pt
     python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
+    python sample.py --ckpt DiT-XL-2-256x256.pt --vae sd-vae-ft-mse.safetensors --classes 207,360 --cfg-scale 4
     torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
 import hashlib
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import ddpm
-from checkpoint import build, load
+from checkpoint import build, load, load_autoencoder
 from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, positive, processes, progress_bar, save_image, share,
                  to_image)
 from data import Dataset, atomic_file, cache_folder, sha256_of, to_uint8
@@ -77,6 +78,37 @@ def drawable(path):
     return described, network, diffusion
 
 
+def decoder(path, described, network):
+    """The autoencoder in the file of --vae, which decodes a network's latents; None without.  ValueError if it does not fit."""
+    if path is None:
+        return None
+    if not described["vae"]:
+        raise ValueError("--vae: the network works on pixels, there is nothing to decode")
+    autoencoder = load_autoencoder(path)
+    if autoencoder.latent_channels != network.channels:
+        raise ValueError(f"--vae {path}: its latents have {autoencoder.latent_channels} channels, those of the network "
+                         f"{network.channels}")
+    autoencoder.scale = described["vae"]["scale"]
+    return autoencoder
+
+
+@torch.no_grad()
+def decode(autoencoder, x, batch_size=16):
+    """Images (n, C, f H, f W) of latents x (n, c, H, W), which are scaled; a few at a time, fewer if the memory is full."""
+    images = []
+    while x.numel():
+        try:
+            images.append(autoencoder.decode(x[:batch_size] / autoencoder.scale))
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            torch.cuda.empty_cache()
+            continue
+        x = x[batch_size:]
+    return torch.cat(images)
+
+
 def guidance(network, scale=None):
     """The guidance scale: the one asked for, or what suits the network.  ValueError if it needs what the network lacks."""
     if scale is None:
@@ -113,13 +145,21 @@ def parse_classes(text, names, num_classes):
     return classes
 
 
-def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None):
+def pixel_shape(network, autoencoder=None):
+    """(H, W, C) of the images that a network draws, through an autoencoder or by itself."""
+    if autoencoder is None:
+        return (*network.image_size, network.channels)
+    return (*(side * autoencoder.factor for side in network.image_size), autoencoder.channels)
+
+
+def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None, autoencoder=None):
     """The first n samples of a checkpoint, as a data set in the cache: a file that is filled as they are drawn.
 
-    how: classes, cfg_scale, sampler, steps, seed, plain values; names: of all classes, if the samples shall have labels. What an
-    earlier, perhaps killed, call with the same checkpoint and the same `how` drew is there already; a larger n adds to it.
+    how: classes, cfg_scale, sampler, steps, seed, plain values, and what else tells samples of the checkpoint apart; names: of all
+    classes, if the samples shall have labels; autoencoder: decodes the network's latents. What an earlier, perhaps killed, call with
+    the same checkpoint and the same `how` drew is there already; a larger n adds to it.
     """
-    classes, shape = how["classes"], (*network.image_size, network.channels)
+    classes, shape = how["classes"], pixel_shape(network, autoencoder)
     key = hashlib.sha256(json.dumps([sha256_of(path), how]).encode()).hexdigest()[:16]
     pixels = cache_folder(cache) / f"{Path(path).stem}-samples-{key}.uint8"
     done = pixels.with_suffix(".done")                   # a byte an image: 1 once its pixels are on the disk
@@ -137,7 +177,9 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
     mine = share(len(missing))
     with progress_bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
         for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes, how["seed"], batch_size,
-                               progress, sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"], clip=True):
+                               progress, sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"],
+                               clip=autoencoder is None):
+            x = x if autoencoder is None else decode(autoencoder, x)
             for i, image in zip(indices, to_uint8(x).cpu().numpy()):
                 pixels_file.seek(i * size)
                 pixels_file.write(image.tobytes())
@@ -191,6 +233,7 @@ def flags():
     parser.add_argument("--ckpt", required=True, help="run.pt of train.py, or released weights")
     parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16)")
     parser.add_argument("--out", default="samples.png", help="a .png for one grid, or a folder, with a slash at its end")
+    parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
     parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
     parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
@@ -221,7 +264,8 @@ def write(args, images, frames, labels, columns, latent):
     written, npz = [], args.npz
     if latent:
         npz = npz or str(Path(args.out.rstrip("/")).with_suffix(".npz"))
-        print(f"the network works on an autoencoder's latents: they are written as they are, float32 NCHW, to {npz}")
+        print(f"the network works on an autoencoder's latents: without --vae FILE they are written as they are, float32 NCHW, to "
+              f"{npz}")
     elif is_folder(args.out):
         written.append(args.out)                         # image by image, while they were drawn
     else:
@@ -250,12 +294,14 @@ def run(args):
     n = args.n or (4 * len(classes) if few else 16)
     scale = guidance(network, args.cfg_scale)
     steps = evaluations(args.steps, args.sampler, diffusion)
-    latent = bool(described.get("vae"))
-    if latent and args.trajectory:
+    autoencoder = decoder(args.vae, described, network)
+    clip = not described["vae"]                          # latents have no range
+    latent = bool(described["vae"]) and autoencoder is None
+    if not clip and args.trajectory:
         raise ValueError("--trajectory: the network works on latents, which are no pictures")
 
     device, rank, world = processes(args.device)
-    network = network.to(device)
+    network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)
     one_by_one = is_folder(args.out) and not latent
     if one_by_one:
         Path(args.out).mkdir(exist_ok=True)
@@ -270,7 +316,8 @@ def run(args):
     with progress_bar("drawing", n) as bar:
         for part, x in draw(network, diffusion, mine, classes, args.seed, args.batch_size, bar, sampler=args.sampler,
                             steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, cfg_interval=interval,
-                            clip=not latent, callback=keep_frame if args.trajectory else None):
+                            clip=clip, callback=keep_frame if args.trajectory else None):
+            x = decode(autoencoder, x) if autoencoder else x
             images.append((x if latent else to_uint8(x)).cpu().numpy())
             for i, image in zip(part, images[-1] if one_by_one else ()):
                 save_image(Path(args.out) / f"{i:06d}.png", image)

@@ -236,23 +236,6 @@ def from_state(state):
     return network.eval()
 
 
-def load_autoencoder(path):
-    """The autoencoder of a released file, .safetensors or a .pt, .bin or .ckpt of plain tensors, in eval mode.
-
-    Its scale is SD's. ValueError or FileNotFoundError, in one line, if there is none that can be read.
-    """
-    from checkpoint import read        # here: checkpoint.py builds networks by name, and stands above them
-    try:
-        content = read(path)
-    except ValueError as error:
-        remedy = "" if str(path).endswith(".safetensors") else "; use the .safetensors file of the same weights"
-        raise ValueError(f"{error}{remedy}") from None
-    try:
-        return from_state(content.get("state_dict", content) if isinstance(content, dict) else content)
-    except ValueError as error:
-        raise ValueError(f"cannot use {path}: {error}") from None
-
-
 SIZES = {
     "Ti": dict(dim=32, multipliers=(1, 2, 2), res_blocks=1),     # ours, for a laptop: 32 x 32 pixels become 4 x 8 x 8 numbers
     "SD": dict(),

@@ -299,6 +299,14 @@ def test_the_dit_table_has_our_counts_beside_the_papers(printed):
         assert (ours, published) == (f"{golden['gmacs']:.2f}", f"{golden['paper_gflops']}")
 
 
+def test_text_encoder_and_autoencoder_have_the_sizes_of_the_figure(printed):
+    rows = printed[next(title for title in TABLES if title.startswith("Fig. 5-1"))]
+    found = {name: (rows[name][0], rows[name][1]) for name in ("CLIP's text encoder (TE)", "Stable Diffusion's (AE)")}
+    assert list(found.values()) == [("123.06", "123"), ("83.65", "84")]          # 123,060,480 and 83,653,863 of the releases
+    by_hand = 12 * (12 * 77 * 768 ** 2 + 2 * 77 ** 2 * 768)              # layers; a token's products, and both of attention
+    assert float(rows["CLIP's text encoder (TE)"][2]) == pytest.approx(by_hand / 1e9, abs=0.005)
+
+
 @pytest.mark.parametrize("name", CONVNETS["quoted_numbers"])
 def test_the_imagenet_table_quotes_what_is_published(printed, name):
     golden = CONVNETS["quoted_numbers"][name]

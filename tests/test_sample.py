@@ -9,9 +9,14 @@ import torch
 from PIL import Image
 
 import checkpoint
+import data
 import ddpm
 import dit
+import evaluate
+import features
+import models
 import sample
+import vae
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,12 +113,82 @@ def test_a_batch_that_memory_does_not_hold_is_halved(tiny_run, monkeypatch):
     assert parts == [range(0, 2), range(2, 4), range(4, 5)] and sizes == [5, 2, 2, 1]
 
 
-def test_a_released_latent_model_writes_its_latents_and_says_so(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """A folder with dit.pt, a DiT of 4x8x8 latents in Meta's names, nudged so that its output is not zero; and vae.pt, f = 4."""
+    folder = tmp_path_factory.mktemp("latent")
     torch.manual_seed(0)
     network = dit.DiT(8, 2, 4, 96, 2, heads=1, num_classes=20)           # 96 wide: one head, by the table's default
-    torch.save(network.state_dict(), tmp_path / "DiT-small.pt")
-    sample.main(["--ckpt", str(tmp_path / "DiT-small.pt"), "--classes", "7,19", "--n", "3", "--cfg-scale", "4", "--cfg-channels", "3",
-                 "--steps", "2", "--out", str(tmp_path / "samples.png")])
+    for value in network.parameters():
+        value.data += 0.05 * torch.randn_like(value)
+    torch.save(network.state_dict(), folder / "dit.pt")
+    torch.save(vae.AutoencoderKL(**vae.SIZES["Ti"]).state_dict(), folder / "vae.pt")
+    return folder
+
+
+LATENT = ["--classes", "7,19", "--n", "3", "--cfg-scale", "4", "--cfg-channels", "3", "--steps", "2"]
+
+
+def test_a_latent_model_draws_what_its_autoencoder_decodes(latent, tmp_path, capsys):
+    argv = ["--ckpt", str(latent / "dit.pt"), *LATENT]
+    sample.main([*argv, "--out", str(tmp_path / "latents.png")])
+    assert "latents" in capsys.readouterr().out and not (tmp_path / "latents.png").exists()
+    sample.main([*argv, "--out", str(tmp_path / "images.png"), "--npz", str(tmp_path / "images.npz"), "--vae",
+                 str(latent / "vae.pt")])
+    assert "latents" not in capsys.readouterr().out
+    with np.load(tmp_path / "latents.npz") as latents, np.load(tmp_path / "images.npz") as images, torch.no_grad():
+        z = torch.from_numpy(latents["arr_0"]) / 0.18215                 # Stable Diffusion's scale, which Meta trained with
+        expected = data.to_uint8(checkpoint.load_autoencoder(latent / "vae.pt").decode(z)).numpy()
+        assert_close(images["arr_0"], expected)
+        assert expected.shape == (3, 32, 32, 3) and len(np.unique(expected)) > 50 and images["arr_1"].tolist() == [7, 19, 7]
+    assert Image.open(tmp_path / "images.png").mode == "RGB"
+
+
+def test_latents_are_decoded_a_few_at_a_time_and_fewer_where_memory_does_not_hold_them(latent, monkeypatch):
+    autoencoder, sizes = checkpoint.load_autoencoder(latent / "vae.pt"), []
+    z, original = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0)), autoencoder.decode
+    with torch.no_grad():
+        expected = original(z / autoencoder.scale)
+
+    def narrow(z):
+        sizes.append(len(z))
+        if len(z) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return original(z)
+    monkeypatch.setattr(autoencoder, "decode", narrow)
+    torch.testing.assert_close(sample.decode(autoencoder, z, batch_size=4), expected, rtol=1e-4, atol=1e-4)
+    assert sizes == [4, 2, 2, 1]
+
+
+@pytest.mark.parametrize("ckpt, change, said", [
+    ("dit.pt", dict(latent_channels=3), "its latents have 3 channels, those of the network 4"),
+    ("run.pt", {}, "the network works on pixels")])
+def test_an_autoencoder_that_does_not_fit_is_refused(latent, tiny_run, tmp_path, capsys, ckpt, change, said):
+    torch.save(vae.AutoencoderKL(**vae.SIZES["Ti"] | change).state_dict(), tmp_path / "vae.pt")
+    path = tiny_run if ckpt == "run.pt" else latent / ckpt
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(path), "--vae", str(tmp_path / "vae.pt"), "--out", str(tmp_path / "samples.png")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and said in error
+
+
+def test_a_latent_models_images_are_scored_with_its_autoencoder_and_not_without(latent, tmp_path, capsys):
+    argv = ["--ckpt", str(latent / "dit.pt"), "--n", "6", "--steps", "2", "--reference", str(tmp_path / "real.npz"), "--cache",
+            str(tmp_path), "--results", str(tmp_path / "results.csv"), "--metrics", "FD", "--features", str(tmp_path / "colour.pt")]
+    np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    run = checkpoint.load(features.JUDGE)                                # a judge of colour images, untaught
+    run["network"]["arguments"]["channels"] = run["data"]["channels"] = 3
+    run["ema"] = run["model"] = models.build(run["network"]).state_dict()
+    checkpoint.save(tmp_path / "colour.pt", run)
+    with pytest.raises(SystemExit):
+        evaluate.main(argv)
+    assert "--vae FILE names the one that decodes them" in capsys.readouterr().err
+    evaluate.main([*argv, "--vae", str(latent / "vae.pt")])
+    assert "6 of" in capsys.readouterr().out
+
+
+def test_a_released_latent_model_writes_its_latents_and_says_so(latent, tmp_path, capsys):
+    sample.main(["--ckpt", str(latent / "dit.pt"), *LATENT, "--out", str(tmp_path / "samples.png")])
     assert "latents" in capsys.readouterr().out
     with np.load(tmp_path / "samples.npz") as archive:
         assert archive["arr_0"].shape == (3, 4, 8, 8) and archive["arr_0"].dtype == np.float32

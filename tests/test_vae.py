@@ -18,9 +18,10 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from checkpoint import load_autoencoder
 from dit import DiT
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
-from vae import SIZES, AttentionBlock, AutoencoderKL, from_state, infer, kl_divergence, load_autoencoder, names_of, sample_latent
+from vae import SIZES, AttentionBlock, AutoencoderKL, from_state, infer, kl_divergence, names_of, sample_latent
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 SMALL = dict(dim=32, multipliers=(1, 2, 2), res_blocks=1)            # of the golden files
