@@ -29,10 +29,11 @@ import uvit
 import vae
 import vit
 from cli import Parser, one_line_errors
-from data import atomic_file
+from data import atomic_file, sha256_of
 from ddpm import SCHEDULES, Diffusion
 
 VERSION = 1
+EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
 FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": (dict, type(None)), "data": dict, "vae": (dict, type(None)),
           "model": dict, "ema": dict, "optimizer": dict}
 HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()}
@@ -307,9 +308,11 @@ def load_network(path, config=None):
 
 
 def load_autoencoder(path):
-    """The autoencoder of a released file, .safetensors or a .pt, .bin or .ckpt of plain tensors, in eval mode.
+    """The autoencoder of a run, or of a released file, .safetensors or a .pt, .bin or .ckpt of plain tensors, in eval mode.
 
-    Its scale is Stable Diffusion's. ValueError or OSError, in one line, if there is none that can be read.
+    Its scale is the run's, or Stable Diffusion's. Its origin is what a run that is trained on its latents notes of it: path,
+    sha256, and network and model if it is one of ours and small. ValueError or OSError, in one line, if there is none that can
+    be read.
     """
     try:
         content = read(path)
@@ -317,9 +320,20 @@ def load_autoencoder(path):
         remedy = "" if str(path).endswith(".safetensors") else "; use the .safetensors file of the same weights"
         raise ValueError(f"{error}{remedy}") from None
     try:
-        return vae.from_state(content.get("state_dict", content) if isinstance(content, dict) else content)
+        if isinstance(content, dict) and "network" in content:
+            run = load(path)
+            if run["network"].get("class") != "AutoencoderKL":
+                raise ValueError(f"it holds a {run['network'].get('class')}, which is no autoencoder")
+            network, _ = build(run)
+            network.scale = run["vae"]["scale"]
+        else:
+            run, network = None, vae.from_state(content.get("state_dict", content) if isinstance(content, dict) else content)
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from None
+    network.origin = dict(path=str(Path(path).resolve()), sha256=sha256_of(path))
+    if run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED:
+        network.origin |= dict(network=run["network"], model=network.state_dict())
+    return network
 
 
 def describe(path):

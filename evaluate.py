@@ -26,7 +26,7 @@ from ddpm import SAMPLERS
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
-from sample import (decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes,
+from sample import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes,
                     pixel_shape)
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
@@ -139,15 +139,15 @@ def save_reference(path, reference, space):
     print(f"wrote {path}: {count(reference.measured.n)} of {reference.name}, features {space.name}")
 
 
-def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None):
+def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None):
     """The scores of n samples, drawn by `sample.py`'s defaults, against real, Measured; each process draws its share.
 
-    classes: their names, which the samples take in turn; None without. Only the first process gets the scores, the others {}.
+    autoencoder: decodes a latent network's samples. classes: their names, which the samples take in turn; None without. Only the
+    first process gets the scores, the others {}.
     """
     numbers = None if classes is None else list(range(len(classes)))
-    batches = (data.to_uint8(x) for _, x in draw(network, diffusion, share(n), numbers, seed, clip=True,
-                                                 cfg_scale=guidance(network, scale)))
-    fake = measure(batches, space)
+    drawn = draw(network, diffusion, share(n), numbers, seed, clip=autoencoder is None, cfg_scale=guidance(network, scale))
+    fake = measure((data.to_uint8(x if autoencoder is None else decode(autoencoder, x)) for _, x in drawn), space)
     if not fake.n:
         return {}
     fake.labels = labels_of(range(n), numbers)
@@ -277,8 +277,6 @@ def suited(args, images):
 def open_run(args):
     """The description, network and process of --ckpt.  ValueError if its samples cannot be scored."""
     described, network, diffusion = drawable(args.ckpt)
-    if described["vae"] and not args.vae:
-        raise ValueError(f"{args.ckpt} draws an autoencoder's latents: --vae FILE names the one that decodes them")
     if not args.reference and not described["data"]["spec"]:
         raise ValueError(f"--reference: {args.ckpt} does not say what it was trained on; give real images to compare with")
     return described, network, diffusion
@@ -326,6 +324,8 @@ def run(args):
     if args.ckpt:
         described, network, diffusion = open_run(args)
         autoencoder = decoder(args.vae, described, network)
+        if described["vae"] and autoencoder is None:
+            raise ValueError(f"{args.ckpt} draws an autoencoder's latents: --vae FILE names the one that decodes them")
         how, names = drawing(args, described, network, diffusion), described["data"]["classes"]
         shape = pixel_shape(network, autoencoder)
     if args.save_reference:

@@ -5,6 +5,7 @@ A description is {"class": name, "arguments": {…}}, plain values that run.pt h
 import dit
 import unet
 import uvit
+import vae
 import vit
 
 MODELS = {
@@ -13,23 +14,26 @@ MODELS = {
     "unet": (unet.UNet, unet.SIZES),
     "vit": (vit.ViT, vit.SIZES),
 }
-NETWORKS = {network.__name__: network for network in (*(network for network, _ in MODELS.values()), unet.SuperResUNet)}
+TRAINABLE = {**MODELS, "vae": (vae.AutoencoderKL, vae.SIZES)}           # and the autoencoder, which takes any image size
+NETWORKS = {network.__name__: network for network in (*(network for network, _ in TRAINABLE.values()), unet.SuperResUNet)}
 
 
 def named(model, size):
     """The class and the arguments that a size fixes: ("dit", "B/4") -> DiT, dict(dim=768, depth=12, heads=12, patch_size=4).
 
-    Transformers take a patch size after the slash, U-Nets none. ValueError, with the list, on a size that there is not.
+    Transformers take a patch size after the slash, U-Nets and autoencoders none. ValueError, with the list, on a size that there
+    is not.
     """
-    network, sizes = MODELS[model]
+    network, sizes = TRAINABLE[model]
     name, slash, patch = size.partition("/")
-    fits = not slash if model == "unet" else patch.isdecimal() and int(patch) > 0
+    patched = model not in ("unet", "vae")
+    fits = patch.isdecimal() and int(patch) > 0 if patched else not slash
     if name not in sizes or not fits:
         raise ValueError(f"--size {size}: for --model {model} it is one of {', '.join(sizes)}"
-                         + (", without a patch size" if model == "unet" else " and a patch size, as in B/4"))
+                         + (" and a patch size, as in B/4" if patched else ", without a patch size"))
     if model == "unet":
         return (unet.SuperResUNet if name in unet.UPSAMPLERS else network), dict(sizes[name])
-    return network, {**sizes[name], "patch_size": int(patch)}
+    return network, {**sizes[name], "patch_size": int(patch)} if patched else dict(sizes[name])
 
 
 def describe(model, size, image_size, channels, num_classes=None, null_class=True, learn_sigma=False, conditioning=None,
@@ -48,6 +52,8 @@ def describe(model, size, image_size, channels, num_classes=None, null_class=Tru
     if learn_sigma and model == "uvit":
         raise ValueError("--variance learned: a U-ViT puts out no variance; use small or large")
     network, fixed = named(model, size)
+    if model == "vae":
+        return {"class": network.__name__, "arguments": {**fixed, "channels": channels}}
     own = {
         "dit": dict(null_class=null_class, learn_sigma=learn_sigma, conditioning=conditioning or "adaln-zero"),
         "uvit": dict(null_class=null_class),

@@ -1,7 +1,8 @@
-"""What a training step draws and minimises: denoising, or classification.
+"""What a training step draws and minimises: denoising, classification, or autoencoding.
 
 Report §4-5: noise an image, tell the network the time and the class, let it predict the noise; Ho et al. 2020, algorithm 1.
-§2-4: a ViT learns the labels. train.py's loop knows neither. To it an objective is
+§2-4: a ViT learns the labels. §2-5: an autoencoder learns to give images back. train.py's loop knows none of them. To it an
+objective is
 
     groups, scores         names of the log's columns: the loss by group of samples, and what `report` measures
     draw(step, images, labels, part) -> batch      all of a step's randomness, drawn for the whole batch and cut to `part`
@@ -9,9 +10,12 @@ Report §4-5: noise an image, tell the network the time and the class, let it pr
     report(network, path) -> {score: value}        at intervals, with the averaged weights; leaves a picture at path
     evaluate(network) -> {score: value}            every --eval-every steps, by all processes together; a classifier has none
     description()          what run.pt says of the diffusion, or None
+    autoencoder(network)   what it says of an autoencoder, or None
 
 What a step draws depends on (seed, step) alone, so that a run resumes exactly and one process or eight train alike.
 """
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,9 +25,12 @@ from cli import first_in_turn, grid, save_image
 from ddpm import SCHEDULES, Diffusion, keyed_generator
 from evaluate import measure_reference, possible, score_network
 from features import default_space, space_of
-from sample import draw, guidance
+from sample import decode, draw, guidance
+from vae import kl_divergence, sample_latent
+from vit import divided
 
-TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT = range(6)       # what a generator draws, so that one use does not disturb another
+KL_WEIGHT = 1e-6                                         # Rombach et al. 2022, table 8
+TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT, LATENT = range(7)       # what a generator draws, so that one use does not disturb another
 
 
 def generators(args, step, device):
@@ -41,6 +48,20 @@ def draw_images(step, images, part, args, device):
     return data.augment(data.to_float(images.to(device, non_blocking=True)), flip, offset)
 
 
+def draw_latents(step, moments, part, args, device, scale):
+    """Moments (n, F, 2, c, h, w) of `latents.Latents`, this process's part -> scaled latents (n, c, h, w), sampled afresh."""
+    N, generator = args.batch_size, generators(args, step, device)
+    moments = moments.to(device, non_blocking=True)
+    if args.flip:
+        flip = (torch.rand(N, generator=generator(FLIP), device=device) < 0.5)[part]
+        moments = torch.where(flip.reshape(-1, 1, 1, 1, 1), moments[:, 1], moments[:, 0])        # (n, 2, c, h, w)
+    else:
+        moments = moments[:, 0]
+    mean, std = moments.unbind(dim=1)                                                    # (n, c, h, w)
+    eps = torch.randn((N, *mean.shape[1:]), generator=generator(LATENT), device=device)[part]
+    return scale * (mean + std * eps)
+
+
 class Denoising:
     """Predict the noise, or what --prediction says (§4-5). The loss is logged by quarter of t; the picture shows samples."""
 
@@ -48,6 +69,7 @@ class Denoising:
 
     def __init__(self, args, dataset, network, device):
         self.args, self.dataset, self.null_label, self.device = args, dataset, network.null_label, device
+        self.vae = getattr(dataset, "autoencoder", None)
         self.diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
         if args.eval_every:
             if min(args.eval_n, len(dataset)) < 4:
@@ -55,7 +77,7 @@ class Denoising:
                                  f"{len(dataset)}")
             with first_in_turn():
                 self.space = space_of(args.features or default_space(args.data, dataset.images.shape[1:]), device, args.cache)
-            self.real = measure_reference(dataset, self.space, args.data).measured
+            self.real = measure_reference(dataset if self.vae is None else dataset.pixels, self.space, args.data).measured
             self.scores = tuple(map(self.space.title, possible(self.space, dataset.classes)))
 
     def description(self):
@@ -63,11 +85,16 @@ class Denoising:
         args = self.args
         return dict(schedule=args.schedule, T=self.diffusion.T, prediction=args.prediction, variance=args.variance)
 
+    def autoencoder(self, network):
+        """Where the autoencoder comes from, see `checkpoint.load_autoencoder`, and the scale of its latents; None on pixels."""
+        return None if self.vae is None else {**self.vae.origin, "scale": self.vae.scale}
+
     def draw(self, step, images, labels, part):
         """x0 (n, C, H, W), t (n,), y (n,) or None, eps like x0: n of the batch's N samples."""
         args, device, N = self.args, self.device, self.args.batch_size
         generator = generators(args, step, device)
-        x0 = draw_images(step, images, part, args, device)
+        x0 = (draw_images(step, images, part, args, device) if self.vae is None
+              else draw_latents(step, images, part, args, device, self.vae.scale))
         t = torch.randint(self.diffusion.T, (N,), generator=generator(TIME), device=device)[part]
         eps = torch.randn((N, *x0.shape[1:]), generator=generator(NOISE), device=device)[part]
         if labels is None:
@@ -87,14 +114,15 @@ class Denoising:
         columns = min(self.dataset.num_classes or 8, 10)
         scale = guidance(network)
         classes = list(range(columns)) if self.dataset.num_classes else None
-        batches = draw(network, self.diffusion, range(8 * columns), classes, self.args.seed, clip=True, cfg_scale=scale)
-        save_image(path, grid(torch.cat([data.to_uint8(x).cpu() for _, x in batches]).numpy(), columns))
+        batches = draw(network, self.diffusion, range(8 * columns), classes, self.args.seed, clip=self.vae is None, cfg_scale=scale)
+        images = [data.to_uint8(x if self.vae is None else decode(self.vae, x)).cpu() for _, x in batches]
+        save_image(path, grid(torch.cat(images).numpy(), columns))
         return {}
 
     def evaluate(self, network):
         """The scores of --eval-n samples against the training data, drawn with guidance as `sample.py` does."""
         found = score_network(network, self.diffusion, self.real, self.space, self.args.eval_n, self.dataset.classes,
-                              self.args.seed)
+                              self.args.seed, autoencoder=self.vae)
         return {self.space.title(metric): value for metric, value in found.items()}
 
 
@@ -109,6 +137,9 @@ class Classification:
 
     def description(self):
         """No diffusion."""
+
+    def autoencoder(self, network):
+        """No autoencoder."""
 
     def draw(self, step, images, labels, part):
         """x (n, C, H, W), y (n,)."""
@@ -133,6 +164,59 @@ class Classification:
         return {"accuracy": 1 - wrong.double().mean().item()}
 
 
+class Autoencoding:
+    """Give images back through a small latent (§2-5): L1, and the KL divergence with a weight of 1e-6, both per number of the
+    image. Rombach et al. 2022, appendix G; its perceptual and adversarial terms need other trained networks and are left out.
+    The score is the held-out PSNR in dB; the picture shows held-out images above what becomes of them."""
+
+    groups, scores = (), ("psnr",)
+
+    def __init__(self, args, dataset, network, device):
+        self.args, self.dataset, self.device = args, dataset, device
+        self.latent_shape = (network.latent_channels, *divided(dataset.image_size, network.factor, "the autoencoder's factor"))
+        self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
+
+    def description(self):
+        """No diffusion."""
+
+    @torch.no_grad()
+    def autoencoder(self, network):
+        """The scale that gives the training latents a standard deviation of 1, from at most 1,024 of them."""
+        images, _ = self.dataset.batch(np.linspace(0, len(self.dataset) - 1, min(1024, len(self.dataset)), dtype=int))
+        generator, latents = torch.Generator().manual_seed(0), []
+        for some in images.split(64):
+            mean, log_variance = network.encode(data.to_float(some.to(self.device)))
+            latents.append(sample_latent(mean, log_variance, torch.randn(mean.shape, generator=generator).to(self.device)))
+        return {"scale": 1 / torch.cat(latents).std().item()}
+
+    def draw(self, step, images, labels, part):
+        """x (n, C, H, W), noise (n, c, H / f, W / f)."""
+        N, generator = self.args.batch_size, generators(self.args, step, self.device)
+        noise = torch.randn((N, *self.latent_shape), generator=generator(NOISE), device=self.device)[part]
+        return draw_images(step, images, part, self.args, self.device), noise
+
+    def loss(self, model, x, noise):
+        """Losses (n,); all samples are of one group."""
+        image, mean, log_variance = model(x, noise)
+        reconstruction = (image.float() - x).abs().flatten(1).mean(dim=1)
+        divergence = kl_divergence(mean.float(), log_variance.float()) / x[0].numel()
+        return reconstruction + KL_WEIGHT * divergence, torch.zeros_like(divergence, dtype=torch.long)
+
+    @torch.no_grad()
+    def report(self, network, path):
+        """PSNR = 10 log10(2^2 / mean square error), of means decoded; 40 images as picture."""
+        images, _ = self.held_out.batch(np.arange(len(self.held_out)))
+        error, shown = 0.0, []
+        for some in images.split(64):
+            x = data.to_float(some.to(self.device))
+            decoded = network.decode(network.encode(x)[0]).clamp(-1, 1)
+            error += (decoded - x).double().square().flatten(1).mean(dim=1).sum().item()
+            shown.append(data.to_uint8(decoded).cpu())
+        pairs = zip(images[:40].split(10), torch.cat(shown)[:40].split(10))              # rows of ten, each above its own
+        save_image(path, grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(10, len(images))))
+        return {"psnr": 10 * math.log10(4 * len(images) / error) if error else math.inf}
+
+
 def objective_of(model):
     """The objective of a --model."""
-    return Classification if model == "vit" else Denoising
+    return {"vit": Classification, "vae": Autoencoding}.get(model, Denoising)

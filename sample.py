@@ -70,6 +70,7 @@ def drawable(path):
         kind = described["network"]["class"]
         raise ValueError(f"{path} holds a {kind}, which " + {
             "ViT": "classifies: there is nothing to sample",
+            "AutoencoderKL": "encodes and decodes: a network trained on its latents samples",
             "SuperResUNet": "enlarges images: it needs small ones to start from",
         }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
     if network.context_dim is not None:
@@ -79,16 +80,28 @@ def drawable(path):
 
 
 def decoder(path, described, network):
-    """The autoencoder in the file of --vae, which decodes a network's latents; None without.  ValueError if it does not fit."""
-    if path is None:
+    """The autoencoder that decodes a network's latents: that of --vae, or the run's own, in it or where it was; None without.
+
+    ValueError if it does not fit, or is another than the run was trained with.
+    """
+    kept = described["vae"]
+    if kept is None:
+        if path is not None:
+            raise ValueError("--vae: the network works on pixels, there is nothing to decode")
         return None
-    if not described["vae"]:
-        raise ValueError("--vae: the network works on pixels, there is nothing to decode")
-    autoencoder = load_autoencoder(path)
+    if path is None and "model" in kept:
+        autoencoder, _ = build({**described, **kept, "diffusion": None}, "model")
+    elif path is None and not Path(kept.get("path", "")).is_file():
+        return None
+    else:
+        autoencoder = load_autoencoder(path or kept["path"])
+        if kept.get("sha256", autoencoder.origin["sha256"]) != autoencoder.origin["sha256"]:
+            raise ValueError(f"{path or kept['path']} is another autoencoder than the network was trained with: its SHA-256 is "
+                             f"{autoencoder.origin['sha256']}, not {kept['sha256']}")
     if autoencoder.latent_channels != network.channels:
         raise ValueError(f"--vae {path}: its latents have {autoencoder.latent_channels} channels, those of the network "
                          f"{network.channels}")
-    autoencoder.scale = described["vae"]["scale"]
+    autoencoder.scale = kept["scale"]
     return autoencoder
 
 
@@ -156,8 +169,8 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
     """The first n samples of a checkpoint, as a data set in the cache: a file that is filled as they are drawn.
 
     how: classes, cfg_scale, sampler, steps, seed, plain values, and what else tells samples of the checkpoint apart; names: of all
-    classes, if the samples shall have labels; autoencoder: decodes the network's latents. What an earlier, perhaps killed, call with
-    the same checkpoint and the same `how` drew is there already; a larger n adds to it.
+    classes, if the samples shall have labels; autoencoder: decodes the network's latents. What an earlier, perhaps killed, call
+    with the same checkpoint and the same `how` drew is there already; a larger n adds to it.
     """
     classes, shape = how["classes"], pixel_shape(network, autoencoder)
     key = hashlib.sha256(json.dumps([sha256_of(path), how]).encode()).hexdigest()[:16]

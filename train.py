@@ -1,7 +1,7 @@
-"""Train a network: DiT, U-ViT or U-Net to denoise, ViT to classify.
+"""Train a network: DiT, U-ViT or U-Net to denoise, ViT to classify, an autoencoder to give images back.
 
-Report §4-5 and §2-4. What a step draws and minimises is in objectives.py and depends on (seed, step) alone, so a run resumes
-exactly, and one process or eight train alike; the loop here is the same for all.
+Report §4-5, §2-4 and §2-5. What a step draws and minimises is in objectives.py and depends on (seed, step) alone, so a run
+resumes exactly, and one process or eight train alike; the loop here is the same for all.
 
     python train.py                                                       a small DiT on the embedded digits, minutes on a CPU
     python train.py --model uvit --size S/2 --data cifar10 --flip         after the paper's recipe
@@ -29,13 +29,14 @@ import data
 import dit
 from cli import Parser, first_in_turn, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
-from models import MODELS, build, describe
+from latents import latents
+from models import TRAINABLE, build, describe
 from objectives import DROPOUT, objective_of
 from sample import parent_of
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, flip=False, skip_bad=False,
-              cache=None, eval_every=None, eval_n=2000, features=None, accumulate=1, seed=0, device="auto", precision=None,
-              compile=False, checkpointing=False, out="run.pt", resume=False)
+              cache=None, eval_every=None, eval_n=2000, features=None, vae=None, accumulate=1, seed=0, device="auto",
+              precision=None, compile=False, checkpointing=False, out="run.pt", resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
               decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
 FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
@@ -46,8 +47,10 @@ DDPM = {**DIT, "variance": "large", "steps": 800_000, "batch_size": 128, "lr": 2
 IDDPM = {**DIT, "schedule": "cosine", "steps": 500_000, "batch_size": 128}
 VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 0.05, "warmup": 6250, "decay": "cosine",
        "clip_grad": 1.0}
+VAE = {**DIT, "steps": 250_000, "batch_size": 96}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags that a classifier has no use for
-             "eval_every", "eval_n", "features")
+             "eval_every", "eval_n", "features", "vae")
+OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
     "uvit": {"Nano": LAPTOP, "Ti": LAPTOP, None: UVIT},                  # Bao et al. 2023, appendix, for CIFAR-10
@@ -56,8 +59,10 @@ RECIPES = {                            # by model and the size's first word; Non
     "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
             "Nano": {**LAPTOP, "steps": 2800, "batch_size": 64, "weight_decay": 0.05, "shift": 2},
             None: VIT},                                                  # Touvron et al. 2021, table 9, and ViT's clipping
+    "vae": {"Ti": {**LAPTOP, "steps": 1600, "lr": 1e-3, "sample_every": 400, "save_every": 200},
+            None: VAE},                                                  # ours: the paper's losses are others
 }
-DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8"}          # for a laptop
+DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti"}          # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
@@ -69,10 +74,10 @@ def flags():
     """The command line; what it leaves out is None, and filled in by `settings`."""
     def default(key):
         return f"default: {LAPTOP[key]} for dit Ti, {DIT[key]} for dit B; others have their own"
-    parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, or a ViT to classify. "
+    parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, a ViT to classify, or an autoencoder. "
                     "Flags left out take the recipe of the model and its size.")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, help="default: dit")
+    model.add_argument("--model", choices=TRAINABLE, help="default: dit")
     model.add_argument("--size", help="Ti S B L XL … and the patch, as B/4; a U-Net's has no patch (default: Ti/8 or Ti, "
                        "for a laptop; an unknown size gets the list)")
     model.add_argument("--conditioning", choices=dit.BLOCKS, help="how a DiT is told (default: adaln-zero, the best)")
@@ -83,6 +88,7 @@ def flags():
     where = parser.add_argument_group("data")
     where.add_argument("--data", help="mnist, cifar10[:DIR], a folder of images, or an .npz (default: mnist)")
     where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
+    where.add_argument("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
     where.add_argument("--flip", action="store_true", default=None, help="mirror half of the images; not for digits")
     where.add_argument("--shift", type=int, help="move images by up to N pixels (default: 2 for vit Ti, else 0)")
     where.add_argument("--skip-bad", action="store_true", default=None, help="leave out image files that cannot be read")
@@ -125,7 +131,7 @@ def recipe(chosen):
     size = chosen.get("size", DEFAULT_SIZE[model])
     recipes = RECIPES[model]
     found = {**recipes.get(re.split("[/-]", size)[0], recipes[None]), "size": size}
-    return found if model != "vit" else {**found, **dict.fromkeys(DENOISING)}
+    return {**found, **dict.fromkeys(DENOISING)} if model in OTHERS else found
 
 
 def settings(argv):
@@ -151,9 +157,11 @@ def settings(argv):
             raise ValueError(f"{out} exists: --resume goes on with it, --out NAME.pt starts another")
         chosen = {**COMMON, **recipe(given), **given}
     args = argparse.Namespace(**chosen)
-    useless = [f"--{key.replace('_', '-')}" for key in DENOISING if args.model == "vit" and key in given]
+    useless = [f"--{key.replace('_', '-')}" for key in DENOISING if args.model in OTHERS and key in given]
     if useless:
-        raise ValueError(f"{useless[0]}: a ViT classifies, it does not denoise")
+        raise ValueError(f"{useless[0]}: {OTHERS[args.model]}, it does not denoise")
+    if args.vae and args.shift:
+        raise ValueError("--shift moves pixels, and --vae encodes them once: leave one out")
     unused = [name for name in ("eval_n", "features") if name in given and not args.eval_every]
     if unused:
         raise ValueError(f"--{unused[0].replace('_', '-')} says how to score, which only --eval-every does")
@@ -284,13 +292,21 @@ def train(args, run, device, rank, world):
 
     with first_in_turn():
         dataset = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
+    if args.vae:
+        autoencoder = checkpoint.load_autoencoder(args.vae).to(device).requires_grad_(False)
+        if run and (run["vae"] or {}).get("sha256") != autoencoder.origin["sha256"]:
+            raise ValueError(f"--resume: {args.vae} is another autoencoder than the run in {out} was trained with")
+        dataset = latents(dataset, autoencoder, autoencoder.origin["sha256"], args.flip, args.cache)
     batches = data.Batches(dataset, args.batch_size, args.seed, part)
     workers = 2 if device.type == "cuda" and dataset.in_files else 0     # what is in memory needs none
     loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps), pin_memory=device.type == "cuda",
                         num_workers=workers, worker_init_fn=ignore_signals,
                         multiprocessing_context="fork" if workers else None)         # pickling a memory map would read it all
 
-    network, described = build_network(args, dataset)
+    try:
+        network, described = build_network(args, dataset)
+    except ValueError as error:
+        raise ValueError(f"{error}; of latents: an image's side is {autoencoder.factor} times that" if args.vae else error) from None
     if run and run["network"] != described:
         raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
     objective = objective_of(args.model)(args, dataset, network, device)
@@ -329,7 +345,7 @@ def train(args, run, device, rank, world):
                 version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=described,
                 diffusion=objective.description(),
                 data=dict(spec=args.data, classes=dataset.classes, num_classes=dataset.num_classes, channels=dataset.channels,
-                          image_size=list(dataset.image_size)), vae=None,
+                          image_size=list(dataset.image_size)), vae=objective.autoencoder(ema),
                 model=network.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                 bad_steps=int(bad_steps), log=sums.cpu()))
 
