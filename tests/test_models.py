@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
-from models import MODELS, NETWORKS, build, describe, named
+import bench
+import gflops
+from models import MODELS, NETWORKS, TRAINABLE, build, describe, named
 
 NAMES = [(model, size if model == "unet" else f"{size}/4") for model, (_, sizes) in MODELS.items() for size in sizes]
 every_name = pytest.mark.parametrize("model, size", NAMES, ids=[f"{model} {size}" for model, size in NAMES])
@@ -79,7 +81,8 @@ def test_exactly_adms_upsamplers_see_a_small_image_too():
 
 
 def test_every_described_class_can_be_built():
-    assert {describe(model, size, 64, 3, num_classes=10)["class"] for model, size in NAMES} == set(NETWORKS)
+    names = [*NAMES, ("vae", "Ti")]
+    assert {describe(model, size, 64, 3, num_classes=10)["class"] for model, size in names} == set(NETWORKS)
 
 
 def test_describing_and_changing_a_description_leave_the_tables_as_they_are():
@@ -93,22 +96,23 @@ def test_describing_and_changing_a_description_leave_the_tables_as_they_are():
 @pytest.mark.parametrize("model, size", [
     *((model, size) for model in ("dit", "uvit", "vit") for size in
       ("XXL/4", "B", "S/0", "S/00", "S/", "S/x", "S/-2", "S/+2", "S/2.0", "S/ 2", "S/2/2", "S/²", "s/4", "/4", "", "adm-64")),
-    *(("unet", size) for size in ("XL", "adm-1024", "Ti/2", "S/0", "S/", "S/x", "/", "", "adm-64-256/4", "ti", "B/4"))])
+    *(("unet", size) for size in ("XL", "adm-1024", "Ti/2", "S/0", "S/", "S/x", "/", "", "adm-64-256/4", "ti", "B/4")),
+    *(("vae", size) for size in ("XL", "Ti/2", "SD/8", "SD/", "/", "", "sd", "B/4"))])
 def test_a_name_that_there_is_not_is_refused_with_the_list(model, size):
     with pytest.raises(ValueError) as caught:
         named(model, size)
     message = str(caught.value)
-    assert f"--size {size}: " in message and ", ".join(MODELS[model][1]) in message
-    assert message.endswith(", without a patch size" if model == "unet" else " and a patch size, as in B/4")
+    assert f"--size {size}: " in message and ", ".join(TRAINABLE[model][1]) in message
+    assert message.endswith(", without a patch size" if model in ("unet", "vae") else " and a patch size, as in B/4")
 
 
 # Options
 
 @pytest.mark.parametrize("model, size, options, said", [
     *((model, size, dict(conditioning="adaln"), f"--conditioning adaln is a choice of DiT's, not of {model}")
-      for model, size in (("uvit", "S/4"), ("unet", "S"), ("vit", "S/4"))),
+      for model, size in (("uvit", "S/4"), ("unet", "S"), ("vit", "S/4"), ("vae", "Ti"))),
     *((model, size, dict(hybrid=True), f"--hybrid is a choice of ViT's, not of {model}")
-      for model, size in (("dit", "S/4"), ("uvit", "S/4"), ("unet", "S"))),
+      for model, size in (("dit", "S/4"), ("uvit", "S/4"), ("unet", "S"), ("vae", "Ti"))),
     ("uvit", "S/4", dict(learn_sigma=True), "--variance learned: a U-ViT puts out no variance"),
     ("vit", "S/4", dict(num_classes=None), "--model vit learns labels"),
 ])
@@ -158,3 +162,34 @@ def test_a_hybrid_vit_has_a_cnn_before_its_patches(hybrid):
 def test_sides_may_differ():
     for model, size in (("dit", "Ti/8"), ("uvit", "Ti/8"), ("unet", "Ti"), ("vit", "Ti/8")):
         assert on_meta(describe(model, size, (32, 64), 3, num_classes=10)).image_size == (32, 64)
+
+
+# The autoencoder, which takes any image size
+
+@pytest.mark.parametrize("size", TRAINABLE["vae"][1])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_autoencoders_description_survives_the_disk_and_is_of_no_image_size_or_class(tmp_path, size, channels):
+    description = describe("vae", size, 64, channels, num_classes=10)
+    assert named("vae", size) == (TRAINABLE["vae"][0], TRAINABLE["vae"][1][size])
+    assert description == describe("vae", size, (32, 8), channels, null_class=False) and plain(description)
+    assert description["arguments"] == {**TRAINABLE["vae"][1][size], "channels": channels}
+    torch.save(description, tmp_path / "description.pt")
+    again = torch.load(tmp_path / "description.pt", weights_only=True)
+    network, other = on_meta(description), on_meta(again)
+    assert type(network).__name__ == "AutoencoderKL" and network.channels == channels and network.factor == {"Ti": 4, "SD": 8}[size]
+    assert again == description and str(network) == str(other) and shapes(network) == shapes(other)
+
+
+def test_describing_an_autoencoder_leaves_its_table_as_it_is():
+    before = copy.deepcopy(TRAINABLE["vae"][1])
+    for size in before:
+        describe("vae", size, 32, 1)["arguments"].update(dim=7)
+        named("vae", size)[1].update(dim=7)
+    assert TRAINABLE["vae"][1] == before
+
+
+@pytest.mark.parametrize("command", [bench, gflops])
+def test_only_training_offers_an_autoencoder(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--model", "vae"])
+    assert stopped.value.code == 2 and "'vae'" in capsys.readouterr().err and set(TRAINABLE) - set(MODELS) == {"vae"}

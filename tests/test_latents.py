@@ -1,0 +1,240 @@
+"""latents.py: what is on the disk is what the encoder gives, once, for these data and this autoencoder, whatever interrupts it."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import latents
+import vae
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(channels=1, dim=32, multipliers=(1, 2), res_blocks=1)           # f = 2
+NAMES = ("mean.npy", "std.npy", "flipped_mean.npy", "flipped_std.npy")
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    torch.manual_seed(0)
+    return vae.AutoencoderKL(**SMALL).eval()
+
+
+def images(path, seed=0, shape=(24, 8, 8, 1), labels=np.arange(24) % 3):
+    """The path of an .npz of random images."""
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(path, arr_0=pixels, **({} if labels is None else dict(arr_1=labels)))
+    return str(path)
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    """22 images for training, 24 without the two held out."""
+    return data.load(images(tmp_path / "images.npz"))
+
+
+@pytest.fixture
+def encoded(monkeypatch, autoencoder):
+    """How many images each call of the encoder was given."""
+    sizes, original = [], autoencoder.encode
+
+    def recorded(x):
+        sizes.append(len(x))
+        return original(x)
+    monkeypatch.setattr(autoencoder, "encode", recorded)
+    return sizes
+
+
+def folders(cache):
+    return sorted(Path(cache).glob("latents-*"))
+
+
+def tables(folder):
+    return [np.load(folder / name) for name in NAMES if (folder / name).exists()]
+
+
+def assert_close(a, b):
+    """A few hundred float32 products a number, in another order: within 1e-5 of numbers around 1."""
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-5, atol=1e-5)
+
+
+# What is kept
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_means_and_deviations_on_the_disk_are_the_encoders(tmp_path, autoencoder, pixels, flip):
+    latents.latents(pixels, autoencoder, "a", flip, tmp_path)
+    x = data.to_float(pixels.batch(np.arange(22))[0])
+    with torch.no_grad():
+        moments = [autoencoder.encode(x), *([autoencoder.encode(x.flip(3))] if flip else [])]
+    found = tables(*folders(tmp_path))
+    assert len(found) == 2 * len(moments) and all(table.dtype == np.float32 for table in found)
+    for i, (mean, log_variance) in enumerate(moments):
+        assert_close(found[2 * i], mean)
+        assert_close(found[2 * i + 1], log_variance.exp().sqrt())
+    assert not flip or np.abs(found[0] - found[2]).max() > 0.1           # a mirror image is another one
+
+
+def test_a_batch_holds_moments_of_the_image_and_its_mirror_image_with_the_labels_of_the_split(tmp_path, autoencoder, pixels):
+    dataset, chosen = latents.latents(pixels, autoencoder, "a", True, tmp_path), np.array([21, 0, 5])
+    moments, labels = dataset.batch(chosen)
+    assert moments.shape == (3, 2, 2, 4, 4, 4)                           # (n, F, mean and deviation, c, h, w)
+    found = tables(*folders(tmp_path))
+    for kind in range(4):
+        assert np.array_equal(moments[:, kind // 2, kind % 2], found[kind][chosen])
+    assert torch.equal(labels, pixels.batch(chosen)[1]) and labels.dtype == torch.int64
+    assert (dataset.channels, dataset.image_size, len(dataset), dataset.num_classes) == (4, (4, 4), 22, 3)
+
+
+def test_labels_on_the_disk_are_those_of_the_rows_of_the_split(tmp_path, autoencoder, pixels):
+    latents.latents(pixels, autoencoder, "a", False, tmp_path)
+    held_out = set(range(24)) - set(pixels.rows.tolist())
+    assert len(held_out) == 2 and np.load(folders(tmp_path)[0] / "labels.npy").tolist() == [
+        row % 3 for row in range(24) if row not in held_out]
+
+
+def test_images_without_labels_have_latents_without_labels(tmp_path, autoencoder):
+    dataset = latents.latents(data.load(images(tmp_path / "images.npz", labels=None)), autoencoder, "a", False, tmp_path)
+    assert dataset.batch(np.arange(3))[1] is None and dataset.num_classes is None
+    assert not (folders(tmp_path)[0] / "labels.npy").exists()
+
+
+def test_latents_are_mapped_from_files_that_reading_does_not_change(tmp_path, autoencoder, pixels):
+    dataset = latents.latents(pixels, autoencoder, "a", False, tmp_path)
+    assert dataset.in_files and all(isinstance(table, np.memmap) and table.mode == "r" for table in dataset.moments)
+    moments, _ = dataset.batch(np.arange(3))
+    before = tables(*folders(tmp_path))
+    moments.zero_()                                      # a batch is a copy
+    assert all(np.array_equal(a, b) for a, b in zip(before, tables(*folders(tmp_path)), strict=True))
+
+
+# Once
+
+def test_a_second_call_encodes_nothing(tmp_path, autoencoder, pixels, encoded):
+    first = latents.latents(pixels, autoencoder, "a", True, tmp_path)
+    assert encoded == [1, 22, 22]                        # the first image shows the shape
+    encoded.clear()
+    again = latents.latents(pixels, autoencoder, "a", True, tmp_path)
+    assert encoded == [1]
+    assert torch.equal(first.batch(np.arange(22))[0], again.batch(np.arange(22))[0])
+
+
+@pytest.mark.parametrize("call, done", [(1, 0), (7, 0), (11, 8), (18, 16)])
+def test_a_kill_in_mid_encoding_resumes_at_the_last_record_and_gives_the_same_files(
+        tmp_path, monkeypatch, autoencoder, pixels, encoded, call, done):
+    monkeypatch.setattr(latents, "BATCH", 2)
+    monkeypatch.setattr(latents, "FLUSH", 4)             # a record every eight images; each of two encoded, then its mirror image
+    latents.latents(pixels, autoencoder, "a", True, tmp_path / "whole")
+    assert encoded == [1] + [2] * 22
+    encoded.clear()
+    with monkeypatch.context() as killed:
+        original = autoencoder.encode
+
+        def until_killed(x):
+            if len(encoded) > call:
+                raise KeyboardInterrupt
+            return original(x)
+        killed.setattr(autoencoder, "encode", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            latents.latents(pixels, autoencoder, "a", True, tmp_path / "cut")
+    folder = folders(tmp_path / "cut")[0]
+    record = folder / "meta.json"
+    assert (json.loads(record.read_text())["done"] if record.exists() else 0) == done
+    for name in NAMES:                                   # what no record says may not be on the disk
+        np.load(folder / name, mmap_mode="r+")[done:] = 0
+    encoded.clear()
+    latents.latents(pixels, autoencoder, "a", True, tmp_path / "cut")
+    assert sum(encoded) == 1 + 2 * (22 - done)
+    assert all(np.array_equal(a, b) for a, b in zip(tables(folder), tables(*folders(tmp_path / "whole")), strict=True))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"22", b'{"done": 22}', b"\xff\xfe{}"])
+def test_a_damaged_record_has_everything_encoded_again(tmp_path, autoencoder, pixels, encoded, content):
+    latents.latents(pixels, autoencoder, "a", False, tmp_path)
+    folder = folders(tmp_path)[0]
+    record, expected = (folder / "meta.json").read_text(), tables(folder)
+    for name in NAMES[:2]:
+        np.load(folder / name, mmap_mode="r+")[:] = 7
+    (folder / "meta.json").write_bytes(content)
+    encoded.clear()
+    latents.latents(pixels, autoencoder, "a", False, tmp_path)
+    assert encoded == [1, 22] and (folder / "meta.json").read_text() == record
+    assert all(np.array_equal(a, b) for a, b in zip(tables(folder), expected, strict=True))
+
+
+@pytest.mark.parametrize("done", [-1, 3.5, "22", None])
+def test_a_record_of_an_impossible_number_counts_for_nothing(tmp_path, autoencoder, pixels, encoded, done):
+    latents.latents(pixels, autoencoder, "a", False, tmp_path)
+    record = folders(tmp_path)[0] / "meta.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "done": done}))
+    encoded.clear()
+    latents.latents(pixels, autoencoder, "a", False, tmp_path)
+    assert encoded == [1, 22]
+
+
+def test_other_data_another_split_another_autoencoder_and_flips_have_folders_of_their_own(tmp_path, autoencoder):
+    one = images(tmp_path / "one.npz")
+    latents.latents(data.load(one), autoencoder, "a", False, tmp_path)
+    for n, (dataset, sha256, flip) in enumerate([
+            (data.load(one), "b", False), (data.load(one), "a", True), (data.load(one, split="all"), "a", False),
+            (data.load(images(tmp_path / "two.npz", seed=1)), "a", False)], 2):
+        before = [tables(folder) for folder in folders(tmp_path)]
+        latents.latents(dataset, autoencoder, sha256, flip, tmp_path)
+        assert len(folders(tmp_path)) == n
+        kept = [tables(folder) for folder in folders(tmp_path)]
+        assert all(any(np.array_equal(old[0], new[0]) for new in kept) for old in before)
+    images(tmp_path / "one.npz", labels=np.arange(24) % 2)               # the file's images are the same, its labels others
+    latents.latents(data.load(one), autoencoder, "a", False, tmp_path)
+    images(tmp_path / "one.npz", seed=2)
+    latents.latents(data.load(one), autoencoder, "a", False, tmp_path)
+    assert len(folders(tmp_path)) == 7
+
+
+# What does not fit
+
+@pytest.mark.parametrize("shape, said", [
+    ((24, 8, 8, 3), "--vae: the autoencoder takes images of 1 channels, .*images.npz has 3"),
+    ((24, 9, 8, 1), "image size 9 is not a multiple of the autoencoder's factor 2: use 8 or 10"),
+    ((24, 8, 1, 1), "image size 1 is not a multiple of the autoencoder's factor 2: use 2")])
+def test_images_that_the_autoencoder_does_not_take_are_refused_before_anything_is_written(tmp_path, autoencoder, shape, said):
+    pixels = data.load(images(tmp_path / "images.npz", shape=shape))
+    with pytest.raises(ValueError, match=said):
+        latents.latents(pixels, autoencoder, "a", False, tmp_path)
+    assert folders(tmp_path) == []
+
+
+def test_a_full_disk_is_an_error_and_no_crash_in_mid_encoding(tmp_path, monkeypatch, autoencoder, pixels):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        latents.latents(pixels, autoencoder, "a", False, tmp_path)
+
+
+# Several processes
+
+def test_two_processes_write_what_one_writes(tmp_path, autoencoder, pixels, encoded):
+    torch.save(autoencoder.state_dict(), tmp_path / "vae.pt")
+    (tmp_path / "both.py").write_text(f"""
+import checkpoint, cli, data, latents, numpy, torch
+torch.set_num_threads(1)
+cli.processes("cpu")
+dataset = latents.latents(data.load({pixels.spec!r}), checkpoint.load_autoencoder({str(tmp_path / "vae.pt")!r}), "a", True,
+                          {str(tmp_path / "two")!r})
+assert dataset.batch(numpy.arange(22))[0].flatten(3).abs().amax(dim=-1).min() > 0, "a process went on before the other's share"
+""")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "both.py")],
+                   check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    same = checkpoint.load_autoencoder(tmp_path / "vae.pt")
+    latents.latents(pixels, same, "a", True, tmp_path / "one")
+    (one,), (two,) = folders(tmp_path / "one"), folders(tmp_path / "two")
+    assert one.name == two.name and (one / "meta.json").read_text() == (two / "meta.json").read_text()
+    for a, b in zip(tables(one), tables(two), strict=True):
+        assert_close(a, b)
+    assert np.array_equal(np.load(one / "labels.npy"), np.load(two / "labels.npy"))
+    latents.latents(pixels, autoencoder, "a", True, tmp_path / "two")
+    assert encoded == [1]                                # one process finds what two have left
