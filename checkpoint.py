@@ -36,8 +36,7 @@ VERSION = 1
 EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
 FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": (dict, type(None)), "data": dict, "vae": (dict, type(None)),
           "model": dict, "ema": dict, "optimizer": dict}
-HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()
-         if size is not vit.SIZES["Nano"]}               # ours, of which nothing is released: 64 numbers are one head elsewhere
+HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()}
 LDM_PREFIX = "model.diffusion_model."
 IMAGENET_CLASSES = 1000
 SD_SCALE, COCO_SCALE = 0.18215, 0.2301           # of Stable Diffusion's latents in most releases, and in U-ViT's on MS-COCO

@@ -620,7 +620,9 @@ def test_every_size_of_uvit_is_known_by_its_shapes(size):
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3, 4]), st.integers(1, 3), st.integers(1, 2),
        st.none() | st.integers(2, 9) | st.just("text"), st.booleans(), st.booleans(), st.booleans())
 def test_every_argument_of_a_uvit_is_read_off_its_shapes(tokens, patch, channels, heads, half, condition, mlp, conv, skip):
-    arguments = dict(image_size=tokens * patch, patch_size=patch, channels=channels, dim=64 * heads, depth=2 * half, heads=heads,
+    dim, depth = 64 * heads, 2 * half
+    arguments = dict(image_size=tokens * patch, patch_size=patch, channels=channels, dim=dim, depth=depth,
+                     heads=checkpoint.HEADS.get((dim, depth), heads),    # of a named size, else 64 numbers each
                      num_classes=condition, null_class=condition is not None, mlp_time_embed=mlp, conv=conv, skip=skip)
     if condition == "text":
         arguments |= dict(num_classes=None, null_class=False, context_dim=5, context_tokens=77)
