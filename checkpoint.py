@@ -325,7 +325,9 @@ def load_autoencoder(path):
             if run["network"].get("class") != "AutoencoderKL":
                 raise ValueError(f"it holds a {run['network'].get('class')}, which is no autoencoder")
             network, _ = build(run)
-            network.scale = run["vae"]["scale"]
+            network.scale = (run["vae"] or {}).get("scale")
+            if not isinstance(network.scale, float):
+                raise ValueError("it lacks the scale of its latents")
         else:
             run, network = None, vae.from_state(content.get("state_dict", content) if isinstance(content, dict) else content)
     except ValueError as error:

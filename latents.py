@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cli import first_in_turn, progress_bar, share
 from data import Dataset, atomic_file, cache_folder, to_float
 
-BATCH = 64                             # images at once; fewer where the memory does not hold them
+BATCH = 64                             # images at once
 FLUSH = 20                             # batches between records of how far it is
 
 
@@ -55,8 +55,12 @@ def reserve(path, shape):
         size = table.nbytes + table.offset
         del table
         if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+            try:
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:
+                path.unlink()                            # the next call must not take it for reserved
+                raise
     return np.load(path, mmap_mode="r+")
 
 
@@ -83,6 +87,9 @@ def latents(pixels, autoencoder, sha256, flip=False, cache=None):
     shape = (len(pixels), *encode(autoencoder, example)[0].shape[1:])
     with first_in_turn():
         folder.mkdir(exist_ok=True)
+        if not all((folder / name).exists() for name in names):
+            for record in folder.glob("meta*.json"):     # of files that were deleted
+                record.unlink()
         moments = [reserve(folder / name, shape) for name in names]
         if pixels.labels is not None and not (folder / "labels.npy").exists():
             with atomic_file(folder / "labels.npy") as file:
@@ -107,6 +114,9 @@ def latents(pixels, autoencoder, sha256, flip=False, cache=None):
         dist.barrier()
         if mine.start == 0:
             write_record(folder / "meta.json", about, len(pixels))
+        dist.barrier()
+        if not rows_done(folder / "meta.json", about, len(pixels)):
+            raise ValueError(f"{folder} is not complete: all processes need one cache, --cache DIR")
     return Latents(pixels, [np.load(folder / name, mmap_mode="r") for name in names], autoencoder)
 
 
@@ -120,6 +130,6 @@ def rows_done(path, about, wanted):
     try:
         found = json.loads(path.read_text())
         done = found.pop("done")
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return 0
     return done if found == about and isinstance(done, int) and done >= wanted else 0

@@ -212,7 +212,8 @@ class Autoencoding:
             decoded = network.decode(network.encode(x)[0]).clamp(-1, 1)
             error += (decoded - x).double().square().flatten(1).mean(dim=1).sum().item()
             shown.append(data.to_uint8(decoded).cpu())
-        pairs = zip(images[:40].split(10), torch.cat(shown)[:40].split(10))              # rows of ten, each above its own
+        n = min(40, len(images) // 10 * 10 or len(images))                               # whole rows, each above its own
+        pairs = zip(images[:n].split(10), torch.cat(shown)[:n].split(10))
         save_image(path, grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(10, len(images))))
         return {"psnr": 10 * math.log10(4 * len(images) / error) if error else math.inf}
 

@@ -33,6 +33,7 @@ from latents import latents
 from models import TRAINABLE, build, describe
 from objectives import DROPOUT, objective_of
 from sample import parent_of
+from vit import divided
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, flip=False, skip_bad=False,
               cache=None, eval_every=None, eval_n=2000, features=None, vae=None, accumulate=1, seed=0, device="auto",
@@ -146,7 +147,7 @@ def settings(argv):
         if run["optimizer"] is None or not {"bad_steps", "log"} <= set(run):
             raise ValueError(f"--resume: {out} is not a run of train.py")
         clashes = [f"--{key.replace('_', '-')} is {run['config'].get(key)} there, not {value}" for key, value in given.items()
-                   if key not in MAY_CHANGE and value != run["config"].get(key)]
+                   if key not in MAY_CHANGE and value != run["config"].get(key) and not (key == "vae" and run["vae"])]
         if clashes:
             raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
         chosen = {**COMMON, **recipe(run["config"]), **run["config"], **given, "out": str(out)}      # it may have been moved
@@ -281,6 +282,25 @@ def guarded_step(optimizer, parameters, clip):
     return norm, finite
 
 
+def load_data(args, run, device):
+    """The training split, or with --vae its latents, which are encoded once it is clear that the network takes them."""
+    with first_in_turn():
+        pixels = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
+    if not args.vae:
+        return pixels
+    autoencoder = checkpoint.load_autoencoder(args.vae).to(device).requires_grad_(False)
+    sha256, factor = autoencoder.origin["sha256"], autoencoder.factor
+    if run and (run["vae"] or {}).get("sha256") != sha256:
+        raise ValueError(f"--resume: {args.vae} is another autoencoder than the run in {args.out} was trained with")
+    size = divided(pixels.image_size, factor, "the autoencoder's factor")
+    try:
+        with torch.device("meta"):
+            build(description(args, image_size=size, channels=autoencoder.latent_channels, num_classes=pixels.num_classes))
+    except ValueError as error:
+        raise ValueError(f"{error}; of latents: an image's side is {factor} times that") from None
+    return latents(pixels, autoencoder, sha256, args.flip, args.cache)
+
+
 def train(args, run, device, rank, world):
     """Train from the start, or from where `run` stopped."""
     out, start = Path(args.out), run["step"] if run else 0
@@ -290,23 +310,14 @@ def train(args, run, device, rank, world):
     part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     micro = args.batch_size // (world * args.accumulate)
 
-    with first_in_turn():
-        dataset = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
-    if args.vae:
-        autoencoder = checkpoint.load_autoencoder(args.vae).to(device).requires_grad_(False)
-        if run and (run["vae"] or {}).get("sha256") != autoencoder.origin["sha256"]:
-            raise ValueError(f"--resume: {args.vae} is another autoencoder than the run in {out} was trained with")
-        dataset = latents(dataset, autoencoder, autoencoder.origin["sha256"], args.flip, args.cache)
+    dataset = load_data(args, run, device)
     batches = data.Batches(dataset, args.batch_size, args.seed, part)
     workers = 2 if device.type == "cuda" and dataset.in_files else 0     # what is in memory needs none
     loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps), pin_memory=device.type == "cuda",
                         num_workers=workers, worker_init_fn=ignore_signals,
                         multiprocessing_context="fork" if workers else None)         # pickling a memory map would read it all
 
-    try:
-        network, described = build_network(args, dataset)
-    except ValueError as error:
-        raise ValueError(f"{error}; of latents: an image's side is {autoencoder.factor} times that" if args.vae else error) from None
+    network, described = build_network(args, dataset)
     if run and run["network"] != described:
         raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
     objective = objective_of(args.model)(args, dataset, network, device)
@@ -350,10 +361,10 @@ def train(args, run, device, rank, world):
                 bad_steps=int(bad_steps), log=sums.cpu()))
 
     if rank == 0:
-        count, size = sum(value.numel() for value in network.state_dict().values()), "x".join(map(str, dataset.image_size))
-        print(f"{described['class']} {args.size}, {count:,} parameters, on {len(dataset):,} images of {args.data}, {size} "
-              f"pixels, {dataset.channels} channel{'s' * (dataset.channels > 1)}; {device}, {args.precision}, "
-              f"{world} process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images", flush=True)
+        count = sum(value.numel() for value in network.state_dict().values())
+        size = "x".join(map(str, dataset.image_size)) + (" latents" if args.vae else " pixels")
+        print(f"{described['class']} {args.size}, {count:,} parameters, on {len(dataset):,} images of {args.data}, {size}, "
+              f"{dataset.channels} channel{'s' * (dataset.channels > 1)}; {device}, {args.precision}, {world} process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images", flush=True)
     began = time.perf_counter()
     with stop_signals() as stop, log.bar:
         for step, (images, labels) in zip(range(start, args.steps), loader):

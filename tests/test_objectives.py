@@ -216,7 +216,7 @@ def small():
 
 
 class Offset:
-    """An autoencoder that gives images back with `error` added, whose mean is the first pixel."""
+    """An autoencoder that gives images back with `error` added."""
     latent_channels, factor, encoded = 4, 2, 0
 
     def __init__(self, error=0.0):
@@ -224,7 +224,7 @@ class Offset:
 
     def encode(self, x):
         self.encoded += len(x)
-        return x, x.flatten(1)[:, :1]
+        return x, torch.zeros_like(x)
 
     def decode(self, z):
         return z + self.error

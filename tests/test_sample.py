@@ -1,6 +1,7 @@
 """sample.py: image i of a seed is one image, however it is drawn; and what is written is what was drawn."""
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,86 @@ def test_a_released_latent_model_writes_its_latents_and_says_so(latent, tmp_path
     with np.load(tmp_path / "samples.npz") as archive:
         assert archive["arr_0"].shape == (3, 4, 8, 8) and archive["arr_0"].dtype == np.float32
         assert archive["arr_1"].tolist() == [7, 19, 7]
+
+
+# Which autoencoder decodes: --vae's, or the run's own, in it or where it was
+
+def described(**kept):
+    """What `sample.decoder` reads of a checkpoint: a network of four channels, trained on latents scaled by 0.5."""
+    return {**dict.fromkeys(("network", "diffusion")), "vae": {"scale": 0.5, **kept}}
+
+
+FOUR = Namespace(channels=4)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The file of an autoencoder of train.py, and it as `checkpoint.load_autoencoder` gives it."""
+    path = tmp_path_factory.mktemp("own") / "vae.pt"
+    torch.manual_seed(1)
+    network = {"class": "AutoencoderKL", "arguments": dict(channels=1, dim=32, multipliers=(1, 2), res_blocks=1)}
+    state = models.build(network).state_dict()
+    checkpoint.save(path, dict(version=checkpoint.VERSION, step=3, config={}, network=network, diffusion=None,
+                               data=dict(spec="mnist", classes=None), vae={"scale": 0.7}, model=state, ema=state, optimizer={}))
+    return path, checkpoint.load_autoencoder(path)
+
+
+def assert_decodes_alike(a, b):
+    z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(a.decode(z), b.decode(z))
+
+
+def test_without_a_file_an_embedded_autoencoder_decodes_else_that_at_its_place_else_none(own, tmp_path):
+    path, autoencoder = own
+    assert set(autoencoder.origin) == {"path", "sha256", "network", "model"} and autoencoder.scale == 0.7
+    elsewhere = {**autoencoder.origin, "path": str(tmp_path / "gone.pt")}
+    embedded = sample.decoder(None, described(**elsewhere), FOUR)
+    outside = {key: autoencoder.origin[key] for key in ("path", "sha256")}
+    at_its_place = sample.decoder(None, described(**outside), FOUR)
+    for found in (embedded, at_its_place):
+        assert_decodes_alike(found, autoencoder)
+        assert found.scale == 0.5 and not found.training # the run's, which may differ from the file's
+    assert sample.decoder(None, described(**{**outside, "path": str(tmp_path / "gone.pt")}), FOUR) is None
+    assert sample.decoder(None, described(), FOUR) is None               # released weights name no autoencoder
+    assert sample.decoder(None, {"vae": None}, FOUR) is None
+
+
+def test_a_file_must_be_the_autoencoder_of_the_run_and_any_will_do_for_released_weights(own, latent):
+    path, autoencoder = own
+    other = latent / "vae.pt"
+    assert_decodes_alike(sample.decoder(str(path), described(**autoencoder.origin), FOUR), autoencoder)
+    found = sample.decoder(str(other), described(), FOUR)
+    assert found.scale == 0.5 and found.channels == 3
+    for kept in (autoencoder.origin, {key: autoencoder.origin[key] for key in ("path", "sha256")}):
+        with pytest.raises(ValueError, match="vae.pt is another autoencoder than the network was trained with"):
+            sample.decoder(str(other), described(**kept), FOUR)
+    with pytest.raises(ValueError, match="another autoencoder"):         # another file stands where it was
+        sample.decoder(None, described(path=str(other), sha256=autoencoder.origin["sha256"]), FOUR)
+    with pytest.raises(ValueError, match="there is nothing to decode"):
+        sample.decoder(str(path), {"vae": None}, FOUR)
+
+
+def test_decoding_divides_by_the_scale(own):
+    _, autoencoder = own
+    z = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(sample.decode(autoencoder, 0.7 * z, batch_size=3), autoencoder.decode(z), rtol=1e-4, atol=1e-4)
+
+
+def test_an_autoencoders_run_is_not_sampled_and_told_what_it_is(own, tmp_path, capsys):
+    path, _ = own
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(path), "--out", str(tmp_path / "samples.png")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert "holds a AutoencoderKL, which encodes and decodes: a network trained on its latents samples" in error
+
+
+@pytest.mark.parametrize("size, embedded", [(1, False), (2 ** 40, True)])
+def test_only_an_autoencoder_of_ours_below_the_limit_is_carried(own, latent, monkeypatch, size, embedded):
+    path, autoencoder = own
+    monkeypatch.setattr(checkpoint, "EMBEDDED", size)
+    assert ("model" in checkpoint.load_autoencoder(path).origin) == embedded
+    released, path = checkpoint.load_autoencoder(latent / "vae.pt"), latent / "vae.pt"
+    assert released.scale == 0.18215 and released.origin == dict(path=str(path), sha256=data.sha256_of(path))

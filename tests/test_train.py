@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from PIL import Image
 
 import checkpoint
 import data
 import dit
 import evaluate
 import features
+import latents
+import models
 import sample
 import train
 import unet
@@ -99,9 +102,9 @@ def trained(out, *argv):
 
 
 # On 8 x 8 images: four tokens, or a U-Net of three resolutions
-BACKBONES = {"dit": "Ti/4", "uvit": "Ti/4", "unet": "Ti", "vit": "Ti/4"}
+BACKBONES = {"dit": "Ti/4", "uvit": "Ti/4", "unet": "Ti", "vit": "Ti/4", "vae": "Ti"}
 every_backbone = pytest.mark.parametrize("model", BACKBONES)
-every_denoiser = pytest.mark.parametrize("model", [model for model in BACKBONES if model != "vit"])
+every_denoiser = pytest.mark.parametrize("model", [model for model in BACKBONES if model not in ("vit", "vae")])
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +237,6 @@ def test_training_lowers_the_loss_and_logs_every_fifty_steps(tmp_path):
 
 
 def test_a_picture_and_a_usable_checkpoint_stand_beside_the_csv(tiny_run):
-    from PIL import Image
     with Image.open(tiny_run.with_suffix(".png")) as image:
         assert image.size == (10 * (64 + 2) + 2, 8 * (64 + 2) + 2)       # ten columns of eight, magnified twice
     run = checkpoint.load(tiny_run)
@@ -431,3 +433,173 @@ def test_a_gpu_trains_in_bf16_and_samples(tmp_path):
     train.main(["--size", "Ti/8", "--steps", "60", "--precision", "bf16", "--device", "cuda", "--out", str(tmp_path / "run.pt")])
     assert float(rows_of(tmp_path / "run.pt")[-1][2]) < 0.9
     sample.main(["--ckpt", str(tmp_path / "run.pt"), "--n", "10", "--out", str(tmp_path / "samples.png")])
+
+
+# Autoencoders and their latents
+
+def saved_autoencoder(path, seed=0, **changes):
+    """A run of an untrained autoencoder of f = 2, written as train.py would."""
+    torch.manual_seed(seed)
+    arguments = dict(channels=1, dim=32, multipliers=(1, 2), res_blocks=1) | changes
+    state = models.build(described := {"class": "AutoencoderKL", "arguments": arguments}).state_dict()
+    checkpoint.save(path, dict(version=checkpoint.VERSION, step=1, config={}, network=described, diffusion=None, data={},
+                               vae={"scale": 0.5}, model=state, ema=state, optimizer={}))
+    return str(path)
+
+
+@pytest.fixture
+def latent(small, tmp_path):
+    """Flags of a DiT on 4 x 4 x 4 latents of the small images; the autoencoder is vae.pt."""
+    return [*small, "--vae", saved_autoencoder(tmp_path / "vae.pt"), "--size", "Ti/2", "--decay", "none", "--sample-every", "1000",
+            "--cache", str(tmp_path / "cache")]
+
+
+def refused(capsys, *argv):
+    """The one line that a command line of train.py gets."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(list(map(str, argv)))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+def images_of(tmp_path, run, *argv):
+    """What sample.py writes of a run without --vae, or with what argv says."""
+    npz = tmp_path / "drawn.npz"
+    npz.unlink(missing_ok=True)
+    sample.main(["--ckpt", str(run), "--n", "3", "--steps", "2", "--out", str(tmp_path / "drawn.png"), "--npz", str(npz), *argv])
+    with np.load(npz) as archive:
+        return archive["arr_0"]
+
+
+def test_an_autoencoder_learns_to_give_images_back_and_logs_its_held_out_psnr(tmp_path):
+    ramps = np.linspace(-100, 100, 8)
+    rng = np.random.default_rng(0)
+    pixels = 128 + rng.uniform(-1, 1, (64, 1, 1)) * ramps
+    np.savez(tmp_path / "images.npz", arr_0=np.broadcast_to(pixels, (64, 8, 8)).astype(np.uint8))
+    run = tmp_path / "vae.pt"
+    train.main(["--model", "vae", "--data", str(tmp_path / "images.npz"), "--steps", "40", "--batch-size", "8", "--warmup", "5",
+                "--device", "cpu", "--ema", "0", "--sample-every", "10", "--out", str(run)])
+    rows = rows_of(run)
+    assert rows[0] == ["step", "images", "loss", "psnr", "grad_norm", "lr"]
+    losses, scores = ([float(row[i]) for row in rows[1:]] for i in (2, 3))
+    assert losses[0] > losses[1] > losses[3] and losses[3] < 0.5 * losses[0] and scores[3] > scores[0] + 3
+    content = checkpoint.load(run)
+    assert content["diffusion"] is None and content["network"]["class"] == "AutoencoderKL" and run.with_suffix(".png").exists()
+    assert checkpoint.load_autoencoder(run).scale == content["vae"]["scale"] > 0
+
+
+def test_a_latent_run_resumes_bit_for_bit_and_encodes_once(tmp_path, latent, monkeypatch):
+    argv = [*latent, "--flip", "--sample-every", "2"]
+    train.main([*argv, "--steps", "4", "--out", str(tmp_path / "whole.pt")])
+    monkeypatch.setattr(latents, "write_record", lambda *args: pytest.fail("encoded again"))
+    train.main([*argv, "--steps", "2", "--out", str(tmp_path / "cut.pt")])
+    train.main(["--resume", "--steps", "4", "--out", str(tmp_path / "cut.pt")])
+    assert_same_run(tmp_path / "whole.pt", tmp_path / "cut.pt")
+    first, second = checkpoint.load(tmp_path / "whole.pt"), checkpoint.load(tmp_path / "cut.pt")
+    assert first["vae"].keys() == second["vae"].keys() and first["vae"]["sha256"] == second["vae"]["sha256"]
+    assert (first["data"]["channels"], first["data"]["image_size"]) == (4, [4, 4])
+    with Image.open(tmp_path / "cut.png") as picture:
+        assert picture.size == (3 * 66 + 2, 8 * 66 + 2)  # decoded: images of 8 x 8 pixels, magnified, of three classes
+
+
+def test_a_latent_run_trains_on_what_the_objective_draws_and_not_on_pixels(tmp_path, latent, monkeypatch):
+    seen, original = [], Denoising.draw
+
+    def recorded(self, step, images, labels, part):
+        batch = original(self, step, images, labels, part)
+        seen.append((images.shape, batch[0]))
+        return batch
+    monkeypatch.setattr(Denoising, "draw", recorded)
+    train.main([*latent, "--steps", "3", "--out", str(tmp_path / "run.pt")])
+    assert [shape for shape, _ in seen] == [(8, 1, 2, 4, 4, 4)] * 3
+    autoencoder = checkpoint.load_autoencoder(tmp_path / "vae.pt")
+    with torch.no_grad():
+        mean, log_variance = autoencoder.encode(data.to_float(data.load(latent[1]).batch(np.arange(22))[0]))
+    # the run's 24 latents: mean and deviation of all of the data's, times the scale of 0.5
+    second_moment = (mean.square() + log_variance.exp()).mean().item()
+    assert torch.stack([x for _, x in seen]).square().mean().item() == pytest.approx(0.25 * second_moment, rel=0.2)
+
+
+def test_a_latent_run_carries_a_small_autoencoder_and_samples_without_any_flag(tmp_path, latent):
+    run = tmp_path / "run.pt"
+    train.main([*latent, "--steps", "2", "--out", str(run)])
+    torch.load(run, weights_only=True)
+    kept, autoencoder = checkpoint.load(run)["vae"], checkpoint.load_autoencoder(tmp_path / "vae.pt")
+    assert set(kept) == {"path", "sha256", "scale", "network", "model"} and kept["scale"] == 0.5
+    assert kept["path"] == str(tmp_path / "vae.pt") and kept["sha256"] == data.sha256_of(tmp_path / "vae.pt")
+    assert all(torch.equal(value, autoencoder.state_dict()[name]) for name, value in kept["model"].items())
+    named = images_of(tmp_path, run, "--vae", str(tmp_path / "vae.pt"))
+    (tmp_path / "vae.pt").unlink()
+    images = images_of(tmp_path, run)
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8 and np.array_equal(images, named)
+    checkpoint.main([str(run), "--slim", str(tmp_path / "slim.pt")])
+    assert images_of(tmp_path, tmp_path / "slim.pt").shape == (3, 8, 8, 1)
+
+
+def test_a_latent_run_of_a_big_autoencoder_carries_its_path_and_hash_alone(tmp_path, latent, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "EMBEDDED", 0)
+    run, moved = tmp_path / "run.pt", tmp_path / "moved.pt"
+    train.main([*latent, "--steps", "1", "--out", str(run)])
+    torch.load(run, weights_only=True)
+    assert set(checkpoint.load(run)["vae"]) == {"path", "sha256", "scale"}
+    images = images_of(tmp_path, run)                    # the file is where it was
+    assert images.shape == (3, 8, 8, 1)
+    (tmp_path / "vae.pt").rename(moved)
+    capsys.readouterr()
+    assert images_of(tmp_path, run).shape == (3, 4, 4, 4)
+    assert "without --vae FILE they are written as they are" in capsys.readouterr().out
+    assert np.array_equal(images_of(tmp_path, run, "--vae", str(moved)), images)
+    for other in (saved_autoencoder(tmp_path / "other.pt", seed=1), None):
+        saved_autoencoder(tmp_path / "vae.pt", seed=1)   # by its name, or where the right one was
+        with pytest.raises(SystemExit) as stopped:
+            images_of(tmp_path, run, *(["--vae", other] if other else []))
+        assert stopped.value.code == 2 and "is another autoencoder than the network was trained with" in capsys.readouterr().err
+
+
+def test_another_autoencoder_is_refused_on_resuming(tmp_path, latent, capsys):
+    run = tmp_path / "run.pt"
+    train.main([*latent, "--steps", "1", "--out", str(run)])
+    other, before = saved_autoencoder(tmp_path / "other.pt", seed=1), run.read_bytes()
+    refused(capsys, "--resume", "--steps", 2, "--vae", other, "--out", run)
+    shutil.copy(other, tmp_path / "vae.pt")
+    assert "is another autoencoder than the run in" in refused(capsys, "--resume", "--steps", 2, "--out", run)
+    assert run.read_bytes() == before
+
+
+def test_what_does_not_go_with_latents_is_refused(tmp_path, latent, tiny_run, capsys):
+    out = ["--out", tmp_path / "run.pt"]
+    assert "--shift moves pixels, and --vae encodes them once" in refused(capsys, *latent, "--shift", 2, *out)
+    for model in ("vit", "vae"):
+        assert "--vae: " in refused(capsys, *latent, "--model", model, *out)
+    assert ("image size 4 is not a multiple of patch size 3: use 3 or 6; of latents: an image's side is 2 times that"
+            in refused(capsys, *latent, "--size", "Ti/3", *out))
+    colour = saved_autoencoder(tmp_path / "colour.pt", channels=3)
+    for path, said in ((features.JUDGE, "it holds a ViT, which is no autoencoder"), (tiny_run, "it holds a DiT"),
+                       (colour, "takes images of 3 channels"), (tmp_path / "none.pt", "there is no such file")):
+        assert said in refused(capsys, *latent, "--vae", path, *out)
+    assert not (tmp_path / "run.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def latent_32(tmp_path_factory):
+    """The data, a run of latents of 32 x 32 grey images that was scored as it trained, and its cache."""
+    folder = tmp_path_factory.mktemp("latent")
+    np.savez(folder / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 32, 32, 1), dtype=np.uint8))
+    autoencoder = saved_autoencoder(folder / "vae.pt", multipliers=(1, 1, 1))
+    train.main(["--data", str(folder / "images.npz"), "--vae", autoencoder, "--size", "Ti/4", "--steps", "2", "--batch-size", "4",
+                "--device", "cpu", "--cache", str(folder / "cache"), "--eval-every", "1", "--eval-n", "6", "--features",
+                str(features.JUDGE), "--sample-every", "1000", "--out", str(folder / "run.pt")])
+    return folder
+
+
+def test_a_latent_run_is_scored_on_its_pixels_in_training_and_afterwards_without_any_flag(latent_32):
+    run, judge = latent_32 / "run.pt", str(features.JUDGE)
+    evaluate.main(["--ckpt", str(run), "--n", "6", "--features", judge, "--metrics", "FD", "--cache", str(latent_32 / "cache"),
+                   "--results", str(latent_32 / "results.csv")])
+    with open(latent_32 / "results.csv", newline="") as file, open(run.with_suffix(".csv"), newline="") as log:
+        again, trained_rows = next(csv.DictReader(file)), list(csv.DictReader(log))
+    space = features.space_of(judge, torch.device("cpu"))
+    assert len(trained_rows) == 2
+    assert float(trained_rows[1][space.title("FD")]) == pytest.approx(float(again["FD"]), rel=1e-4)      # 8 digits, other batches

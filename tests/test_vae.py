@@ -6,14 +6,12 @@ thousand terms of size 1. Shapes are checked on the meta device, which computes 
 import json
 import math
 import pickle
-import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
