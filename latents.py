@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from cli import first_in_turn, progress_bar, share
 from data import Dataset, atomic_file, cache_folder, to_float
+from vae import in_pieces
 
 BATCH = 64                             # images at once
 FLUSH = 20                             # batches between records of how far it is
@@ -68,8 +69,9 @@ def reserve(path, shape):
 def encode(autoencoder, images):
     """Mean and standard deviation (n, c, h, w) of q(z | x), float32 on the CPU, of images uint8 (n, H, W, C)."""
     device = next(autoencoder.parameters()).device
-    mean, log_variance = autoencoder.encode(to_float(images.to(device)))
-    return mean.float().cpu().numpy(), (0.5 * log_variance.float()).exp().cpu().numpy()
+    moments = in_pieces(lambda some: torch.cat(autoencoder.encode(to_float(some.to(device))), dim=1), images, BATCH)
+    mean, log_variance = moments.float().cpu().chunk(2, dim=1)
+    return mean.numpy(), (0.5 * log_variance).exp().numpy()
 
 
 def latents(pixels, autoencoder, sha256, flip=False, cache=None):

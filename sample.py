@@ -24,6 +24,7 @@ from checkpoint import build, load, load_autoencoder
 from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, positive, processes, progress_bar, save_image, share,
                  to_image)
 from data import Dataset, atomic_file, cache_folder, sha256_of, to_uint8
+from vae import in_pieces
 
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
 STEPS = 20                       # of DPM-Solver++; more barely change the picture
@@ -108,18 +109,7 @@ def decoder(path, described, network):
 @torch.no_grad()
 def decode(autoencoder, x, batch_size=16):
     """Images (n, C, f H, f W) of latents x (n, c, H, W), which are scaled; a few at a time, fewer if the memory is full."""
-    images = []
-    while x.numel():
-        try:
-            images.append(autoencoder.decode(x[:batch_size] / autoencoder.scale))
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            batch_size //= 2
-            torch.cuda.empty_cache()
-            continue
-        x = x[batch_size:]
-    return torch.cat(images)
+    return in_pieces(lambda z: autoencoder.decode(z / autoencoder.scale), x, batch_size)
 
 
 def guidance(network, scale=None):

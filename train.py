@@ -161,6 +161,10 @@ def settings(argv):
     useless = [f"--{key.replace('_', '-')}" for key in DENOISING if args.model in OTHERS and key in given]
     if useless:
         raise ValueError(f"{useless[0]}: {OTHERS[args.model]}, it does not denoise")
+    if args.vae and not Path(args.vae).is_file():
+        raise ValueError(f"--vae {args.vae}: there is no such file")
+    if args.model == "vae" and args.checkpointing:
+        raise ValueError("--checkpointing: an autoencoder keeps its activations; use --accumulate to save memory")
     if args.vae and args.shift:
         raise ValueError("--shift moves pixels, and --vae encodes them once: leave one out")
     unused = [name for name in ("eval_n", "features") if name in given and not args.eval_every]
@@ -364,7 +368,8 @@ def train(args, run, device, rank, world):
         count = sum(value.numel() for value in network.state_dict().values())
         size = "x".join(map(str, dataset.image_size)) + (" latents" if args.vae else " pixels")
         print(f"{described['class']} {args.size}, {count:,} parameters, on {len(dataset):,} images of {args.data}, {size}, "
-              f"{dataset.channels} channel{'s' * (dataset.channels > 1)}; {device}, {args.precision}, {world} process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images", flush=True)
+              f"{dataset.channels} channel{'s' * (dataset.channels > 1)}; {device}, {args.precision}, {world} "
+              f"process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images", flush=True)
     began = time.perf_counter()
     with stop_signals() as stop, log.bar:
         for step, (images, labels) in zip(range(start, args.steps), loader):

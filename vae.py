@@ -32,6 +32,22 @@ def sample_latent(mean, log_variance, noise):
     return mean + (0.5 * log_variance).exp() * noise
 
 
+def in_pieces(function, x, size):
+    """function(x), `size` rows at a time, fewer where the device's memory does not hold them."""
+    pieces = []
+    while len(x):
+        try:
+            pieces.append(function(x[:size]))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size //= 2
+            torch.cuda.empty_cache()
+            continue
+        x = x[size:]
+    return torch.cat(pieces)
+
+
 def conv(channels, out_channels):
     return nn.Conv2d(channels, out_channels, 3, padding=1)               # keeps the sides
 

@@ -240,3 +240,26 @@ with cli.one_line_errors("both.py"):                     # which ends the proces
     assert np.array_equal(np.load(one / "labels.npy"), np.load(two / "labels.npy"))
     latents.latents(pixels, autoencoder, "a", True, tmp_path / "two")
     assert encoded == [1]                                # one process finds what two have left
+
+
+def latents_folder(pixels, autoencoder, cache):
+    """The folder of the latents of a data set in a cache of its own."""
+    latents.latents(pixels, autoencoder, "a hash", cache=cache)
+    folder, = folders(cache)
+    return folder
+
+
+def test_a_batch_that_memory_does_not_hold_is_encoded_in_pieces(tmp_path, pixels, autoencoder, monkeypatch):
+    whole = tables(latents_folder(pixels, autoencoder, tmp_path / "whole"))
+    sizes, original = [], autoencoder.encode
+
+    def narrow(x):
+        sizes.append(len(x))
+        if len(x) > 6:
+            raise torch.OutOfMemoryError("no more")
+        return original(x)
+    monkeypatch.setattr(autoencoder, "encode", narrow)
+    pieces = tables(latents_folder(pixels, autoencoder, tmp_path / "pieces"))
+    assert sizes == [1, 22, 22, 16, 8, 4, 4, 4, 4, 4, 2]                 # one image to see the shape; 64 at most, 32, 16, 8, 4
+    for a, b in zip(whole, pieces, strict=True):                         # other sums of float32 of some hundred terms of size 1
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
