@@ -29,7 +29,7 @@ from sample import decode, draw, guidance
 from vae import kl_divergence, sample_latent
 from vit import divided
 
-KL_WEIGHT = 1e-6                                         # Rombach et al. 2022, table 8
+KL_WEIGHT = 1e-6                                         # Rombach et al. 2022, appendix G
 TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT, LATENT = range(7)       # what a generator draws, so that one use does not disturb another
 
 
