@@ -294,6 +294,21 @@ def same_size(real, fake):
         raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(*fake, *real))
 
 
+def agreed(wanted, against, space):
+    """The metrics wanted, or all that nothing stands against.  ValueError on one that is wanted and cannot be had."""
+    for metric in wanted or ():
+        if against[metric]:
+            raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
+    return wanted or [metric for metric in METRICS if not against[metric]]
+
+
+@torch.no_grad()
+def try_out(space, *examples):
+    """Extract features of single images, uint8 (1, H, W, C), so that what the space does not take is refused before the work."""
+    for example in examples:
+        space.extract(example.to(space.device))
+
+
 def report(args, found, reference, fake, space, how):
     """Print the table and add the row."""
     drawn = "" if not how else (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} "
@@ -347,14 +362,9 @@ def run(args):
     if fewest < 2:
         raise ValueError(f"{fewest} image on one side: at least two samples and two real images are needed")
     against = obstacles(space, names, lacks(real_images, args.reference), () if how else lacks(fake_images, args.samples), fewest)
-    for metric in wanted or ():
-        if against[metric]:
-            raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
-    wanted = wanted or [metric for metric in METRICS if not against[metric]]
-    for images in filter(None, (real_images, fake_images)):              # refuse now what the space does not take
-        space.extract(images.batch(np.arange(1))[0].to(device))
-    if how:
-        space.extract(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
+    wanted = agreed(wanted, against, space)
+    try_out(space, *(images.batch(np.arange(1))[0] for images in (real_images, fake_images) if images),
+            *([torch.zeros(1, *shape, dtype=torch.uint8)] if how else []))
 
     reference = measure_reference(real_images, space, args.reference or described["data"]["spec"], args.reference)
     if args.save_reference and rank == 0:

@@ -123,6 +123,7 @@ def latents(pixels, autoencoder, sha256, flip=False, cache=None):
 
 
 def write_record(path, about, done):
+    """Note, atomically, that so many rows of what `about` says are on the disk."""
     with atomic_file(path) as file:
         file.write(json.dumps({**about, "done": done}).encode())
 

@@ -49,7 +49,8 @@ def in_pieces(function, x, size):
 
 
 def conv(channels, out_channels):
-    return nn.Conv2d(channels, out_channels, 3, padding=1)               # keeps the sides
+    """A 3 x 3 convolution: (N, D, H, W) -> (N, D', H, W)."""
+    return nn.Conv2d(channels, out_channels, 3, padding=1)
 
 
 class ResBlock(nn.Module):

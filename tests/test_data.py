@@ -25,6 +25,7 @@ from PIL import Image
 
 import data
 from data import Batches, Dataset, atomic_file, augment, center_crop, load, open_image, to_float, to_uint8
+from refusals import refusal
 
 SQUARE = np.array([[0, 10, 20], [30, 40, 50], [60, 70, 250]], np.uint8)
 
@@ -59,16 +60,6 @@ def load_folder(folder, size=4, **options):
 def levels(dataset):
     """The first value of each of its images, those of the other split included."""
     return dataset.images[:, 0, 0, 0].tolist()
-
-
-def refusal(call, *parts, kind=ValueError):
-    """Assert that a call is refused in one line that says all the parts."""
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message, message
 
 
 # Bytes and pixels

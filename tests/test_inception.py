@@ -21,6 +21,7 @@ import inception
 from data import to_float
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
 from inception import MIXED, Conv, Inception, Mixed, load, resize_tf1, resize_torch, weights_file
+from refusals import refusal
 
 PIXEL = {"rtol": 0, "atol": 2e-4}
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -37,16 +38,6 @@ def pixels(*shape, seed=0, dtype=torch.float32):
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def refusal(call, *parts, kind=ValueError):
-    """Assert that a call is refused in one line that says all the parts."""
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message, message
 
 
 # Golden data

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from checkpoint import load_autoencoder
 from dit import DiT
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
+from refusals import refusal
 from vae import SIZES, AttentionBlock, AutoencoderKL, from_state, infer, kl_divergence, names_of, sample_latent
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -254,16 +255,6 @@ def test_a_saved_network_comes_back_in_eval_mode(tmp_path, name):
 def test_the_librarys_files_load(tmp_path, library, name):
     FILES[name](tmp_path / name, library)
     assert same(load_autoencoder(tmp_path / name), from_state(library))
-
-
-def refusal(call, *parts, kind=ValueError):
-    """Assert that a call is refused in one line that says all the parts."""
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 400
-    for part in parts:
-        assert str(part) in message, message
 
 
 class Payload:
