@@ -26,6 +26,7 @@ from checkpoint import build, load
 from cli import Parser, one_line_errors, positive, processes
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import default_space, full_precision, space_of
+from files import atomic_file
 from gflops import count, inputs_of
 from metrics import Statistics, frechet_distance, precision_recall
 from models import MODELS
@@ -122,7 +123,7 @@ def compare(args):
             if not any(is_row(row, model=model, size=size, seed=seed, **same) for row in rows):
                 rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset))
                 lines = [ROW, *([row.get(key, "") for key in ROW] for row in rows)]
-                with data.atomic_file(table) as file:
+                with atomic_file(table) as file:
                     file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
     print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, "
           f"weights {space.sha256[:8]}; a range is that of {args.seeds} seeds")

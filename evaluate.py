@@ -21,10 +21,11 @@ import torch
 
 import data
 from cli import Parser, first_in_turn, not_negative, one_line_errors, positive, processes, progress_bar, share
-from data import sha256_of
 from ddpm import SAMPLERS
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
+from files import sha256_of
+from images import side_of
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
 from sample import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes,
                     pixel_shape)
@@ -139,14 +140,16 @@ def save_reference(path, reference, space):
     print(f"wrote {path}: {count(reference.measured.n)} of {reference.name}, features {space.name}")
 
 
-def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None):
+def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None, contexts=None,
+                  y_null=None):
     """The scores of n samples, drawn by `sample.py`'s defaults, against real, Measured; each process draws its share.
 
-    autoencoder: decodes a latent network's samples. classes: their names, which the samples take in turn; None without. Only the
-    first process gets the scores, the others {}.
+    autoencoder: decodes a latent network's samples. classes: their names, which the samples take in turn; None without. contexts,
+    y_null: of captions in turn, and of the empty one. Only the first process gets the scores, the others {}.
     """
     numbers = None if classes is None else list(range(len(classes)))
-    drawn = draw(network, diffusion, share(n), numbers, seed, clip=autoencoder is None, cfg_scale=guidance(network, scale))
+    drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
+                 cfg_scale=guidance(network, scale, y_null), y_null=y_null)
     fake = measure((data.to_uint8(x if autoencoder is None else decode(autoencoder, x)) for _, x in drawn), space)
     if not fake.n:
         return {}
@@ -179,7 +182,7 @@ def images_of(spec, split, args):
         except Exception as error:                       # zipfile and numpy raise anything at all on a damaged file
             raise ValueError(f"cannot use {spec}: {error}") from None
     with first_in_turn():
-        side = args.image_size or (data.side_of(spec) if Path(spec).is_dir() else None)
+        side = args.image_size or (side_of(spec) if Path(spec).is_dir() else None)
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
