@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import shapes
 from files import cache_folder, download
 from images import center_crop, coco, image_folder
 
@@ -19,6 +20,7 @@ ASSETS = Path(__file__).parent / "assets"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SHAPES = 10_000                  # images of `shapes`
 MAPPED = 2 ** 30                 # bytes of an .npz's images above which they stay in the file
 MAX_CLASSES = 100_000            # ImageNet-21k has 21,841: a label beyond is no class, and its table would fill the memory
 
@@ -124,7 +126,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False, workers=None):
-    """Load "mnist", "cifar10", "cifar10:DIR", "coco:DIR", a folder of images (class sub-folders, or flat and then without labels;
+    """Load "mnist", "shapes" (10,000 of them), "cifar10", "cifar10:DIR", "coco:DIR", a folder of images (class sub-folders, or flat and then without labels;
     perhaps with a .txt of captions beside each) or an .npz file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
 
     image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train", "test" or "all".
@@ -134,6 +136,9 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     name, _, argument = spec.partition(":")
     if spec == "mnist":
         dataset = _mnist(image_size)
+    elif spec == "shapes":
+        drawn = shapes.Drawn(SHAPES, image_size or 32)
+        dataset = Dataset(spec, drawn, shapes.labels(SHAPES), shapes.CLASSES, captions=[[text] for text in shapes.captions(SHAPES)])
     elif name == "cifar10":
         return _resized(_cifar10(argument or None, split, cache), image_size)
     elif spec.endswith(".npz"):

@@ -236,12 +236,14 @@ def pixel_shape(network, autoencoder=None):
     return (*(side * autoencoder.factor for side in network.image_size), autoencoder.channels)
 
 
-def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None, autoencoder=None):
+def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None, autoencoder=None, contexts=None,
+              y_null=None):
     """The first n samples of a checkpoint, as a data set in the cache: a file that is filled as they are drawn.
 
     how: classes, cfg_scale, sampler, steps, seed, plain values, and what else tells samples of the checkpoint apart; names: of all
-    classes, if the samples shall have labels; autoencoder: decodes the network's latents. What an earlier, perhaps killed, call
-    with the same checkpoint and the same `how` drew is there already; a larger n adds to it.
+    classes, if the samples shall have labels; autoencoder: decodes the network's latents; contexts, y_null: of captions in turn,
+    in place of classes, and of the empty one. What an earlier, perhaps killed, call with the same checkpoint and the same `how`
+    drew is there already; a larger n adds to it.
     """
     classes, shape = how["classes"], pixel_shape(network, autoencoder)
     key = hashlib.sha256(json.dumps([sha256_of(path), how]).encode()).hexdigest()[:16]
@@ -260,9 +262,9 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
         dist.barrier()                                   # all have looked before the first one draws
     mine = share(len(missing))
     with progress_bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
-        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes, how["seed"], batch_size,
-                               progress, sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"],
-                               clip=autoencoder is None):
+        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes if contexts is None else contexts,
+                               how["seed"], batch_size, progress, sampler=how["sampler"], steps=how["steps"],
+                               cfg_scale=how["cfg_scale"], y_null=y_null, clip=autoencoder is None):
             x = x if autoencoder is None else decode(autoencoder, x)
             for i, image in zip(indices, to_uint8(x).cpu().numpy()):
                 pixels_file.seek(i * size)
@@ -405,8 +407,8 @@ def run(args):
 
     with progress_bar("drawing", n) as bar:
         for part, x in draw(network, diffusion, mine, classes if contexts is None else contexts, args.seed, args.batch_size, bar,
-                            sampler=args.sampler, steps=steps, y_null=y_null, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, cfg_interval=interval,
-                            clip=clip, callback=keep_frame if args.trajectory else None):
+                            sampler=args.sampler, steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels,
+                            cfg_interval=interval, y_null=y_null, clip=clip, callback=keep_frame if args.trajectory else None):
             x = decode(autoencoder, x) if autoencoder else x
             images.append((x if latent else to_uint8(x)).cpu().numpy())
             for i, image in zip(part, images[-1] if one_by_one else ()):

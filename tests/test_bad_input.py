@@ -188,7 +188,7 @@ CASES = [
     ("a size that a U-ViT's patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --model uvit --data images.npz",
      "use 16 or 32"),
     ("an upsampler", nothing, f"{TRAIN} --model unet --size adm-64-256", "not trained here yet"),
-    ("a U-Net that reads text", nothing, f"{TRAIN} --model unet --size ldm-4", "not trained here yet"),
+    ("a U-Net that reads text", nothing, f"{TRAIN} --model unet --size ldm-4", "give --text"),
     ("a variance that a U-ViT has not", nothing, f"{TRAIN} --model uvit --variance learned", "small or large"),
     ("a block design of a U-Net", nothing, f"{TRAIN} --model unet --size Ti --conditioning adaln", "DiT's, not of unet"),
     ("a hybrid DiT", nothing, f"{TRAIN} --hybrid", "ViT's, not of dit"),
