@@ -38,9 +38,9 @@ from sample import noted, parent_of
 from text import TextEncoder
 from vit import divided
 
-COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, flip=False, skip_bad=False,
-              cache=None, eval_every=None, eval_n=2000, features=None, vae=None, text=False, clip=None, accumulate=1, seed=0, device="auto",
-              precision=None, compile=False, checkpointing=False, out="run.pt", resume=False)
+COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,
+              text=False, clip=None, flip=False, skip_bad=False, cache=None, eval_every=None, eval_n=2000, features=None,
+              accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt", resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
               decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
 FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
@@ -53,7 +53,7 @@ VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 
        "clip_grad": 1.0}
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags that a classifier has no use for
-             "eval_every", "eval_n", "features", "vae", "text", "clip")
+             "eval_every", "eval_n", "features", "vae", "latent_scale", "text", "clip")
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
@@ -73,6 +73,7 @@ LONGEST = 77                                     # up to CLIP's
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
               "eval_every", "eval_n", "features", "cache", "out", "resume"}
+MOVED = {"vae": "vae", "clip": "text"}           # files that may lie elsewhere, if what the run notes of them still holds
 # on --resume may change: the end (a cosine stretches to it), the machine, when to save and what to score
 
 
@@ -95,6 +96,8 @@ def flags():
     where.add_argument("--data", help="mnist, shapes, cifar10[:DIR], coco:DIR, a folder of images, or an .npz (default: mnist)")
     where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
     where.add_argument("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
+    where.add_argument("--latent-scale", type=not_negative, help="what latents are multiplied by (default: the autoencoder's: measured, "
+                       "or Stable Diffusion's 0.18215; U-ViT's on MS-COCO is 0.2301)")
     where.add_argument("--text", action="store_true", default=None, help="learn from captions, which the data must have, with a "
                        "small text encoder that is trained too")
     where.add_argument("--clip", metavar="DIR", help="with CLIP's text encoder instead, which stays as it is: a folder of Hugging "
@@ -156,7 +159,7 @@ def settings(argv):
         if run["optimizer"] is None or not {"bad_steps", "log"} <= set(run):
             raise ValueError(f"--resume: {out} is not a run of train.py")
         clashes = [f"--{key.replace('_', '-')} is {run['config'].get(key)} there, not {value}" for key, value in given.items()
-                   if key not in MAY_CHANGE and value != run["config"].get(key) and not (key == "vae" and run["vae"])]
+                   if key not in MAY_CHANGE and value != run["config"].get(key) and not run.get(MOVED.get(key))]
         if clashes:
             raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
         chosen = {**COMMON, **recipe(run["config"]), **run["config"], **given, "out": str(out)}      # it may have been moved
@@ -175,6 +178,8 @@ def settings(argv):
     args.text = args.text or args.clip is not None
     if args.model == "vae" and args.checkpointing:
         raise ValueError("--checkpointing: an autoencoder keeps its activations; use --accumulate to save memory")
+    if args.latent_scale is not None and not (args.vae and args.latent_scale):
+        raise ValueError("--latent-scale is a number above 0, of the latents of --vae")
     if args.vae and args.shift:
         raise ValueError("--shift moves pixels, and --vae encodes them once: leave one out")
     unused = [name for name in ("eval_n", "features") if name in given and not args.eval_every]
@@ -307,6 +312,7 @@ def load_data(args, run, device):
         return pixels
     autoencoder = checkpoint.load_autoencoder(args.vae).to(device).requires_grad_(False)
     sha256, factor = autoencoder.origin["sha256"], autoencoder.factor
+    autoencoder.scale = args.latent_scale or autoencoder.scale
     if run and (run["vae"] or {}).get("sha256") != sha256:
         raise ValueError(f"--resume: {args.vae} is another autoencoder than the run in {args.out} was trained with")
     size = divided(pixels.image_size, factor, "the autoencoder's factor")
