@@ -1,4 +1,4 @@
-"""Text: CLIP's byte-pair tokenizer and text encoder, and a small encoder of bytes that is trained with the denoiser.
+"""Text: CLIP's byte-pair tokenizer and text encoder, and a small encoder of words that is trained with the denoiser.
 
 Report §4-1 (images from text). Papers: Sennrich et al. 2016 (byte-pair encoding), Radford et al. 2021 (CLIP). A caption
 becomes ids (L,), always as many; a transformer makes of them the context (N, L, D) that a denoiser takes as its y. The
@@ -193,32 +193,56 @@ class CLIPTextEncoder(nn.Module):
         return self.text_model.final_layer_norm(x)                                                 # (N, L, D)
 
 
-class TextEncoder(CLIPTextEncoder):
-    """Ours: CLIP's network, small, on the bytes of a caption, all of which a token sees. Trained with the denoiser.
+class TextEncoder(nn.Module):
+    """Ours: a small transformer over the words of a caption, trained with the denoiser.  ids (N, L, W) -> (N, L, D).
 
-    An id is a byte, or 256, which ends a caption and fills what is left of its `length` ids.
+    A word is a patch of W = 16 bytes, as an image's are of pixels, flattened and embedded linearly: no vocabulary, few tokens, and
+    words that were never seen have an embedding too. Its ids are the bytes, and 256 where it has no more; longer words go on in the
+    next token. A token without bytes ends the caption, as do all after it.
     """
 
-    end = 256
+    width, none = 16, 256
 
     def __init__(self, dim=192, length=32, depth=2, heads=4):
-        super().__init__(self.end + 1, length, dim, depth, heads)
+        super().__init__()
+        self.dim, self.length = dim, length
+        self.byte_embedding = nn.Embedding(self.none + 1, 16)
+        self.word_embedding = nn.Linear(self.width * 16, dim)
+        self.position_embedding = nn.Parameter(0.5 * torch.randn(length, dim))       # as large as what it is added to
+        self.layers = nn.ModuleList(TextBlock(dim, heads, 4 * dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
 
-    def kept(self, text):
-        """As much of a caption as fits in length - 1 bytes of UTF-8."""
-        return text.encode("utf-8", "replace")[:self.length - 1].decode("utf-8", "ignore")         # no part of a character
+    @classmethod
+    def pieces(cls, text):
+        """The words of a caption, normalised, as (word, its bytes cut into pieces of `width`)."""
+        for word in normalise(text).split():
+            raw = word.encode("utf-8", "replace")
+            yield word, [raw[i:i + cls.width] for i in range(0, len(raw), cls.width)]
 
     def cut(self, text):
-        """What of a caption does not fit: "" mostly."""
-        return text[len(self.kept(text)):]
+        """What of a caption the ids do not hold, from the first word that is not in them whole: "" mostly."""
+        room, lost = self.length - 1, []
+        for word, pieces in self.pieces(text):
+            room -= len(pieces)
+            lost += [word] * (room < 0)
+        return " ".join(lost)
 
     def tokenize(self, captions):
-        """A list of captions -> ids (N, length) int64."""
-        kept = [self.kept(caption).encode("utf-8") for caption in captions]
-        rows = [[*row, *[self.end] * (self.length - len(row))] for row in kept]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)
+        """A list of captions -> ids (N, length, width) int16."""
+        ids = torch.full((len(captions), self.length, self.width), self.none, dtype=torch.int16)
+        for row, caption in zip(ids, captions):
+            pieces = [piece for _, pieces in self.pieces(caption) for piece in pieces][:self.length - 1]
+            for place, piece in zip(row, pieces):
+                place[:len(piece)] = torch.tensor([*piece], dtype=torch.int16)
+        return ids
 
-    def mask(self, ids):
-        """Every token sees the caption up to its end, and nothing after it: (N, 1, 1, L)."""
-        ends = (ids == self.end).long()                                                  # (N, L)
-        return (ends.cumsum(1) - ends == 0)[:, None, None, :]                            # no end comes before
+    def forward(self, ids):
+        if ids.ndim != 3 or not 1 <= ids.shape[1] <= self.length or ids.shape[2] != self.width:
+            raise ValueError(f"ids of shape {tuple(ids.shape)}: they must be (N, L, {self.width}) with L from 1 to {self.length}")
+        empty = (ids == self.none).all(dim=2).long()                                     # (N, L)
+        mask = (empty.cumsum(1) - empty == 0)[:, None, None]                             # (N, 1, 1, L): up to the end, and no further
+        words = self.word_embedding(self.byte_embedding(ids.long()).flatten(2))          # (N, L, W 16) -> (N, L, D)
+        x = words + self.position_embedding[:ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x)                                                              # (N, L, D)

@@ -68,8 +68,7 @@ RECIPES = {                            # by model and the size's first word; Non
 }
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti"}          # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
-TEXT = dict(context_dim=192, context_tokens=77)  # the width of our text encoder; its length the data's longest caption decides,
-LONGEST = 77                                     # up to CLIP's
+TEXT = dict(context_dim=192, context_tokens=32)  # of our text encoder: its width, and its length if no caption is shorter
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
               "eval_every", "eval_n", "features", "cache", "out", "resume"}
@@ -342,8 +341,8 @@ def read_captions(args, dataset, run, device):
         dataset.tell(lambda captions: embeddings(captions, encoder, tokenizer, args.cache))
         dataset.text = noted(encoder, tokenizer)
         return dict(context_dim=encoder.dim, context_tokens=encoder.length)
-    longest = max(len(caption.encode("utf-8", "replace")) for some in dataset.captions for caption in some)
-    arguments = dict(dim=TEXT["context_dim"], length=min(longest + 1, LONGEST))
+    longest = max(sum(len(pieces) for _, pieces in TextEncoder.pieces(caption)) for some in dataset.captions for caption in some)
+    arguments = dict(dim=TEXT["context_dim"], length=min(longest + 1, TEXT["context_tokens"]))       # one ends the caption
     encoder = TextEncoder(**arguments)
     dataset.tell(lambda captions: encoder.tokenize(captions).numpy())
     return dict(context_dim=encoder.dim, context_tokens=encoder.length, encoder=arguments)

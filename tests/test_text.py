@@ -280,9 +280,16 @@ def test_a_shorter_text_is_encoded_as_the_beginning_of_the_longer(length):
     assert_close(clip()(ids[:, :length]), clip()(ids)[:, :length], **EXACT)
 
 
+def captions_of(network):
+    """Ids of three captions of unequal lengths."""
+    if isinstance(network, TextEncoder):
+        return network.tokenize(["a red star", "", "so many words that they are as many as it can hold"])
+    return torch.tensor([[5, 6, 7] * 4, [1, *[6] * 11], [9] * 12])
+
+
 @pytest.mark.parametrize("build", [clip, lambda: fill(TextEncoder(dim=16, length=12)).double()])
 def test_a_captions_encoding_ignores_the_other_captions(build):
-    ids = torch.tensor([[5, 6, 7] * 4, [1, *[256 % 50] * 11], [9] * 12])
+    ids = captions_of(build())
     assert_close(build()(ids)[1:2], build()(ids[1:2]), **EXACT)
 
 
@@ -291,7 +298,7 @@ def test_a_captions_encoding_ignores_the_other_captions(build):
 def test_every_parameter_of_a_fresh_encoder_gets_a_gradient(build):
     torch.manual_seed(0)
     network = build()
-    (network(torch.arange(24).reshape(2, 12)) * normal(2, 12, 16)).sum().backward()
+    (network(captions_of(network)) * normal(3, 12, 16)).sum().backward()
     # but for the bias of the keys, which adds the same to all scores of a softmax: rounding leaves 1e-9 of it
     assert [name for name, value in network.named_parameters()
             if "k_proj.bias" not in name and not value.grad.abs().max() > 1e-7] == []
@@ -301,6 +308,8 @@ def test_every_parameter_of_a_fresh_encoder_gets_a_gradient(build):
 def test_ids_of_another_shape_are_an_error(shape):
     with pytest.raises(ValueError, match=r"they must be \(N, L\) with L from 1 to 12"):
         clip()(torch.zeros(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"they must be \(N, L, 16\) with L from 1 to 12"):
+        ours()(torch.zeros(*shape, 15, dtype=torch.long))
 
 
 def test_heads_that_do_not_divide_the_width_are_an_error():
@@ -416,65 +425,85 @@ def ours(**changes):
     return fill(TextEncoder(**dict(dim=16, length=12, depth=2, heads=2) | changes)).double()
 
 
+def words_of(ids):
+    """The bytes in each token of a caption's ids (L, W), without the empty ones."""
+    return [bytes(row[row != 256].tolist()) for row in ids if (row != 256).any()]
+
+
 @settings(max_examples=100)
 @given(texts, st.integers(1, 20))
-@example("日本語", 6)
-def test_ids_are_as_many_whole_characters_of_utf_8_as_fit_before_an_end(text, length):
+@example("日本語の長い長い言葉", 4)
+def test_ids_are_the_words_bytes_in_order_as_far_as_they_fit_before_an_end(text, length):
     network = TextEncoder(dim=4, length=length, depth=0, heads=1)
     (ids,) = network.tokenize([text])
-    size = (ids < 256).sum()
-    assert ids.shape == (length,) and size < length and (ids[size:] == 256).all()
-    kept = bytes(ids[:size].tolist()).decode("utf-8")                    # strictly
-    assert kept + network.cut(text) == text
-    assert kept == text or size + len(text[len(kept)].encode()) > length - 1
+    kept, whole = words_of(ids), normalise(text)
+    assert ids.shape == (length, 16) and len(kept) < length and (ids[len(kept):] == 256).all()
+    everything = b"".join(whole.encode("utf-8", "replace").split())
+    assert everything.startswith(b"".join(kept))
+    lost = network.cut(text)
+    assert whole.endswith(lost) and (lost == "") == (b"".join(kept) == everything)
+    if lost:
+        assert len(kept) == length - 1
 
 
-def test_a_list_of_captions_becomes_a_row_of_whole_numbers_each():
-    assert ours().tokenize(["a", "", "é"]).tolist() == [[97] + [256] * 11, [256] * 12, [195, 169] + [256] * 10]
-    assert ours().tokenize([]).shape == (0, 12) and ours().tokenize([]).dtype == ours().tokenize([""]).dtype == torch.int64
+def test_a_token_is_a_word_or_sixteen_bytes_of_it():
+    ids = ours().tokenize(["A  red\nsupercalifragilisticexpialidocious é"])[0]
+    assert words_of(ids) == [b"a", b"red", b"supercalifragili", b"sticexpialidocio", b"us", "é".encode()]
+
+
+def test_a_list_of_captions_becomes_a_row_each():
+    assert ours().tokenize(["a", "", "b c"]).shape == (3, 12, 16)
+    assert ours().tokenize([]).shape == (0, 12, 16) and ours().tokenize([]).dtype == ours().tokenize([""]).dtype == torch.int16
 
 
 @few
-@given(st.text(max_size=11), st.integers(1, 12))
-def test_padding_can_be_left_away(text, length):
-    ids = ours().tokenize([text])
-    length = max(length, int((ids < 256).sum()) + 1)
+@given(st.integers(0, 11), st.integers(1, 12))
+def test_padding_can_be_left_away(words, length):
+    ids = ours().tokenize(["word " * words])
+    length = max(length, words + 1)
     assert_close(ours()(ids[:, :length]), ours()(ids)[:, :length], **EXACT)
 
 
 @few
 @given(st.integers(0, 10), st.integers(0, 2 ** 32))
-def test_what_is_after_the_end_changes_nothing_before_it(size, seed):
-    ids = ours().tokenize(["abcdefghijk"[:size]])
+def test_what_is_after_the_end_changes_nothing_before_it(words, seed):
+    ids = ours().tokenize(["word " * words])
     changed = ids.clone()
-    changed[:, size + 1:] = torch.randint(257, (1, 11 - size), generator=torch.Generator().manual_seed(seed))
-    assert_close(ours()(changed)[:, :size + 1], ours()(ids)[:, :size + 1], **EXACT)
+    changed[:, words + 1:] = torch.randint(257, (1, 11 - words, 16), generator=torch.Generator().manual_seed(seed))
+    assert_close(ours()(changed)[:, :words + 1], ours()(ids)[:, :words + 1], **EXACT)
 
 
 @few
-@given(st.integers(0, 7))
-def test_every_token_sees_every_byte_of_the_caption(at):
+@given(st.integers(0, 2), st.integers(0, 15))
+def test_every_token_sees_every_byte_of_the_caption(word, at):
     ids = ours().tokenize(["a red cat"])
     changed = ids.clone()
-    changed[:, at] += 1
+    changed[:, word, at] -= 1                            # where there was no byte, there is one now
     assert ((ours()(ids) - ours()(changed)).abs().amax(dim=2) > 1e-9).all()
 
 
-def test_the_order_of_bytes_matters_through_the_positions_alone():
+def test_the_order_of_words_matters_through_the_positions_alone():
     network = ours()
+    one, other = network(network.tokenize(["cat and dog", "and cat dog"]))
+    assert not torch.allclose(one[3:], other[3:], atol=1e-3)
+    network.position_embedding.data.zero_()
+    one, other = network(network.tokenize(["cat and dog", "and cat dog"]))
+    assert_close(one[[1, 0, *range(2, 12)]], other, **EXACT)
+
+
+def test_the_order_of_bytes_in_a_word_matters():
+    network = ours()
+    network.position_embedding.data.zero_()
     cat, act = network(network.tokenize(["cat", "act"]))
-    assert not torch.allclose(cat[3:], act[3:], atol=1e-3)
-    network.text_model.embeddings.position_embedding.weight.data.zero_()
-    cat, act = network(network.tokenize(["cat", "act"]))
-    assert_close(cat[[1, 0, *range(2, 12)]], act, **EXACT)
+    assert (cat - act).abs().max() > 0.1
 
 
 def test_the_empty_caption_is_an_input_of_its_own():
-    encoded = ours()(ours().tokenize(["", " ", "a"]))
-    assert encoded.isfinite().all() and torch.cdist(encoded[:, 0], encoded[:, 0])[0, 1:].min() > 0.1
+    encoded = ours()(ours().tokenize(["", " \n", "a"]))
+    assert encoded.isfinite().all() and torch.equal(encoded[0], encoded[1]) and (encoded[0, 0] - encoded[2, 0]).norm() > 0.1
 
 
-def test_training_steps_tell_apart_captions_of_the_same_bytes():
+def test_training_steps_tell_apart_captions_of_the_same_words():
     torch.manual_seed(0)
     network, readout = TextEncoder(dim=32, length=16, depth=1, heads=2), torch.nn.Linear(32, 2)
     optimizer = torch.optim.AdamW([*network.parameters(), *readout.parameters()], lr=3e-3)
