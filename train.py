@@ -27,6 +27,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import dit
+import unet
 from cli import Parser, first_in_turn, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
 from latents import latents
@@ -174,6 +175,9 @@ def settings(argv):
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
     if min(args.shift, args.warmup, args.seed) < 0:
         raise ValueError("--shift, --warmup and --seed must not be negative")
+    if args.size in unet.UPSAMPLERS and (args.vae or args.eval_every):
+        raise ValueError(f"--{'vae' if args.vae else 'eval-every'}: --size {args.size} enlarges the pixels that another network "
+                         "draws; python sample.py --cascade runs both, and evaluate.py --samples scores what they draw")
     description(args, image_size=0, channels=1, num_classes=1)           # refuse now what no data can mend
     return args, run
 
@@ -185,9 +189,9 @@ def description(args, **data):
     """
     described = describe(args.model, args.size, **data, null_class=bool(args.cfg_drop), learn_sigma=args.variance == "learned",
                          conditioning=args.conditioning, hybrid=args.hybrid)
-    if described["class"] == "SuperResUNet" or "context_dim" in described["arguments"]:
-        raise ValueError(f"--size {args.size} sees more than a noisy image and its class, a smaller image or a text: it can be "
-                         "loaded and counted, but not trained here yet")
+    if "context_dim" in described["arguments"]:
+        raise ValueError(f"--size {args.size} sees a text beside a noisy image: it can be loaded and counted, but not trained here "
+                         "yet")
     return described
 
 
@@ -324,7 +328,7 @@ def train(args, run, device, rank, world):
     network, described = build_network(args, dataset)
     if run and run["network"] != described:
         raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
-    objective = objective_of(args.model)(args, dataset, network, device)
+    objective = objective_of(args.model, args.size)(args, dataset, network, device)
     network = network.to(device).train()
     ema = copy.deepcopy(network).eval().requires_grad_(False)
     parameters = list(network.parameters())
@@ -418,8 +422,8 @@ def train(args, run, device, rank, world):
     if rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"{done - start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}" +
-              (f", {out.with_suffix('.png')}" + (f"; python sample.py --ckpt {out} draws more" if objective.description() else "")
-               if ended else
+              (f", {out.with_suffix('.png')}" +
+               (f"; python sample.py {objective.flags} {out} draws more" if objective.description() else "") if ended else
                f" at step {done}; python train.py --resume --out {out} goes on"))
 
 
