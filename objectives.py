@@ -11,6 +11,7 @@ objective is
     evaluate(network) -> {score: value}            every --eval-every steps, by all processes together; a classifier has none
     description()          what run.pt says of the diffusion, or None
     autoencoder(network)   what it says of an autoencoder, or None
+    flags                  those of sample.py that a run's name follows, if there is a diffusion
 
 What a step draws depends on (seed, step) alone, so that a run resumes exactly and one process or eight train alike.
 """
