@@ -4,6 +4,8 @@
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
     python bench.py compare                            DiT, U-ViT and U-Net of like Gflops, and DiTs of rising Gflops: an hour
+    python bench.py text                               a small U-ViT learns to draw what captions say; how many it gets right
+    python bench.py latents --vae vae.pt               a step on cached latents, beside random ones, and beside encoding each time
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
@@ -21,16 +23,19 @@ import torch.nn.functional as F
 
 import data
 import inception
+import shapes
 import train
 from checkpoint import build, load
 from cli import Parser, one_line_errors, positive, processes
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import default_space, full_precision, space_of
+from files import atomic_file
 from gflops import count, inputs_of
+from latents import encode
 from metrics import Statistics, frechet_distance, precision_recall
 from models import MODELS
 from objectives import objective_of
-from sample import STEPS, draw, guidance, labels_of
+from sample import STEPS, draw, drawable, guidance, labels_of, read_prompts, unconditional
 
 
 def nearest(queries, reference, k=3):
@@ -122,7 +127,7 @@ def compare(args):
             if not any(is_row(row, model=model, size=size, seed=seed, **same) for row in rows):
                 rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset))
                 lines = [ROW, *([row.get(key, "") for key in ROW] for row in rows)]
-                with data.atomic_file(table) as file:
+                with atomic_file(table) as file:
                     file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
     print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, "
           f"weights {space.sha256[:8]}; a range is that of {args.seeds} seeds")
@@ -217,6 +222,76 @@ def _synchronize(device):
         torch.cuda.synchronize()
 
 
+def text(args):
+    """Train a U-ViT on shapes and their captions, or take up its run, and count the prompts that its images fulfil."""
+    out = Path(args.out)
+    if not out.exists() or load(out)["step"] < args.steps:
+        train.main(["--model", "uvit", "--size", "Ti/8", "--data", "shapes", "--text", "--seed", str(args.seed), "--out", str(out),
+                    "--steps", str(args.steps), "--device", args.device] + ["--resume"] * out.exists())
+    described, network, diffusion = drawable(out)
+    network = network.to(processes(args.device)[0])
+    captions = data.load("shapes", split="test").captions
+    kinds = {"one object, colour and shape": [f"a {name}" for name in shapes.CLASSES],
+             "one object, with its size": [f"a {size} {name}" for size in shapes.SIZES for name in shapes.CLASSES],
+             "two or three": [text for text, in captions if text.startswith(("two", "three"))],
+             "two in a relation": [text for text, in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
+    print(f"{args.n} images a row of {out} (step {described['step']}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
+          f"{guidance(network, y_null=True):g}; right: all that the prompt names is there as it says, and nothing else")
+    for kind, prompts in kinds.items():
+        prompts = [prompts[i % len(prompts)] for i in range(args.n)]
+        contexts = read_prompts(prompts, None, described, network)
+        drawn = draw(network, diffusion, range(args.n), contexts, args.sample_seed, clip=True, cfg_scale=guidance(network, y_null=True),
+                     y_null=unconditional(network, None, described["config"]))
+        images = torch.cat([data.to_uint8(x).cpu() for _, x in drawn]).numpy()
+        right = shapes.matches(prompts, images).mean()
+        print(f"{kind:30}{right:7.1%}   as \"{prompts[0]}\"")
+
+
+def latent_steps(args):
+    """Time a training step on cached latents, on random ones of their shape, and with the encoder run in it, in turn."""
+    with tempfile.TemporaryDirectory() as cache:
+        settings, _ = train.settings(["--size", args.size, "--vae", args.vae, "--data", args.data, "--cache", cache, "--out",
+                                      str(Path(cache) / "run.pt"), "--batch-size", str(args.batch_size), "--device", args.device])
+        device = processes(args.device)[0]
+        dataset = train.load_data(settings, None, device)
+        network, _ = train.build_network(settings, dataset, {})
+        network, autoencoder = network.to(device).train(), dataset.autoencoder
+        objective = objective_of("dit")(settings, dataset, network, device)
+        parameters = list(network.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        batches, all_of_it = data.Batches(dataset, args.batch_size, 0), slice(0, args.batch_size)
+        images = data.Batches(dataset.pixels, args.batch_size, 0)
+        shape = (args.batch_size, dataset.channels, *dataset.image_size)
+
+        def cached(step):
+            return objective.draw(step, *batches[step], all_of_it)
+
+        def random(step):                                # what else a step draws is drawn as well
+            moments = torch.zeros(args.batch_size, 1, 2, *shape[1:])
+            return objective.draw(step, moments, torch.zeros(args.batch_size, dtype=torch.long), all_of_it)
+
+        def encoded(step):
+            pixels, labels = images[step]
+            mean, std = encode(autoencoder, pixels)
+            return objective.draw(step, torch.from_numpy(np.stack([mean, std], axis=1))[:, None], labels, all_of_it)
+
+        seconds = {make: [] for make in (cached, random, encoded)}
+        for step in range(args.steps + 2):
+            for make in seconds:
+                _synchronize(device)
+                began = time.perf_counter()
+                losses, _ = objective.loss(network, *make(step))
+                losses.mean().backward()
+                train.guarded_step(optimizer, parameters, 1.0)
+                _synchronize(device)
+                seconds[make].append(time.perf_counter() - began)
+    a, b, c = (np.median(times[2:]) for times in seconds.values())       # the first two warm up
+    print(f"dit {args.size} on {'x'.join(map(str, shape[1:]))} latents of {args.data}, batch {args.batch_size}, {device}, "
+          f"{torch.get_num_threads()} threads; medians of {args.steps} steps, in turn")
+    print(f"cached latents {a * 1e3:.1f} ms a step, random ones {b * 1e3:.1f} ms: {a / b - 1:+.1%}; encoding each time {c * 1e3:.1f} "
+          f"ms, {c / a:.2f} times a step on cached ones")
+
+
 class Stopwatch:
     """Seconds spent inside some methods while the real training loop runs, and when each call began."""
 
@@ -303,6 +378,22 @@ def main(argv=None):
     command.add_argument("--out", default="compare", help="folder of the runs and of compare.csv; what is there is not made again")
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=compare)
+    command = commands.add_parser("text", help="train on shapes and their captions, and judge what prompts give")
+    command.add_argument("--steps", type=positive, default=2800, help="of training (default: 2800, 15 minutes on 2 cores)")
+    command.add_argument("--seed", type=int, default=0, help="of training (default: 0)")
+    command.add_argument("--sample-seed", type=int, default=0, help="default: 0")
+    command.add_argument("--n", type=positive, default=200, help="prompts of each kind (default: 200)")
+    command.add_argument("--out", default="text.pt", help="the run; trained to its end if it is not there yet (default: text.pt)")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=text)
+    command = commands.add_parser("latents", help="time steps on cached latents")
+    command.add_argument("--vae", required=True, help="an autoencoder of train.py or a released one")
+    command.add_argument("--size", default="Ti/2", help="of a DiT (default: Ti/2)")
+    command.add_argument("--data", default="mnist", help="default: mnist")
+    command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
+    command.add_argument("--steps", type=positive, default=40, help="timed steps (default: 40)")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=latent_steps)
     args = parser.parse_args(argv)
     with one_line_errors("bench.py"):
         args.run(args)

@@ -1,8 +1,8 @@
 """Files of a run: save and load run.pt, read official checkpoints and .safetensors, show what is inside.
 
 Report §4-7 … §4-9 (released models). A run is one dict of plain values and tensors: version, step, config (every flag),
-network (class, arguments), diffusion (schedule, T, prediction, variance; None for a classifier), data (spec, classes,
-channels, image size), vae (None for pixels), model, ema, optimizer, and what training accumulates. Nothing else is ever
+network (class, arguments, text), diffusion (schedule, T, prediction, variance; None for a classifier), data (spec, classes,
+channels, image size), vae (None for pixels), text (None without CLIP), model, ema, optimizer, and what training accumulates. Nothing else is ever
 unpickled: files are read with weights_only=True. Released DiT, U-ViT, ViT and U-Net files load by name; what their shapes do
 not show comes from tables.
 
@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -24,22 +25,24 @@ import torch
 
 import dit
 import models
+import text
 import unet
 import uvit
 import vae
 import vit
 from cli import Parser, one_line_errors
-from data import atomic_file, sha256_of
 from ddpm import SCHEDULES, Diffusion
+from files import atomic_file, sha256_of
 
 VERSION = 1
 EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
 FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": (dict, type(None)), "data": dict, "vae": (dict, type(None)),
-          "model": dict, "ema": dict, "optimizer": dict}
+          "text": (dict, type(None)), "model": dict, "ema": dict, "optimizer": dict}
 HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()}
 LDM_PREFIX = "model.diffusion_model."
 IMAGENET_CLASSES = 1000
 SD_SCALE, COCO_SCALE = 0.18215, 0.2301           # of Stable Diffusion's latents in most releases, and in U-ViT's on MS-COCO
+CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin")                # Hugging Face's names for them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -263,6 +266,7 @@ def load(path, config=None):
         if isinstance(content, dict) and "version" in content and "network" in content:
             if content["version"] != VERSION:
                 raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
+            content = {"text": None, **content}          # runs of before there was text lack it
             for key, kind in FIELDS.items():
                 if not isinstance(content[key], kind):
                     raise ValueError(f"its {key} is a {type(content[key]).__name__}")
@@ -284,7 +288,7 @@ def load(path, config=None):
     data = dict(spec=None, classes=None, num_classes=arguments["num_classes"], channels=arguments["channels"],
                 image_size=arguments["image_size"])
     return dict(version=VERSION, step=None, config={}, network=network, diffusion=released_process(network), data=data,
-                vae=None if scale is None else dict(scale=scale), model=content, ema=content, optimizer=None)
+                vae=None if scale is None else dict(scale=scale), text=None, model=content, ema=content, optimizer=None)
 
 
 def build(run, weights="ema"):
@@ -338,6 +342,46 @@ def load_autoencoder(path):
     return network
 
 
+def clip_encoder(tensors, heads=None):
+    """The text.CLIPTextEncoder in a dict of tensors, which may also hold the rest of CLIP; its sizes follow from their shapes."""
+    prefix = next((name for name in tensors if name.endswith(text.TABLE)), text.TABLE).removesuffix(text.TABLE)
+    state = {text.PREFIX + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    (vocab, dim), length = state[text.PREFIX + text.TABLE].shape, len(state[f"{text.PREFIX}embeddings.position_embedding.weight"])
+    hidden = len(state[f"{text.PREFIX}encoder.layers.0.mlp.fc1.weight"])
+    depth = len({name.split(".")[3] for name in state if name.startswith(f"{text.PREFIX}encoder.layers.")})
+    encoder = text.CLIPTextEncoder(vocab, length, dim, depth, heads or max(1, dim // 64), hidden)       # CLIP's heads are 64 wide
+    encoder.load_state_dict(state, strict=True)
+    return encoder.eval()
+
+
+def load_clip(path, heads=None):
+    """CLIP's text encoder, in eval mode, and its tokenizer -> (CLIPTextEncoder, Tokenizer).
+
+    path: a folder of Hugging Face's files, or the weights, whose folder then holds the vocabulary; heads=None: one for 64
+    columns. The encoder's origin is what a run that is told its contexts notes of it: path and sha256. ValueError or OSError if a
+    file is missing, damaged or of another network.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        path = next(filter(Path.is_file, (folder / name for name in CLIP_WEIGHTS)), folder / CLIP_WEIGHTS[0])
+    tensors = read(path)
+    try:
+        encoder = clip_encoder(tensors, heads)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
+    settings = folder / "config.json"                    # where it is there: OpenCLIP's shapes do not show their exact GELU
+    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', settings.read_text("utf-8", "replace")):
+        raise ValueError(f"{settings} asks for an exact GELU: only OpenAI's CLIP, with its quick GELU, is known here")
+    files = (folder / "vocab.json", folder / "merges.txt")
+    tokenizer = text.Tokenizer(*(files if files[0].is_file() else (None, folder / text.MERGES_FILE)), length=encoder.length)
+    if len(tokenizer.ids) != encoder.vocab:
+        raise ValueError(f"the vocabulary in {folder} has {len(tokenizer.ids)} pieces where its encoder has {encoder.vocab}")
+    encoder.origin = dict(path=str(folder.resolve()), sha256=sha256_of(path))
+    return encoder, tokenizer
+
+
 def describe(path):
     """What a checkpoint holds, as lines of text."""
     run = load(path)
@@ -368,7 +412,7 @@ def slim(run):
     if run["step"] is None:
         raise ValueError("these are released weights, which hold nothing else: only a run of train.py can be made slim")
     weights = {key: value.half() if value.is_floating_point() else value for key, value in run["ema"].items()}
-    kept = {key: run[key] for key in ("version", "step", "config", "network", "diffusion", "data", "vae")}
+    kept = {key: run[key] for key in ("version", "step", "config", "network", "diffusion", "data", "vae", "text")}
     return {**kept, "model": weights, "ema": weights, "optimizer": {}}   # one tensor is stored once
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import atomic_file
+from files import atomic_file
 
 
 class Parser(argparse.ArgumentParser):

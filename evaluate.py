@@ -9,6 +9,8 @@ are read as they are, and written so that ADM's evaluator reads them. Under torc
     python evaluate.py --reference photos/ --image-size 256 --save-reference photos.npz
 """
 import csv
+import hashlib
+import json
 import math
 import os
 import sys
@@ -21,13 +23,15 @@ import torch
 
 import data
 from cli import Parser, first_in_turn, not_negative, one_line_errors, positive, processes, progress_bar, share
-from data import sha256_of
 from ddpm import SAMPLERS
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
+from files import sha256_of
+from images import side_of
+from latents import embeddings
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
 from sample import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes,
-                    pixel_shape)
+                    pixel_shape, reader, unconditional)
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
 REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
@@ -139,14 +143,16 @@ def save_reference(path, reference, space):
     print(f"wrote {path}: {count(reference.measured.n)} of {reference.name}, features {space.name}")
 
 
-def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None):
+def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None, contexts=None,
+                  y_null=None):
     """The scores of n samples, drawn by `sample.py`'s defaults, against real, Measured; each process draws its share.
 
-    autoencoder: decodes a latent network's samples. classes: their names, which the samples take in turn; None without. Only the
-    first process gets the scores, the others {}.
+    autoencoder: decodes a latent network's samples. classes: their names, which the samples take in turn; None without. contexts,
+    y_null: of captions in turn, and of the empty one. Only the first process gets the scores, the others {}.
     """
     numbers = None if classes is None else list(range(len(classes)))
-    drawn = draw(network, diffusion, share(n), numbers, seed, clip=autoencoder is None, cfg_scale=guidance(network, scale))
+    drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
+                 cfg_scale=guidance(network, scale, y_null), y_null=y_null)
     fake = measure((data.to_uint8(x if autoencoder is None else decode(autoencoder, x)) for _, x in drawn), space)
     if not fake.n:
         return {}
@@ -179,7 +185,7 @@ def images_of(spec, split, args):
         except Exception as error:                       # zipfile and numpy raise anything at all on a damaged file
             raise ValueError(f"cannot use {spec}: {error}") from None
     with first_in_turn():
-        side = args.image_size or (data.side_of(spec) if Path(spec).is_dir() else None)
+        side = args.image_size or (side_of(spec) if Path(spec).is_dir() else None)
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
@@ -187,8 +193,22 @@ def drawing(args, described, network, diffusion):
     """How --ckpt's samples are drawn, as plain values.  ValueError on what the run cannot do."""
     return dict(vae=args.vae and sha256_of(args.vae),
                 classes=parse_classes(args.classes, described["data"]["classes"], network.num_classes),
-                cfg_scale=guidance(network, args.cfg_scale), sampler=args.sampler,
+                cfg_scale=guidance(network, args.cfg_scale, unconditional(network, described["text"], described["config"])),
+                sampler=args.sampler,
                 steps=evaluations(args.steps, args.sampler, diffusion), seed=args.seed)
+
+
+def captioned(images, tokenizer, encoder, n, cache):
+    """Contexts of n captions of the reference, after which a text network's samples are drawn, and a hash of all of them.
+
+    tokenizer, encoder: `sample.reader`'s. ValueError if there are no captions.
+    """
+    if images is None or images.captions is None:
+        raise ValueError("--reference: the network draws what captions say, and there are none: give a data set that has some")
+    images.tell(lambda captions: tokenizer.tokenize(captions).numpy() if encoder is None else
+                embeddings(captions, encoder, tokenizer, cache))
+    words = json.dumps([images.distinct, images.context_rows.tolist()])
+    return images.some_contexts(n), hashlib.sha256(words.encode()).hexdigest()
 
 
 def append_row(path, row):
@@ -222,6 +242,7 @@ def flags():
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
     drawing = parser.add_argument_group("drawing the samples of --ckpt, as in sample.py")
     drawing.add_argument("--vae", help="the autoencoder of a latent model, which decodes what it draws")
+    drawing.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, for models trained with it; captions are the reference's")
     drawing.add_argument("--classes", help="numbers or names, as 3,5 (default: all)")
     drawing.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
     drawing.add_argument("--sampler", default="dpm++", choices=SAMPLERS, help="default: dpm++")
@@ -341,8 +362,12 @@ def run(args):
         autoencoder = decoder(args.vae, described, network)
         if described["vae"] and autoencoder is None:
             raise ValueError(f"{args.ckpt} draws an autoencoder's latents: --vae FILE names the one that decodes them")
-        how, names = drawing(args, described, network, diffusion), described["data"]["classes"]
-        shape = pixel_shape(network, autoencoder)
+        told = network.context_dim is not None                           # a text: what its samples show is no class
+        if args.clip and not told:
+            raise ValueError("--clip: the network was not trained with texts")
+        tokenizer, encoder = reader(described, network, args.clip) if told else (None, None)
+        how, names = drawing(args, described, network, diffusion), None if told else described["data"]["classes"]
+        shape, contexts = pixel_shape(network, autoencoder), None
     if args.save_reference:
         spare(args.save_reference, args.ckpt, args.samples, args.reference or described["data"]["spec"])
     device, rank, _ = processes(args.device)
@@ -366,12 +391,15 @@ def run(args):
     try_out(space, *(images.batch(np.arange(1))[0] for images in (real_images, fake_images) if images),
             *([torch.zeros(1, *shape, dtype=torch.uint8)] if how else []))
 
+    if how and told:
+        contexts, how["captions"] = captioned(real_images, tokenizer, encoder and encoder.to(device), n, args.cache)
     reference = measure_reference(real_images, space, args.reference or described["data"]["spec"], args.reference)
     if args.save_reference and rank == 0:
         save_reference(args.save_reference, reference, space)
     if how:
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
-                                autoencoder and autoencoder.to(device))
+                                autoencoder and autoencoder.to(device), contexts,
+                                unconditional(network, described["text"], described["config"]))
         how["step"] = described["step"]
     elif not args.samples:
         return

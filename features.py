@@ -19,7 +19,7 @@ import data
 import inception
 from checkpoint import build, load, read
 from cli import share
-from data import sha256_of
+from files import atomic_file, sha256_of
 from metrics import Statistics
 
 JUDGE = data.ASSETS / "vit-mnist.pt"   # a ViT that knows the embedded digits: scores without a download
@@ -250,7 +250,7 @@ def save_statistics(path, measured, images, space):
     tables = dict(mu=measured.pool.mu, sigma=measured.pool.sigma)
     if measured.spatial:
         tables |= dict(mu_s=measured.spatial.mu, sigma_s=measured.spatial.sigma)
-    with data.atomic_file(path) as file:
+    with atomic_file(path) as file:
         np.savez(file, arr_0=images.numpy(), **{key: value.cpu().numpy() for key, value in tables.items()},
                  **({"n": measured.n} if math.isfinite(measured.n) else {}), features=space.name, features_sha256=space.sha256)
 

@@ -1,9 +1,10 @@
-"""Latents once: a data set encoded by an autoencoder, kept in files, from which training draws.
+"""Latents and texts once: a data set encoded by an autoencoder, its captions by CLIP, kept in files from which training draws.
 
 Report §2-5, Fig. 2-4. Rombach et al. 2022: diffusion runs on latents, which an encoder that no longer changes makes of the images.
 So each image is encoded once, and its mirror image too if training flips; the cache folder holds mean.npy and std.npy of q(z | x),
 flipped_mean.npy and flipped_std.npy, labels.npy, and meta.json with the hashes of data and autoencoder and the rows done. A step
 draws a fresh z = mean + std eps of them: a latent is never the same twice, and the encoder never runs in training.
+Captions likewise (§4-1): a frozen encoder makes a context of each, once.
 """
 import hashlib
 import json
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from cli import first_in_turn, progress_bar, share
-from data import Dataset, atomic_file, cache_folder, to_float
+from data import Dataset, to_float
+from files import atomic_file, cache_folder
 from vae import in_pieces
 
 BATCH = 64                             # images at once
@@ -28,16 +30,14 @@ class Latents(Dataset):
     """
 
     def __init__(self, pixels, moments, autoencoder):
-        self.pixels, self.moments, self.autoencoder = pixels, moments, autoencoder
-        self.spec, self.images, self.labels, self.rows = pixels.spec, pixels.images, pixels.labels, pixels.rows
-        self.classes, self.num_classes, self.in_files = pixels.classes, pixels.num_classes, True
+        vars(self).update(vars(pixels))
+        self.pixels, self.moments, self.autoencoder, self.in_files = pixels, moments, autoencoder, True
         self.channels, self.image_size = moments[0].shape[1], tuple(moments[0].shape[2:])
 
-    def batch(self, indices):
-        """Moments (n, F, 2, c, h, w): mean and standard deviation, of the image and, if F is 2, its mirror image; labels (n,)."""
+    def batch(self, indices, epochs=0):
+        """Moments (n, F, 2, c, h, w): mean and standard deviation, of the image and, if F is 2, its mirror image; conditions."""
         moments = np.stack([table[indices] for table in self.moments], axis=1)           # (n, 2 F, c, h, w)
-        labels = None if self.labels is None else torch.from_numpy(self.labels[self.rows[indices]].astype(np.int64))
-        return torch.from_numpy(moments).unflatten(1, (-1, 2)), labels
+        return torch.from_numpy(moments).unflatten(1, (-1, 2)), self.condition(indices, epochs)
 
 
 def fingerprint(dataset):
@@ -49,10 +49,10 @@ def fingerprint(dataset):
     return digest.hexdigest()
 
 
-def reserve(path, shape):
-    """An .npy of float32 zeros whose room on the disk is taken now, so that a full disk is an OSError and no crash later."""
+def reserve(path, shape, dtype):
+    """An .npy of zeros whose room on the disk is taken now, so that a full disk is an OSError and no crash later."""
     if not path.exists():
-        table = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        table = np.lib.format.open_memmap(path, "w+", dtype, shape)
         size = table.nbytes + table.offset
         del table
         if hasattr(os, "posix_fallocate"):
@@ -74,52 +74,83 @@ def encode(autoencoder, images):
     return mean.numpy(), (0.5 * log_variance).exp().numpy()
 
 
+def fill(name, about, shapes, compute, cache=None, dtype=np.float32):
+    """Arrays in the cache, computed now as far as no earlier call, perhaps killed, has done it; each process does its share.
+
+    about: plain values that tell them from others, with their number of rows; shapes {file name: shape}; compute(start, stop) ->
+    these rows of each. Returns the folder, and the arrays, memory-mapped.
+    """
+    folder, rows = cache_folder(cache) / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}", about["rows"]
+    with first_in_turn():
+        folder.mkdir(exist_ok=True)
+        if not all((folder / file).exists() for file in shapes):
+            for record in folder.glob("meta*.json"):     # of files that were deleted
+                record.unlink()
+        tables = [reserve(folder / file, shape, dtype) for file, shape in shapes.items()]
+    mine, parts = share(rows), dist.get_world_size() if dist.is_initialized() else 1
+    record = folder / ("meta.json" if parts == 1 else f"meta-{mine.start}-{mine.stop}.json")
+    done = rows_done(folder / "meta.json", about, rows) and len(mine) or rows_done(record, about, 0)
+    with progress_bar("encoding", rows) as bar:
+        bar.update(done)
+        for i, start in enumerate(range(mine.start + done, mine.stop, BATCH), 1):
+            stop = min(start + BATCH, mine.stop)
+            for table, values in zip(tables, compute(start, stop)):
+                table[start:stop] = values
+            bar.update(stop - start)
+            if i % FLUSH == 0 or stop == mine.stop:
+                for table in tables:
+                    table.flush()
+                write_record(record, about, stop - mine.start)
+    if parts > 1:
+        dist.barrier()
+        if mine.start == 0:
+            write_record(folder / "meta.json", about, rows)
+        dist.barrier()
+        if not rows_done(folder / "meta.json", about, rows):
+            raise ValueError(f"{folder} is not complete: all processes need one cache, --cache DIR")
+    return folder, [np.load(folder / file, mmap_mode="r") for file in shapes]
+
+
 def latents(pixels, autoencoder, sha256, flip=False, cache=None):
-    """The Latents of a data set, encoded now as far as no earlier call, perhaps killed, has done it; each process does its share.
+    """The Latents of a data set, encoded once.
 
     sha256: of the autoencoder's file. ValueError if the autoencoder takes other images.
     """
     if autoencoder.channels != pixels.channels:
         raise ValueError(f"--vae: the autoencoder takes images of {autoencoder.channels} channels, {pixels.spec} has "
                          f"{pixels.channels}")
-    about = dict(data=fingerprint(pixels), autoencoder=sha256, rows=len(pixels), flipped=flip)
-    folder = cache_folder(cache) / f"latents-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
-    names = ["mean.npy", "std.npy", *(["flipped_mean.npy", "flipped_std.npy"] if flip else [])]
     example, _ = pixels.batch(np.arange(1))
     shape = (len(pixels), *encode(autoencoder, example)[0].shape[1:])
+    files = ["mean.npy", "std.npy", *(["flipped_mean.npy", "flipped_std.npy"] if flip else [])]
+
+    def compute(start, stop):
+        images, _ = pixels.batch(np.arange(start, stop))
+        return encode(autoencoder, images) + (encode(autoencoder, images.flip(2)) if flip else ())
+
+    about = dict(data=fingerprint(pixels), autoencoder=sha256, rows=len(pixels), flipped=flip)
+    folder, moments = fill("latents", about, dict.fromkeys(files, shape), compute, cache)
     with first_in_turn():
-        folder.mkdir(exist_ok=True)
-        if not all((folder / name).exists() for name in names):
-            for record in folder.glob("meta*.json"):     # of files that were deleted
-                record.unlink()
-        moments = [reserve(folder / name, shape) for name in names]
         if pixels.labels is not None and not (folder / "labels.npy").exists():
             with atomic_file(folder / "labels.npy") as file:
                 np.save(file, pixels.labels[pixels.rows])
-    mine, parts = share(len(pixels)), dist.get_world_size() if dist.is_initialized() else 1
-    record = folder / ("meta.json" if parts == 1 else f"meta-{mine.start}-{mine.stop}.json")
-    done = rows_done(folder / "meta.json", about, len(pixels)) and len(mine) or rows_done(record, about, 0)
-    with progress_bar("encoding", len(pixels)) as bar:
-        bar.update(done)
-        for i, start in enumerate(range(mine.start + done, mine.stop, BATCH), 1):
-            stop = min(start + BATCH, mine.stop)
-            images, _ = pixels.batch(np.arange(start, stop))
-            found = encode(autoencoder, images) + (encode(autoencoder, images.flip(2)) if flip else ())
-            for table, values in zip(moments, found):
-                table[start:stop] = values
-            bar.update(stop - start)
-            if i % FLUSH == 0 or stop == mine.stop:
-                for table in moments:
-                    table.flush()
-                write_record(record, about, stop - mine.start)
-    if parts > 1:
-        dist.barrier()
-        if mine.start == 0:
-            write_record(folder / "meta.json", about, len(pixels))
-        dist.barrier()
-        if not rows_done(folder / "meta.json", about, len(pixels)):
-            raise ValueError(f"{folder} is not complete: all processes need one cache, --cache DIR")
-    return Latents(pixels, [np.load(folder / name, mmap_mode="r") for name in names], autoencoder)
+    return Latents(pixels, moments, autoencoder)
+
+
+@torch.no_grad()
+def embeddings(captions, encoder, tokenizer, cache=None):
+    """The context (N, L, D) float16 of each of N captions, encoded once by CLIP's encoder as `checkpoint.load_clip` gives it.
+
+    Half precision: MS-COCO's 414,113 captions take 49 GB of it.
+    """
+    device = next(encoder.parameters()).device
+    words = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+
+    def compute(start, stop):
+        ids = tokenizer.tokenize(captions[start:stop])                                   # (n, L)
+        return [encoder(ids.to(device)).half().cpu().numpy()]                            # (n, L, D)
+
+    about = dict(captions=words, encoder=encoder.origin["sha256"], rows=len(captions))
+    return fill("contexts", about, {"context.npy": (len(captions), tokenizer.length, encoder.dim)}, compute, cache, np.float16)[1][0]
 
 
 def write_record(path, about, done):

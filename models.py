@@ -1,12 +1,14 @@
 """The networks by name: what --model and --size mean, and how a run describes its network.
 
-A description is {"class": name, "arguments": {…}}, plain values that run.pt holds; `build` makes the network of it.
+A description is {"class": name, "arguments": {…}}, plain values that run.pt holds; `build` makes the network of it. With
+"text": {…} the network has a `text.TextEncoder` of these arguments as its .text_encoder, and is told captions by their ids.
 """
 import dit
 import unet
 import uvit
 import vae
 import vit
+from text import TextEncoder
 
 MODELS = {
     "dit": (dit.DiT, dit.SIZES),
@@ -37,16 +39,18 @@ def named(model, size):
 
 
 def describe(model, size, image_size, channels, num_classes=None, null_class=True, learn_sigma=False, conditioning=None,
-             context_dim=None, hybrid=False):
+             context_dim=None, context_tokens=77, hybrid=False):
     """The description of a named network for images of a size and a number of channels and classes.
 
-    learn_sigma: it puts out a variance beside its prediction. context_dim: a text's width, which takes the classes' place.
-    conditioning is DiT's, hybrid ViT's. ValueError on an option that the network does not have.
+    learn_sigma: it puts out a variance beside its prediction. context_dim: a text's width, which takes the classes' place;
+    context_tokens: its length. conditioning is DiT's, hybrid ViT's. ValueError on an option that the network does not have.
     """
     if conditioning is not None and model != "dit":
         raise ValueError(f"--conditioning {conditioning} is a choice of DiT's, not of {model}")
     if model == "vit" and num_classes is None:
         raise ValueError("--model vit learns labels, and the data has none")
+    if context_dim is not None and conditioning not in (None, "cross-attention"):
+        raise ValueError(f"--conditioning {conditioning}: a DiT is told a text by cross-attention only")
     if hybrid and model != "vit":
         raise ValueError(f"--hybrid is a choice of ViT's, not of {model}")
     if learn_sigma and model == "uvit":
@@ -55,17 +59,21 @@ def describe(model, size, image_size, channels, num_classes=None, null_class=Tru
     if model == "vae":
         return {"class": network.__name__, "arguments": {**fixed, "channels": channels}}
     own = {
-        "dit": dict(null_class=null_class, learn_sigma=learn_sigma, conditioning=conditioning or "adaln-zero"),
+        "dit": dict(null_class=null_class, learn_sigma=learn_sigma,
+                    conditioning=conditioning or ("adaln-zero" if context_dim is None else "cross-attention")),
         "uvit": dict(null_class=null_class),
         "unet": dict(null_class=null_class, out_channels=channels * (2 if learn_sigma else 1)),
         "vit": dict(hybrid=hybrid),
     }[model]
     if context_dim is not None:
-        own["context_dim"] = context_dim
+        own |= dict(context_dim=context_dim, **({"context_tokens": context_tokens} if model == "uvit" else {}))
     return {"class": network.__name__, "arguments": {**fixed, "image_size": image_size, "channels": channels,
-                                                     "num_classes": num_classes, **own}}
+                                                     "num_classes": num_classes if context_dim is None else None, **own}}
 
 
 def build(description):
     """The network of a description, freshly initialised."""
-    return NETWORKS[description["class"]](**description["arguments"])
+    network = NETWORKS[description["class"]](**description["arguments"])
+    if "text" in description:
+        network.text_encoder = TextEncoder(**description["text"])
+    return network

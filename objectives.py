@@ -28,7 +28,7 @@ from cli import first_in_turn, grid, save_image
 from ddpm import SCHEDULES, Diffusion, keyed_generator
 from evaluate import measure_reference, possible, score_network
 from features import default_space, space_of
-from sample import decode, draw, guidance
+from sample import decode, draw, guidance, unconditional
 from unet import UPSAMPLERS
 from vae import kl_divergence, sample_latent
 from vit import divided
@@ -73,7 +73,10 @@ class Denoising:
     flags = "--ckpt"                                     # of sample.py, before a run's name
 
     def __init__(self, args, dataset, network, device):
-        self.args, self.dataset, self.null_label, self.device = args, dataset, network.null_label, device
+        self.args, self.dataset, self.device = args, dataset, device
+        self.y_null = unconditional(network, dataset.text, vars(args))
+        if torch.is_tensor(self.y_null):                 # the empty caption
+            self.y_null = self.y_null.to(device)
         self.vae = getattr(dataset, "autoencoder", None)
         self.diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
         if args.eval_every:
@@ -83,7 +86,7 @@ class Denoising:
             with first_in_turn():
                 self.space = space_of(args.features or default_space(args.data, dataset.images.shape[1:]), device, args.cache)
             self.real = measure_reference(dataset if self.vae is None else dataset.pixels, self.space, args.data).measured
-            self.scores = tuple(map(self.space.title, possible(self.space, dataset.classes)))
+            self.scores = tuple(map(self.space.title, possible(self.space, None if args.text else dataset.classes)))
 
     def description(self):
         """The process, for run.pt."""
@@ -95,7 +98,8 @@ class Denoising:
         return None if self.vae is None else {**self.vae.origin, "scale": self.vae.scale}
 
     def draw(self, step, images, labels, part):
-        """x0 (n, C, H, W), t (n,), y (n,) or None, eps like x0: n of the batch's N samples."""
+        """x0 (n, C, H, W), t (n,), y, eps like x0: n of the batch's N samples.  y: labels (n,), a text's ids (n, L) or context
+        (n, L, D), or None."""
         args, device, N = self.args, self.device, self.args.batch_size
         generator = generators(args, step, device)
         x0 = (draw_images(step, images, part, args, device) if self.vae is None
@@ -105,9 +109,10 @@ class Denoising:
         if labels is None:
             return x0, t, None, eps
         y = labels.to(device, non_blocking=True)
-        if self.null_label is not None:                  # guidance (§3) needs both, Ho & Salimans 2022, algorithm 1
+        y = y.float() if y.is_floating_point() else y                    # contexts are kept in half precision
+        if self.y_null is not None:                      # guidance (§3) needs both, Ho & Salimans 2022, algorithm 1
             dropped = (torch.rand(N, generator=generator(DROP), device=device) < args.cfg_drop)[part]
-            y = torch.where(dropped, self.null_label, y)
+            y = torch.where(dropped.reshape(-1, *(1,) * (y.ndim - 1)), self.y_null, y)
         return x0, t, y, eps
 
     def loss(self, model, x0, t, y, eps):
@@ -115,19 +120,26 @@ class Denoising:
         return self.diffusion.losses(model, x0, t, y, eps)["loss"], t * 4 // self.diffusion.T
 
     def report(self, network, path):
-        """Samples in eight rows; one column a class, for the first ten classes."""
-        columns = min(self.dataset.num_classes or 8, 10)
-        scale = guidance(network)
-        classes = list(range(columns)) if self.dataset.num_classes else None
-        batches = draw(network, self.diffusion, range(8 * columns), classes, self.args.seed, clip=self.vae is None, cfg_scale=scale)
+        """Samples in eight rows; one column a class, for the first ten classes, or a caption."""
+        contexts = self.dataset.contexts
+        columns = min((self.dataset.num_classes if contexts is None else len(contexts)) or 8, 10)
+        shown = list(range(columns)) if self.dataset.num_classes else None
+        if contexts is not None:
+            rows = np.linspace(0, len(contexts) - 1, columns, dtype=int)
+            shown = contexts[rows]
+            print("captions of the picture's columns: " + "; ".join(self.dataset.distinct[row] for row in rows), flush=True)
+        batches = draw(network, self.diffusion, range(8 * columns), shown, self.args.seed, clip=self.vae is None,
+                       cfg_scale=guidance(network, y_null=self.y_null), y_null=self.y_null)
         images = [data.to_uint8(x if self.vae is None else decode(self.vae, x)).cpu() for _, x in batches]
         save_image(path, grid(torch.cat(images).numpy(), columns))
         return {}
 
     def evaluate(self, network):
         """The scores of --eval-n samples against the training data, drawn with guidance as `sample.py` does."""
-        found = score_network(network, self.diffusion, self.real, self.space, self.args.eval_n, self.dataset.classes,
-                              self.args.seed, autoencoder=self.vae)
+        n = self.args.eval_n
+        contexts = None if self.dataset.contexts is None else self.dataset.some_contexts(n)
+        found = score_network(network, self.diffusion, self.real, self.space, n, self.dataset.classes if contexts is None else None,
+                              self.args.seed, autoencoder=self.vae, contexts=contexts, y_null=self.y_null)
         return {self.space.title(metric): value for metric, value in found.items()}
 
 

@@ -5,6 +5,7 @@ train.py leaves. An image depends on the seed and its number alone, whatever the
 
     python sample.py --ckpt run.pt
     python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
+    python sample.py --ckpt run.pt --prompt "a large green triangle"
     python sample.py --ckpt DiT-XL-2-256x256.pt --vae sd-vae-ft-mse.safetensors --classes 207,360 --cfg-scale 4
     torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
@@ -21,10 +22,11 @@ import torch.distributed as dist
 
 import ddpm
 from cascade import enlarge, load_upsampler
-from checkpoint import build, load, load_autoencoder
+from checkpoint import build, load, load_autoencoder, load_clip
 from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, positive, processes, progress_bar, save_image, share,
                  to_image)
-from data import Dataset, atomic_file, cache_folder, sha256_of, to_uint8
+from data import Dataset, to_uint8
+from files import atomic_file, cache_folder, sha256_of
 from vae import in_pieces
 
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
@@ -32,23 +34,47 @@ STEPS = 20                       # of DPM-Solver++; more barely change the pictu
 
 
 def labels_of(indices, classes):
-    """The label of each image of a run: classes in turn, or None without classes."""
-    return None if classes is None else torch.tensor([classes[i % len(classes)] for i in indices])
+    """The condition of each image of a run: classes, numbers or a text's rows (K, …), in turn; None without."""
+    return None if classes is None else torch.from_numpy(np.asarray(classes)[[i % len(classes) for i in indices]])
+
+
+@torch.no_grad()
+def told(network, y):
+    """Conditions (n, …) as the network takes them at every step: on its device, and a text's ids (n, L) encoded, once."""
+    if y is None:
+        return None
+    y = y.to(next(network.parameters()).device)
+    if network.context_dim is None:
+        return y
+    return y.float() if y.is_floating_point() else network.text_encoder(y)               # (n, L, D)
+
+
+def unconditional(network, text, config):
+    """The unconditional input of guidance: a null label, or the empty caption's ids (L,) or context (L, D); None if not learned.
+
+    text: what a run notes of CLIP, or None; config: its flags.
+    """
+    if network.context_dim is None:
+        return network.null_label
+    if config.get("cfg_drop") == 0:
+        return None
+    return text["empty"] if text else network.text_encoder.tokenize([""])[0]
 
 
 def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar=None, **options):
     """Yield (indices, x (n, C, H, W) on the network's device) for images number `indices`, batch by batch.
 
-    options are `ddpm.sample`'s. The batch is halved where the device's memory does not hold it.
+    classes: a list of numbers, or the ids (K, L) or contexts (K, L, D) of captions, in turn. options are `ddpm.sample`'s. The batch is halved where the device's memory does not hold it.
     """
     parameter = next(network.parameters())
     batch_size = batch_size or (256 if parameter.is_cuda else 64)
     options = {"sampler": "dpm++", "steps": STEPS, **options}
+    if network.context_dim is not None and options.get("y_null") is not None:
+        options["y_null"] = told(network, options["y_null"][None])[0]
     start = 0
     while start < len(indices):
         part = indices[start:start + batch_size]
-        y = labels_of(part, classes)
-        y = None if y is None else y.to(parameter.device)
+        y = told(network, labels_of(part, classes))
         try:
             x = ddpm.sample(diffusion, network, (len(part), network.channels, *network.image_size), y,
                             seeds=[(seed, i) for i in part], **options)
@@ -75,10 +101,61 @@ def drawable(path):
             "AutoencoderKL": "encodes and decodes: a network trained on its latents samples",
             "SuperResUNet": f"enlarges images: it needs small ones to start from, as --ckpt BASE.pt --cascade {path} draws",
         }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
-    if network.context_dim is not None:
-        raise ValueError(f"{path} is told a text, or LDM's class as a token, which nothing here encodes yet: it can be loaded "
-                         "and counted, but not sampled")
+    if network.context_dim is not None and described["step"] is None and described["network"]["class"] == "UNet":
+        raise ValueError(f"{path} is told LDM's class as a token, which nothing here encodes: it can be loaded and counted, but "
+                         "not sampled")
     return described, network, diffusion
+
+
+@torch.no_grad()
+def noted(encoder, tokenizer):
+    """What a run notes of CLIP's encoder: its path and sha256, and the context (L, D) of the empty caption."""
+    empty = encoder(tokenizer.tokenize([""]).to(next(encoder.parameters()).device))
+    return {**encoder.origin, "empty": empty[0].cpu()}
+
+
+def reader(described, network, clip=None):
+    """What reads a text network's captions -> a tokenizer, and CLIP's encoder, or None where the network has one of its own.
+
+    clip: where CLIP is, if not where it was in training. ValueError without one, or if it is another than in training.
+    """
+    if hasattr(network, "text_encoder"):
+        if clip is not None:
+            raise ValueError("--clip: the run has a text encoder of its own")
+        return network.text_encoder, None
+    kept = described["text"] or {}
+    if clip is None and "path" not in kept:
+        raise ValueError("the network was trained with CLIP: --clip DIR names a folder of its encoder and vocabulary")
+    encoder, tokenizer = load_clip(clip or kept["path"])
+    if kept.get("sha256", encoder.origin["sha256"]) != encoder.origin["sha256"]:
+        raise ValueError(f"--clip {clip or kept['path']} is another text encoder than the network was trained with: its SHA-256 is "
+                         f"{encoder.origin['sha256']}, not {kept['sha256']}")
+    if encoder.dim != network.context_dim:
+        raise ValueError(f"--clip {clip}: its contexts are {encoder.dim} wide, the network wants {network.context_dim}")
+    described["text"] = described["text"] or noted(encoder, tokenizer)
+    return tokenizer, encoder
+
+
+@torch.no_grad()
+def read_prompts(prompts, clip, described, network):
+    """Ids (K, L) or contexts (K, L, D) of --prompt, a list of texts; None for a network that is told none.
+
+    Says on stderr what of a prompt is cut off. ValueError if the network wants a prompt and there is none, or the reverse.
+    """
+    if network.context_dim is None:
+        if prompts or clip:
+            raise ValueError(f"--{'prompt' if prompts else 'clip'}: the network was not trained with texts" +
+                             ("; --classes says what it shall draw" if network.num_classes else ""))
+        return None
+    if not prompts:
+        raise ValueError('the network draws what a text says: --prompt "…"')
+    tokenizer, encoder = reader(described, network, clip)
+    for prompt in prompts:
+        if lost := tokenizer.cut(prompt):
+            print(f"sample.py: warning: the prompt is too long for {tokenizer.length} tokens; this is cut off: {lost!r}",
+                  file=sys.stderr)
+    ids = tokenizer.tokenize(prompts)                                                    # (K, L)
+    return ids if encoder is None else encoder(ids)                                      # (K, L, D)
 
 
 def decoder(path, described, network):
@@ -113,11 +190,15 @@ def decode(autoencoder, x, batch_size=16):
     return in_pieces(lambda z: autoencoder.decode(z / autoencoder.scale), x, batch_size)
 
 
-def guidance(network, scale=None):
-    """The guidance scale: the one asked for, or what suits the network.  ValueError if it needs what the network lacks."""
+def guidance(network, scale=None, y_null=None):
+    """The guidance scale: the one asked for, or what suits the network.  ValueError if it needs what the network lacks.
+
+    y_null: a text network's unconditional input.
+    """
+    known = network.null_label is not None or y_null is not None
     if scale is None:
-        return CFG_SCALE if network.null_label is not None else 1.0
-    if scale != 1 and network.null_label is None:
+        return CFG_SCALE if known else 1.0
+    if scale != 1 and not known:
         raise ValueError(f"--cfg-scale {scale:g}: the network has no unconditional input, which guidance needs")
     return scale
 
@@ -156,12 +237,14 @@ def pixel_shape(network, autoencoder=None):
     return (*(side * autoencoder.factor for side in network.image_size), autoencoder.channels)
 
 
-def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None, autoencoder=None):
+def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None, autoencoder=None, contexts=None,
+              y_null=None):
     """The first n samples of a checkpoint, as a data set in the cache: a file that is filled as they are drawn.
 
     how: classes, cfg_scale, sampler, steps, seed, plain values, and what else tells samples of the checkpoint apart; names: of all
-    classes, if the samples shall have labels; autoencoder: decodes the network's latents. What an earlier, perhaps killed, call
-    with the same checkpoint and the same `how` drew is there already; a larger n adds to it.
+    classes, if the samples shall have labels; autoencoder: decodes the network's latents; contexts, y_null: of captions in turn,
+    in place of classes, and of the empty one. What an earlier, perhaps killed, call with the same checkpoint and the same `how`
+    drew is there already; a larger n adds to it.
     """
     classes, shape = how["classes"], pixel_shape(network, autoencoder)
     key = hashlib.sha256(json.dumps([sha256_of(path), how]).encode()).hexdigest()[:16]
@@ -180,9 +263,9 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
         dist.barrier()                                   # all have looked before the first one draws
     mine = share(len(missing))
     with progress_bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
-        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes, how["seed"], batch_size,
-                               progress, sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"],
-                               clip=autoencoder is None):
+        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes if contexts is None else contexts,
+                               how["seed"], batch_size, progress, sampler=how["sampler"], steps=how["steps"],
+                               cfg_scale=how["cfg_scale"], y_null=y_null, clip=autoencoder is None):
             x = x if autoencoder is None else decode(autoencoder, x)
             for i, image in zip(indices, to_uint8(x).cpu().numpy()):
                 pixels_file.seek(i * size)
@@ -241,6 +324,9 @@ def flags():
     parser.add_argument("--cascade", help="an upsampler of train.py or a released one: enlarges what --ckpt draws four times")
     parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
+    parser.add_argument("--prompt", nargs="+", help="what a text model shall draw; several prompts take turns")
+    parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
+                        "with it (default: where it was then)")
     parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
     parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
     parser.add_argument("--cfg-channels", type=positive, help="guide the first channels only; 3 repeats DiT's published numbers")
@@ -295,9 +381,12 @@ def run(args):
     interval = parse_interval(args.cfg_interval) if args.cfg_interval else None
     described, network, diffusion = drawable(args.ckpt)
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
-    few = bool(classes) and len(classes) <= 16
-    n = args.n or (4 * len(classes) if few else 16)
-    scale = guidance(network, args.cfg_scale)
+    contexts = read_prompts(args.prompt, args.clip, described, network)
+    y_null = unconditional(network, described["text"], described["config"])
+    kinds = len(classes or args.prompt or ())
+    few = (2 if args.prompt else 1) <= kinds <= 16
+    n = args.n or (4 * kinds if few else 16)
+    scale = guidance(network, args.cfg_scale, y_null)
     steps = evaluations(args.steps, args.sampler, diffusion)
     autoencoder = decoder(args.vae, described, network)
     clip = not described["vae"]                          # latents have no range
@@ -315,7 +404,7 @@ def run(args):
     if one_by_one:
         Path(args.out).mkdir(exist_ok=True)
     mine = share(n)
-    columns = len(classes) if few else math.ceil(math.sqrt(min(n, 64)))
+    columns = kinds if few else math.ceil(math.sqrt(min(n, 64)))
     frames, images = {}, []
 
     def keep_frame(t, x, x0):
@@ -323,9 +412,9 @@ def run(args):
             frames[t] = grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns)
 
     with progress_bar("drawing", n) as bar:
-        for part, x in draw(network, diffusion, mine, classes, args.seed, args.batch_size, bar, sampler=args.sampler,
-                            steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, cfg_interval=interval,
-                            clip=clip, callback=keep_frame if args.trajectory else None):
+        for part, x in draw(network, diffusion, mine, classes if contexts is None else contexts, args.seed, args.batch_size, bar,
+                            sampler=args.sampler, steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels,
+                            cfg_interval=interval, y_null=y_null, clip=clip, callback=keep_frame if args.trajectory else None):
             x = decode(autoencoder, x) if autoencoder else x
             x = enlarge(upsampler, upsampling, x, labels_of(part, classes), args.seed, part) if upsampler else x
             images.append((x if latent else to_uint8(x)).cpu().numpy())

@@ -16,14 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-import checkpoint
+from vit import attention
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ATOM = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")          # words, whatever follows them
 MERGES_FILE, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2        # CLIP takes so many of the 262,145 in OpenAI's
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PREFIX, TABLE = "text_model.", "embeddings.token_embedding.weight"
 
 # A visible character for each byte, in the order of CLIP's ids: visible ones stand for themselves, the others for U+0100 on.
@@ -120,6 +118,10 @@ class Tokenizer:
         ids = [i for word in split(normalise(text)) for i in self.word_ids(word)][:self.length - 2]
         return torch.tensor([self.start, *ids] + [self.end] * (self.length - 1 - len(ids)))
 
+    def tokenize(self, captions):
+        """A list of captions -> ids (N, length) int64."""
+        return torch.stack([self(caption) for caption in captions])
+
     def decode(self, ids):
         """The words of ids up to their end, with one space between them: normalised, so "It's" comes back as "it 's"."""
         pieces = itertools.takewhile(lambda piece: piece != END, (self.pieces[int(i)] for i in ids[1:]))
@@ -153,7 +155,7 @@ class TextBlock(nn.Module):
     def forward(self, x, mask):
         normal = self.layer_norm1(x)                                                     # (N, L, D)
         q, k, v = (self.self_attn[f"{name}_proj"](normal).unflatten(2, (self.heads, -1)).transpose(1, 2) for name in "qkv")
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                    # (N, h, L, d), as q, k, v
+        out = attention(q, k, v, mask=mask)                                              # (N, h, L, d), as q, k, v
         x = x + self.self_attn.out_proj(out.transpose(1, 2).flatten(2))                  # (N, L, D)
         h = self.mlp.fc1(self.layer_norm2(x))                                            # (N, L, hidden)
         return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))                            # (N, L, D); CLIP's quick GELU
@@ -220,40 +222,3 @@ class TextEncoder(CLIPTextEncoder):
         """Every token sees the caption up to its end, and nothing after it: (N, 1, 1, L)."""
         ends = (ids == self.end).long()                                                  # (N, L)
         return (ends.cumsum(1) - ends == 0)[:, None, None, :]                            # no end comes before
-
-
-def clip_encoder(tensors, heads=None):
-    """The CLIPTextEncoder in a dict of tensors, which may also hold the rest of CLIP; its sizes follow from their shapes."""
-    prefix = next((name for name in tensors if name.endswith(TABLE)), TABLE).removesuffix(TABLE)
-    state = {PREFIX + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    (vocab, dim), length = state[PREFIX + TABLE].shape, len(state[f"{PREFIX}embeddings.position_embedding.weight"])
-    hidden = len(state[f"{PREFIX}encoder.layers.0.mlp.fc1.weight"])
-    depth = len({name.split(".")[3] for name in state if name.startswith(f"{PREFIX}encoder.layers.")})
-    encoder = CLIPTextEncoder(vocab, length, dim, depth, heads or max(1, dim // 64), hidden)       # CLIP's heads are 64 wide
-    encoder.load_state_dict(state, strict=True)
-    return encoder.eval()
-
-
-def load_clip(path, heads=None):
-    """CLIP's text encoder, in eval mode, and its tokenizer -> (CLIPTextEncoder, Tokenizer).
-
-    path: a folder of Hugging Face's files, or the weights, whose folder then holds the vocabulary; heads=None: one for 64
-    columns. ValueError or OSError if a file is missing, damaged or of another network."""
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        path = next(filter(Path.is_file, (folder / name for name in WEIGHTS)), folder / WEIGHTS[0])
-    tensors = checkpoint.read(path)
-    try:
-        encoder = clip_encoder(tensors, heads)
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
-    settings = folder / "config.json"                    # where it is there: OpenCLIP's shapes do not show their exact GELU
-    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', settings.read_text("utf-8", "replace")):
-        raise ValueError(f"{settings} asks for an exact GELU: only OpenAI's CLIP, with its quick GELU, is known here")
-    files = (folder / "vocab.json", folder / "merges.txt")
-    tokenizer = Tokenizer(*(files if files[0].is_file() else (None, folder / MERGES_FILE)), length=encoder.length)
-    if len(tokenizer.ids) != encoder.vocab:
-        raise ValueError(f"the vocabulary in {folder} has {len(tokenizer.ids)} pieces where its encoder has {encoder.vocab}")
-    return encoder, tokenizer

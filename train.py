@@ -5,6 +5,7 @@ resumes exactly, and one process or eight train alike; the loop here is the same
 
     python train.py                                                       a small DiT on the embedded digits, minutes on a CPU
     python train.py --model uvit --size S/2 --data cifar10 --flip         after the paper's recipe
+    python train.py --model uvit --data shapes --text                     a small U-ViT learns to draw what a caption says
     torchrun --nproc-per-node 8 train.py --size L/2 --data photos/ --image-size 64
 """
 import argparse
@@ -30,15 +31,17 @@ import dit
 import unet
 from cli import Parser, first_in_turn, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
-from latents import latents
+from files import atomic_file
+from latents import embeddings, latents
 from models import TRAINABLE, build, describe
 from objectives import DROPOUT, objective_of
-from sample import parent_of
+from sample import noted, parent_of
+from text import TextEncoder
 from vit import divided
 
-COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, flip=False, skip_bad=False,
-              cache=None, eval_every=None, eval_n=2000, features=None, vae=None, accumulate=1, seed=0, device="auto",
-              precision=None, compile=False, checkpointing=False, out="run.pt", resume=False)
+COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,
+              text=False, clip=None, flip=False, skip_bad=False, cache=None, eval_every=None, eval_n=2000, features=None,
+              accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt", resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
               decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
 FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
@@ -51,7 +54,7 @@ VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 
        "clip_grad": 1.0}
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags that a classifier has no use for
-             "eval_every", "eval_n", "features", "vae")
+             "eval_every", "eval_n", "features", "vae", "latent_scale", "text", "clip")
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
@@ -66,9 +69,12 @@ RECIPES = {                            # by model and the size's first word; Non
 }
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti"}          # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
+TEXT = dict(context_dim=192, context_tokens=77)  # the width of our text encoder; its length the data's longest caption decides,
+LONGEST = 77                                     # up to CLIP's
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
               "eval_every", "eval_n", "features", "cache", "out", "resume"}
+MOVED = {"vae": "vae", "clip": "text"}           # files that may lie elsewhere, if what the run notes of them still holds
 # on --resume may change: the end (a cosine stretches to it), the machine, when to save and what to score
 
 
@@ -88,9 +94,15 @@ def flags():
     model.add_argument("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
     model.add_argument("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
     where = parser.add_argument_group("data")
-    where.add_argument("--data", help="mnist, cifar10[:DIR], a folder of images, or an .npz (default: mnist)")
+    where.add_argument("--data", help="mnist, shapes, cifar10[:DIR], coco:DIR, a folder of images, or an .npz (default: mnist)")
     where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
     where.add_argument("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
+    where.add_argument("--latent-scale", type=not_negative, help="what latents are multiplied by (default: the autoencoder's: measured, "
+                       "or Stable Diffusion's 0.18215; U-ViT's on MS-COCO is 0.2301)")
+    where.add_argument("--text", action="store_true", default=None, help="learn from captions, which the data must have, with a "
+                       "small text encoder that is trained too")
+    where.add_argument("--clip", metavar="DIR", help="with CLIP's text encoder instead, which stays as it is: a folder of Hugging "
+                       "Face's files")
     where.add_argument("--flip", action="store_true", default=None, help="mirror half of the images; not for digits")
     where.add_argument("--shift", type=int, help="move images by up to N pixels (default: 2 for vit Ti, else 0)")
     where.add_argument("--skip-bad", action="store_true", default=None, help="leave out image files that cannot be read")
@@ -148,7 +160,7 @@ def settings(argv):
         if run["optimizer"] is None or not {"bad_steps", "log"} <= set(run):
             raise ValueError(f"--resume: {out} is not a run of train.py")
         clashes = [f"--{key.replace('_', '-')} is {run['config'].get(key)} there, not {value}" for key, value in given.items()
-                   if key not in MAY_CHANGE and value != run["config"].get(key) and not (key == "vae" and run["vae"])]
+                   if key not in MAY_CHANGE and value != run["config"].get(key) and not run.get(MOVED.get(key))]
         if clashes:
             raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
         chosen = {**COMMON, **recipe(run["config"]), **run["config"], **given, "out": str(out)}      # it may have been moved
@@ -164,8 +176,11 @@ def settings(argv):
         raise ValueError(f"{useless[0]}: {OTHERS[args.model]}, it does not denoise")
     if args.vae and not Path(args.vae).is_file():
         raise ValueError(f"--vae {args.vae}: there is no such file")
+    args.text = args.text or args.clip is not None
     if args.model == "vae" and args.checkpointing:
         raise ValueError("--checkpointing: an autoencoder keeps its activations; use --accumulate to save memory")
+    if args.latent_scale is not None and not (args.vae and args.latent_scale):
+        raise ValueError("--latent-scale is a number above 0, of the latents of --vae")
     if args.vae and args.shift:
         raise ValueError("--shift moves pixels, and --vae encodes them once: leave one out")
     unused = [name for name in ("eval_n", "features") if name in given and not args.eval_every]
@@ -175,29 +190,30 @@ def settings(argv):
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
     if min(args.shift, args.warmup, args.seed) < 0:
         raise ValueError("--shift, --warmup and --seed must not be negative")
-    if args.size in unet.UPSAMPLERS and (args.vae or args.eval_every):
-        raise ValueError(f"--{'vae' if args.vae else 'eval-every'}: --size {args.size} enlarges the pixels that another network "
-                         "draws; python sample.py --cascade runs both, and evaluate.py --samples scores what they draw")
-    description(args, image_size=0, channels=1, num_classes=1)           # refuse now what no data can mend
+    unfit = [name for name in ("vae", "text", "eval_every") if args.size in unet.UPSAMPLERS and getattr(args, name)]
+    if unfit:
+        raise ValueError(f"--{unfit[0].replace('_', '-')}: --size {args.size} enlarges the pixels that another network draws; "
+                         "python sample.py --cascade runs both, and evaluate.py --samples scores what they draw")
+    description(args, TEXT if args.text else {}, image_size=0, channels=1, num_classes=1)      # refuse now what no data can mend
     return args, run
 
 
-def description(args, **data):
+def description(args, text, **data):
     """The description of the network that the flags name, for the data's image_size, channels and num_classes.
 
-    ValueError on a size that there is not, an option of another model, or a network that needs what no data set here has.
+    text: {} or the context's size, and the arguments of a text encoder of its own, see `read_captions`. ValueError on a size that there is not, an option of another model, or a network that needs what no data set here has.
     """
+    context = {key: text[key] for key in ("context_dim", "context_tokens") if key in text}
     described = describe(args.model, args.size, **data, null_class=bool(args.cfg_drop), learn_sigma=args.variance == "learned",
-                         conditioning=args.conditioning, hybrid=args.hybrid)
-    if "context_dim" in described["arguments"]:
-        raise ValueError(f"--size {args.size} sees a text beside a noisy image: it can be loaded and counted, but not trained here "
-                         "yet")
-    return described
+                         conditioning=args.conditioning, hybrid=args.hybrid, **context)
+    if "context_dim" in described["arguments"] and not context:
+        raise ValueError(f"--size {args.size} is told a text: give --text")
+    return {**described, **({"text": text["encoder"]} if text.get("encoder") else {})}
 
 
-def build_network(args, dataset):
-    """The network that the flags name, at the data's size, channels and classes, and its description."""
-    described = description(args, image_size=dataset.image_size, channels=dataset.channels, num_classes=dataset.num_classes)
+def build_network(args, dataset, text):
+    """The network that the flags name, at the data's size, channels and classes, and its description; text: see there."""
+    described = description(args, text, image_size=dataset.image_size, channels=dataset.channels, num_classes=dataset.num_classes)
     torch.manual_seed(args.seed)
     network = build(described)
     network.checkpointing = args.checkpointing
@@ -240,7 +256,7 @@ class Log:
                 rows = [row for row in old if None not in (*row, *row.values()) and row.get("step", "").isdigit()
                         and int(row["step"]) <= start]
                 self.columns += tuple(name for name in old.fieldnames or () if name not in self.columns)    # scores given up since
-        with data.atomic_file(path) as file:
+        with atomic_file(path) as file:
             file.write("".join(",".join(row) + "\n" for row in
                                (self.columns, *([row.get(name, "") for name in self.columns] for row in rows))).encode())
 
@@ -298,15 +314,41 @@ def load_data(args, run, device):
         return pixels
     autoencoder = checkpoint.load_autoencoder(args.vae).to(device).requires_grad_(False)
     sha256, factor = autoencoder.origin["sha256"], autoencoder.factor
+    autoencoder.scale = args.latent_scale or autoencoder.scale
     if run and (run["vae"] or {}).get("sha256") != sha256:
         raise ValueError(f"--resume: {args.vae} is another autoencoder than the run in {args.out} was trained with")
     size = divided(pixels.image_size, factor, "the autoencoder's factor")
     try:
         with torch.device("meta"):
-            build(description(args, image_size=size, channels=autoencoder.latent_channels, num_classes=pixels.num_classes))
+            build(description(args, TEXT if args.text else {}, image_size=size, channels=autoencoder.latent_channels, num_classes=pixels.num_classes))
     except ValueError as error:
         raise ValueError(f"{error}; of latents: an image's side is {factor} times that") from None
     return latents(pixels, autoencoder, sha256, args.flip, args.cache)
+
+
+def read_captions(args, dataset, run, device):
+    """Have batches hold what --text tells the network, and the size of it as `description` takes it; {} without --text.
+
+    Captions become ids, which an encoder of the network's own reads; or with --clip contexts, encoded once, and then dataset.text
+    is what run.pt notes: CLIP's path and sha256, and the context of the empty caption.
+    """
+    if not args.text:
+        return {}
+    if dataset.captions is None:
+        raise ValueError(f"--text: {args.data} has no captions; shapes, coco:DIR and a folder with a .txt beside each image do")
+    if args.clip:
+        encoder, tokenizer = checkpoint.load_clip(args.clip)
+        if run and (run["text"] or {}).get("sha256") != encoder.origin["sha256"]:
+            raise ValueError(f"--resume: {args.clip} is another text encoder than the run in {args.out} was trained with")
+        encoder = encoder.to(device).requires_grad_(False)
+        dataset.tell(lambda captions: embeddings(captions, encoder, tokenizer, args.cache))
+        dataset.text = noted(encoder, tokenizer)
+        return dict(context_dim=encoder.dim, context_tokens=encoder.length)
+    longest = max(len(caption.encode("utf-8", "replace")) for some in dataset.captions for caption in some)
+    arguments = dict(dim=TEXT["context_dim"], length=min(longest + 1, LONGEST))
+    encoder = TextEncoder(**arguments)
+    dataset.tell(lambda captions: encoder.tokenize(captions).numpy())
+    return dict(context_dim=encoder.dim, context_tokens=encoder.length, encoder=arguments)
 
 
 def train(args, run, device, rank, world):
@@ -319,13 +361,14 @@ def train(args, run, device, rank, world):
     micro = args.batch_size // (world * args.accumulate)
 
     dataset = load_data(args, run, device)
+    text = read_captions(args, dataset, run, device)
     batches = data.Batches(dataset, args.batch_size, args.seed, part)
     workers = 2 if device.type == "cuda" and dataset.in_files else 0     # what is in memory needs none
     loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps), pin_memory=device.type == "cuda",
                         num_workers=workers, worker_init_fn=ignore_signals,
                         multiprocessing_context="fork" if workers else None)         # pickling a memory map would read it all
 
-    network, described = build_network(args, dataset)
+    network, described = build_network(args, dataset, text)
     if run and run["network"] != described:
         raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
     objective = objective_of(args.model, args.size)(args, dataset, network, device)
@@ -364,7 +407,7 @@ def train(args, run, device, rank, world):
                 version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=described,
                 diffusion=objective.description(),
                 data=dict(spec=args.data, classes=dataset.classes, num_classes=dataset.num_classes, channels=dataset.channels,
-                          image_size=list(dataset.image_size)), vae=objective.autoencoder(ema),
+                          image_size=list(dataset.image_size)), vae=objective.autoencoder(ema), text=dataset.text,
                 model=network.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                 bad_steps=int(bad_steps), log=sums.cpu()))
 

@@ -43,7 +43,8 @@ def checked(network, x, t, y):
     """Check what a denoiser is given, at its door -> y, with the null label where it is None and there is one.
 
     x (N, C, H, W) must be of the size that network.channels and .image_size say, t (N,), and y labels (N,), a context
-    (N, M, context_dim) or None, as its .num_classes, .null_label and .context_dim ask. ValueError otherwise.
+    (N, M, context_dim) or None, as its .num_classes, .null_label and .context_dim ask. ValueError otherwise. Where a network
+    has a .text_encoder of its own, as `models.build` gives it, y may be a text's ids (N, M), which become its context here.
     """
     if tuple(x.shape[1:]) != (network.channels, *network.image_size):
         raise ValueError(f"input of shape {tuple(x.shape[1:])} where the network was built for "
@@ -51,6 +52,8 @@ def checked(network, x, t, y):
     if t.shape != x.shape[:1]:
         raise ValueError(f"t of shape {tuple(t.shape)} for {len(x)} images: it must be (N,)")
     if network.context_dim is not None:
+        if y is not None and not y.is_floating_point() and hasattr(network, "text_encoder"):
+            y = network.text_encoder(y)                                  # (N, M, context_dim)
         if y is None or y.ndim != 3 or len(y) != len(x) or y.shape[2] != network.context_dim:
             raise ValueError(f"this network wants a text context y of shape ({len(x)}, M, {network.context_dim})")
     elif network.num_classes is None:
@@ -115,16 +118,18 @@ def unpatchify(tokens, grid, patch_size):
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                # (N, C, rows p, columns p)
 
 
-def attention(q, k, v, fused=True):
+def attention(q, k, v, fused=True, mask=None):
     """softmax(q k^T / sqrt(d)) v, Vaswani et al. 2017, Eq. 1.  q (N, h, L, d); k, v (N, h, M, d). Returns (N, h, L, d).
 
-    fused=False writes the formula out; fused=True is the same function through PyTorch's fused kernel, which never
+    mask, bool, broadcastable to (N, h, L, M): False where a row must not see a column. fused=False writes the formula out; fused=True is the same function through PyTorch's fused kernel, which never
     stores the L x M weights. They agree within rounding.
     """
     if fused:
-        return F.scaled_dot_product_attention(q, k, v)
-    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)     # (N, h, L, M)
-    return weights @ v                                                               # (N, h, L, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                        # (N, h, L, M)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1) @ v                                                # (N, h, L, d)
 
 
 class PatchEmbed(nn.Module):

@@ -21,6 +21,7 @@ from PIL import Image
 
 import checkpoint
 import dit
+import text
 import uvit
 import vit
 
@@ -128,6 +129,24 @@ def released_text_network():
     torch.save(uvit.UViT(8, 2, 4, dim=64, depth=2, heads=1, context_dim=8).state_dict(), "text.pt")
 
 
+def clip_without_vocabulary():
+    os.mkdir("clip")
+    torch.save(text.CLIPTextEncoder(vocab=714, length=20, dim=64, depth=1, heads=1).state_dict(), "clip/pytorch_model.bin")
+
+
+def coco_without_images():
+    os.mkdir("coco")
+    annotations = dict(images=[dict(id=i, file_name=f"{i}.jpg") for i in range(2)], annotations=[])
+    Path("coco/captions_train2017.json").write_text(json.dumps(annotations))
+
+
+def captions_for_some():
+    os.mkdir("photos")
+    for name in "ab":
+        image(f"photos/{name}.png")
+    Path("photos/a.txt").write_text("a letter")
+
+
 def pixels(*shape):
     return np.zeros(shape, np.uint8)
 
@@ -193,7 +212,7 @@ CASES = [
     ("an upsampler whose small image has no whole sides", npz(arr_0=pixels(5, 30, 30, 3)),
      f"{TRAIN} --model unet --size Ti-up --data images.npz", "use 28 or 32"),
     ("a cascade without an upsampler", nothing, f"{SAMPLE} --cascade run.pt", "holds a DiT, which enlarges nothing"),
-    ("a U-Net that reads text", nothing, f"{TRAIN} --model unet --size ldm-4", "not trained here yet"),
+    ("a U-Net that reads text", nothing, f"{TRAIN} --model unet --size ldm-4", "give --text"),
     ("a variance that a U-ViT has not", nothing, f"{TRAIN} --model uvit --variance learned", "small or large"),
     ("a block design of a U-Net", nothing, f"{TRAIN} --model unet --size Ti --conditioning adaln", "DiT's, not of unet"),
     ("a hybrid DiT", nothing, f"{TRAIN} --hybrid", "ViT's, not of dit"),
@@ -231,7 +250,18 @@ CASES = [
     ("quality of a run without labels", unlabelled_run, "bench.py quality", "class-conditional"),
     ("timing a single step", nothing, "bench.py train --steps 1", "at least 2"),
     ("samples of a classifier", classifiers_run, "sample.py --ckpt vit.pt", "a ViT, which classifies"),
-    ("samples of released weights that read text", released_text_network, "sample.py --ckpt text.pt", "told a text"),
+    ("samples of released weights that read text", released_text_network, "sample.py --ckpt text.pt", "--prompt"),
+    ("a prompt for them without CLIP", released_text_network, "sample.py --ckpt text.pt --prompt cat", "--clip DIR names"),
+    ("a prompt for a run without text", nothing, f"{SAMPLE} --prompt cat", "not trained with texts; --classes"),
+    ("a CLIP that is not there", nothing, f"{TRAIN} --data shapes --clip nowhere", "no checkpoint nowhere"),
+    ("a CLIP without its vocabulary", clip_without_vocabulary, f"{TRAIN} --data shapes --clip clip", "no merges clip"),
+    ("captions of digits", nothing, f"{TRAIN} --text", "mnist has no captions"),
+    ("a text for a classifier", nothing, "train.py --model vit --text --out new.pt", "--text: a ViT classifies"),
+    ("a text by adaLN", nothing, f"{TRAIN} --data shapes --text --conditioning adaln", "by cross-attention only"),
+    ("a scale of no latents", nothing, f"{TRAIN} --latent-scale 2", "--latent-scale is a number above 0, of the latents of --vae"),
+    ("MS-COCO without its captions", lambda: os.mkdir("coco"), f"{TRAIN} --data coco:coco --image-size 32", "it has none"),
+    ("MS-COCO without its images", coco_without_images, f"{TRAIN} --data coco:coco --image-size 32", "2 of 2 images"),
+    ("an image without a caption", captions_for_some, f"{TRAIN} --data photos --image-size 32", "1 of 2 images have no caption"),
     ("an image too large to be counted", nothing, "gflops.py --model dit --size S/2 --image-size 100000000", "too large to be counted"),
     ("a negative number of classes", nothing, "gflops.py --model dit --size S/2 --num-classes -5", "from 0 on"),
     ("quality of a classifier", classifiers_run, "bench.py quality --ckpt vit.pt", "class-conditional"),

@@ -22,9 +22,9 @@ import sample
 import train
 import unet
 from formula import fill
-from objectives import Denoising, SuperResolution
+from objectives import SuperResolution
 from refusals import refusal
-from test_objectives import bytes_of, draw, settings_of
+from test_objectives import bytes_of, denoising, draw, settings_of
 from test_train import assert_same_run, refused, rows_of, saved_autoencoder
 
 ROOT = Path(__file__).parents[1]
@@ -65,8 +65,9 @@ PROCESS = ddpm.Diffusion(ddpm.cosine_betas(100), "x0", "small")
 
 def upsampling(image_size=(8, 8), **changes):
     """The objective of images of a size; the digits are its held-out images."""
-    dataset = Namespace(num_classes=10, image_size=image_size)
-    return SuperResolution(settings_of(prediction="x0", **changes), dataset, Namespace(null_label=10, factor=4), CPU)
+    dataset = Namespace(num_classes=10, image_size=image_size, text=None)
+    network = Namespace(null_label=10, context_dim=None, factor=4)
+    return SuperResolution(settings_of(prediction="x0", **changes), dataset, network, CPU)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
@@ -112,7 +113,7 @@ def test_the_draw_depends_on_seed_and_step_alone():
 
 def test_what_an_upsampler_draws_besides_low_is_what_any_denoiser_draws():
     images = bytes_of(8, 8, 8, 1)
-    plain = Denoising(settings_of(prediction="x0"), Namespace(num_classes=10), Namespace(null_label=10), CPU)
+    plain = denoising(prediction="x0")
     assert all(map(torch.equal, draw(plain, images, WHOLE), draw(upsampling(), images, WHOLE)[:4]))
     numbers = [objectives.TIME, objectives.NOISE, objectives.DROP, objectives.FLIP, objectives.SHIFT, objectives.DROPOUT,
                objectives.LATENT, objectives.LOW]
@@ -398,8 +399,8 @@ def test_an_upsampler_is_trained_on_pixels_and_scored_by_its_samples(tmp_path, c
     for size in unet.UPSAMPLERS:
         args, _ = train.settings(["--model", "unet", "--size", size, "--out", str(tmp_path / "run.pt")])
         assert args.steps == (train.FEW if size == "Ti-up" else train.DIT)["steps"]
-        for flag, value in (("--vae", saved_autoencoder(tmp_path / "vae.pt")), ("--eval-every", 3)):
-            said = refused(capsys, "--model", "unet", "--size", size, flag, value, *out)
+        for flag, *value in (("--vae", saved_autoencoder(tmp_path / "vae.pt")), ("--eval-every", 3), ("--text",)):
+            said = refused(capsys, "--model", "unet", "--size", size, flag, *value, *out)
             assert f"{flag}: --size {size} enlarges the pixels" in said and "sample.py --cascade" in said
 
 

@@ -24,7 +24,10 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 import data
-from data import Batches, Dataset, atomic_file, augment, center_crop, load, open_image, to_float, to_uint8
+import images as image_files
+from data import Batches, Dataset, augment, load, to_float, to_uint8
+from files import atomic_file
+from images import center_crop, open_image
 from refusals import refusal
 
 SQUARE = np.array([[0, 10, 20], [30, 40, 50], [60, 70, 250]], np.uint8)
@@ -227,20 +230,20 @@ def test_all_of_a_data_set_is_both_of_its_splits(tmp_path):
 
 
 def test_the_side_of_a_folder_is_that_of_its_images(tmp_path):
-    assert data.side_of(photos(tmp_path / "photos", [1, 2, 3], side=6)) == 6
+    assert image_files.side_of(photos(tmp_path / "photos", [1, 2, 3], side=6)) == 6
 
 
 def test_a_folder_of_unequal_or_oblong_images_has_no_side(tmp_path):
     folder = photos(tmp_path / "photos", [1, 2])
     solid(folder / "03.png", 3, side=5)
     with pytest.raises(ValueError, match=r"03\.png has 5x5 pixels, 00\.png 4x4; --image-size"):
-        data.side_of(folder)
+        image_files.side_of(folder)
     Image.new("L", (4, 6)).save(tmp_path / "photos" / "00.png")
     with pytest.raises(ValueError, match=r"00\.png has 4x6 pixels"):
-        data.side_of(folder)
+        image_files.side_of(folder)
     (folder / "00.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="cannot read the image .*00.png"):
-        data.side_of(folder)
+        image_files.side_of(folder)
 
 
 def test_a_data_set_of_one_image_is_refused(tmp_path):

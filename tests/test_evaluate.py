@@ -25,6 +25,7 @@ import features
 import inception
 import sample
 import vit
+from files import cache_folder
 
 ROOT = Path(__file__).parents[1]
 JUDGE = str(features.JUDGE)
@@ -417,7 +418,7 @@ def test_samples_sorted_by_class_in_folders_have_the_inception_score_of_shuffled
 def test_fid_is_printed_for_inception_with_its_canonical_weights(here, capsys, monkeypatch):
     """Weights drawn at random, called canonical, where a download would be kept."""
     torch.manual_seed(0)
-    weights = data.cache_folder("cache") / inception.URL.rsplit("/", 1)[-1]
+    weights = cache_folder("cache") / inception.URL.rsplit("/", 1)[-1]
     torch.save(inception.Inception().state_dict(), weights)
     monkeypatch.setattr(inception, "SHA256", features.sha256_of(weights))
     with np.load("fake.npz") as archive:                 # three images: 2048 features of more make the floor too, for seconds

@@ -23,11 +23,11 @@ def settings_of(**changes):
 
 
 def labelled(num_classes=10):
-    return Namespace(num_classes=num_classes)
+    return Namespace(num_classes=num_classes, text=None, contexts=None)
 
 
 def denoising(null_label=10, **changes):
-    return Denoising(settings_of(**changes), labelled(), Namespace(null_label=null_label), CPU)
+    return Denoising(settings_of(**changes), labelled(), Namespace(null_label=null_label, context_dim=None), CPU)
 
 
 def draw(objective, images, part, step=3):

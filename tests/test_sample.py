@@ -15,6 +15,7 @@ import ddpm
 import dit
 import evaluate
 import features
+import files
 import models
 import sample
 import vae
@@ -276,4 +277,4 @@ def test_only_an_autoencoder_of_ours_below_the_limit_is_carried(own, latent, mon
     monkeypatch.setattr(checkpoint, "EMBEDDED", size)
     assert ("model" in checkpoint.load_autoencoder(path).origin) == embedded
     released, path = checkpoint.load_autoencoder(latent / "vae.pt"), latent / "vae.pt"
-    assert released.scale == 0.18215 and released.origin == dict(path=str(path), sha256=data.sha256_of(path))
+    assert released.scale == 0.18215 and released.origin == dict(path=str(path), sha256=files.sha256_of(path))

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from hypothesis import assume, example, given, settings, strategies as st
 from torch.testing import assert_close
 
+from checkpoint import load_clip
 from formula import GOLDEN, fill, golden, golden_json
-from text import CLIPTextEncoder, TextEncoder, Tokenizer, load_clip, normalise, split
+from text import CLIPTextEncoder, TextEncoder, Tokenizer, normalise, split
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 TINY = GOLDEN / "clip_tiny"

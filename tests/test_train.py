@@ -20,6 +20,7 @@ import data
 import dit
 import evaluate
 import features
+import files
 import latents
 import models
 import sample
@@ -528,7 +529,7 @@ def test_a_latent_run_carries_a_small_autoencoder_and_samples_without_any_flag(t
     torch.load(run, weights_only=True)
     kept, autoencoder = checkpoint.load(run)["vae"], checkpoint.load_autoencoder(tmp_path / "vae.pt")
     assert set(kept) == {"path", "sha256", "scale", "network", "model"} and kept["scale"] == 0.5
-    assert kept["path"] == str(tmp_path / "vae.pt") and kept["sha256"] == data.sha256_of(tmp_path / "vae.pt")
+    assert kept["path"] == str(tmp_path / "vae.pt") and kept["sha256"] == files.sha256_of(tmp_path / "vae.pt")
     assert all(torch.equal(value, autoencoder.state_dict()[name]) for name, value in kept["model"].items())
     named = images_of(tmp_path, run, "--vae", str(tmp_path / "vae.pt"))
     (tmp_path / "vae.pt").unlink()

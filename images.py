@@ -1,0 +1,240 @@
+"""Image files: one, a folder of them with class sub-folders or a .txt of captions beside each, or MS-COCO.
+
+They are decoded once, centre-cropped as in ADM (Dhariwal & Nichol 2021), into a memory-mapped uint8 cache; three channels unless all
+are grey. Captions are read each time.
+"""
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from files import atomic_file, cache_folder
+
+
+def center_crop(image, size):
+    """A Pillow image as a size x size one: halve by boxes while twice too large, scale bicubically, crop the centre (ADM)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def open_image(path):
+    """Open an image file as Pillow "L" (grey) or "RGB": upright by its EXIF tag, transparency over white, 16 bits as 8.
+
+    ValueError, naming the file, if it cannot be decoded or has more pixels than Pillow deems safe.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.init()
+            opened = Image.open(path, formats=sorted(set(Image.OPEN) - {"EPS"}))     # EPS would run Ghostscript on it
+        with opened:                                     # an animation would stay open
+            image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):                                   # 16-bit grey, which Pillow would clip, not scale
+            return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, whose range is not known")
+        if image.has_transparency_data:
+            grey = image.mode in ("LA", "La", "L", "1")
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image).convert("L" if grey else "RGB")
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    except FileNotFoundError:
+        raise
+    except Exception as error:                           # decoders raise anything at all on a damaged file
+        raise ValueError(f"cannot read the image {path}: {error}") from None
+
+
+def _decode(path, size):
+    """A file as (size, size, 1 or 3) uint8; or, if it is bad, the message, which crosses processes better than errors do."""
+    try:
+        image = open_image(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    if size ** 2 * max(image.size) > Image.MAX_IMAGE_PIXELS * min(image.size):       # as many before the crop
+        return f"the image {path} is too elongated, {image.width}x{image.height}, to be scaled to {size}"
+    return np.asarray(center_crop(image, size)).reshape(size, size, -1)
+
+
+def _image_files(folder):
+    known = set(Image.registered_extensions()) - {".pdf", ".palm", ".eps", ".ps"}       # written only, or refused
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    if not files:
+        raise ValueError(f"{folder} holds no image")
+    return files
+
+
+def side_of(folder):
+    """The pixel side of a folder's images.  ValueError if they are not squares of one size."""
+    side, first = None, None
+    for path in _image_files(Path(folder)):
+        try:
+            with Image.open(path) as image:              # reads no further than its header
+                size = image.size
+        except Exception as error:                       # decoders raise anything at all on a damaged file
+            raise ValueError(f"cannot read the image {path}: {error}") from None
+        side, first = side or size, first or path
+        if size != side or size[0] != size[1]:
+            raise ValueError(f"the images of {folder} are not squares of one size: {path.name} has {size[0]}x{size[1]} pixels"
+                             + (f", {first.name} {side[0]}x{side[1]}" if size != side else "")
+                             + "; --image-size crops and scales them to one")
+    return side[0]
+
+
+def captions_beside(files, skip_bad):
+    """Captions of image files, the lines of the .txt beside each -> files, captions; None where there is no such .txt at all.
+
+    ValueError if some images have none, or some .txt no image; with skip_bad they are left out.
+    """
+    texts = [path.with_suffix(".txt") for path in files]
+    there = [path.is_file() for path in texts]
+    if not any(there):
+        return files, None
+    lone = sorted({text for folder in {path.parent for path in files} for text in folder.glob("*.txt")} - {*texts})
+    missing = [path for path, has in zip(files, there) if not has]
+    if missing or lone:
+        message = (f"{len(missing)} of {len(files)} images have no caption: the first, {missing[0]}, needs {missing[0].stem}.txt"
+                   if missing else f"{len(lone)} caption files have no image, the first is {lone[0]}")
+        if not skip_bad:
+            raise ValueError(f"{message} (--skip-bad goes on without)")
+        tqdm.write(f"left out: {message}")
+    files, captions = [path for path, has in zip(files, there) if has], []
+    for path, text in zip(files, (text for text in texts if text.is_file())):
+        try:
+            captions.append([line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()] or [""])
+        except ValueError as error:
+            raise ValueError(f"{text} is not a text in UTF-8: {error}") from None
+    return files, captions
+
+
+def coco_captions(annotations, skip_bad):
+    """Image files and their captions, of a captions_*.json of MS-COCO.
+
+    The images lie in a folder of the json's name, as train2014, or where the json or its folder lies. ValueError, with their
+    number, if some are missing; with skip_bad they are left out.
+    """
+    try:
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
+        captions = {key: [] for key in names}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{annotations} holds no captions of MS-COCO: {reason}") from None
+    root, part = annotations.parent, annotations.stem.partition("_")[2]
+    root = root.parent if root.name == "annotations" else root
+    folders = [folder for folder in (root / part, root / "images" / part, root / "images", root) if folder.is_dir()]
+    found = {key: next((folder / name for folder in folders if (folder / name).is_file()), None) for key, name in names.items()}
+    missing = [names[key] for key, path in found.items() if path is None]
+    if missing:
+        message = f"{len(missing)} of {len(names)} images of {annotations.name} are missing, the first is {part}/{missing[0]}"
+        if not skip_bad or len(missing) == len(names):
+            raise ValueError(f"{message}, in {root}" + (" (--skip-bad goes on without)" if len(missing) < len(names) else ""))
+        tqdm.write(f"left out: {message}")
+    kept = sorted((path, captions[key]) for key, path in found.items() if path is not None and captions[key])
+    if not kept:
+        raise ValueError(f"{annotations} has no captioned image")
+    return [path for path, _ in kept], [some for _, some in kept]
+
+
+def coco(folder, split, size, cache, skip_bad, workers):
+    """Images and captions of MS-COCO in a folder, and whether it has a test split of its own, captions_val*.json beside a
+    captions_train*.json. ValueError if there is no captions_*.json."""
+    found = sorted(path for place in (folder, folder / "annotations") for path in place.glob("captions_*.json"))
+    train, val = ([path for path in found if path.stem.startswith(f"captions_{part}")] for part in ("train", "val"))
+    if not found or len(train) > 1 or len(val) > 1 or len(found) > 1 and not (train and val):
+        raise ValueError(f"coco:{folder} needs one captions_train*.json and one captions_val*.json, or one captions_*.json: it has "
+                         f"{', '.join(path.name for path in found) or 'none'}")
+    own = bool(train and val)
+    chosen = {"train": train, "test": val, "all": found}[split] if own else found
+    files, captions = (sum(parts, []) for parts in zip(*(coco_captions(path, skip_bad) for path in chosen)))
+    where = folder.resolve() / "+".join(path.stem for path in chosen)
+    images, kept = decoded(where, folder, files, size, cache, skip_bad, workers)
+    return images, [captions[i] for i in kept], own
+
+
+def image_folder(folder, size, cache, skip_bad, workers):
+    """Images, labels, class names and captions of a folder; labels and names are None without class sub-folders, captions without
+    .txt files."""
+    files, captions = captions_beside(_image_files(folder), skip_bad)
+    tops = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in files]
+    if None in tops and len(set(tops)) > 1:
+        raise ValueError(f"{folder} holds images beside class sub-folders: move {files[tops.index(None)].name} into one")
+    classes = None if tops[0] is None else sorted(set(tops))
+    images, kept = decoded(folder.resolve(), folder, files, size, cache, skip_bad, workers)
+    labels = None if classes is None else np.array([classes.index(tops[i]) for i in kept])
+    return images, labels, classes, None if captions is None else [captions[i] for i in kept]
+
+
+def decoded(name, folder, files, size, cache, skip_bad, workers):
+    """Image files, decoded and cropped, from the cache if they are there unchanged -> uint8 (M, size, size, 1 or 3), and which
+    of the files they are.  name: a path that tells this list of files of the folder from others."""
+    if size is None:
+        raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
+    state = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    fingerprint = hashlib.sha256(json.dumps([state, skip_bad]).encode()).hexdigest()
+    key = hashlib.sha256(f"{name} {size}".encode()).hexdigest()[:16]
+    pixels = cache_folder(cache) / f"{name.name}-{size}-{key}.uint8"
+    meta_file = pixels.with_suffix(".json")
+    try:
+        meta = json.loads(meta_file.read_text())
+        usable = meta["fingerprint"] == fingerprint and pixels.stat().st_size == np.prod(meta["shape"])
+    except (OSError, ValueError, KeyError, TypeError):
+        usable = False
+    if not usable:
+        meta_file.unlink(missing_ok=True)                # a cut-off rebuild leaves no claim behind
+        meta = {"fingerprint": fingerprint, **_decode_all(files, size, pixels, skip_bad, workers)}
+        with atomic_file(meta_file) as file:
+            file.write(json.dumps(meta).encode())
+    return np.memmap(pixels, np.uint8, "r", shape=tuple(meta["shape"])), meta["kept"]
+
+
+def _decode_all(files, size, target, skip_bad, workers):
+    """Decode files into one raw uint8 file -> {"shape", "kept": their indices}. Three channels unless all are grey."""
+    workers = min(os.cpu_count() or 1, len(files) // 256) if workers is None else workers    # a process costs a second to start
+    kept, bad, all_grey = [], [], True
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        raw = Path(scratch) / "pixels"
+        with open(raw, "wb") as out, tqdm(total=len(files), desc=f"decoding {target.stem}", unit="image", disable=None) as bar:
+            pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+            try:
+                decode = partial(_decode, size=size)
+                for i, image in enumerate(pool.map(decode, files, chunksize=32) if pool else map(decode, files)):
+                    bar.update()
+                    if isinstance(image, str):
+                        if not skip_bad:
+                            raise ValueError(f"{image} (--skip-bad goes on without it)")
+                        bad.append(image)
+                        continue
+                    all_grey &= image.shape[2] == 1
+                    out.write(np.broadcast_to(image, (size, size, 3)).tobytes())
+                    kept.append(i)
+            finally:
+                if pool:
+                    pool.shutdown(cancel_futures=True)
+        if bad:
+            tqdm.write(f"left out {len(bad)} of {len(files)} files; the first: {bad[0]}")
+        if not kept:
+            raise ValueError(f"none of {len(files)} files could be read; the first: {bad[0]}")
+        if all_grey:
+            colour, raw = np.memmap(raw, np.uint8, "r", shape=(len(kept), size, size, 3)), Path(scratch) / "grey"
+            with open(raw, "wb") as out:
+                for image in colour:
+                    out.write(image[..., 0].tobytes())
+        os.replace(raw, target)
+    return {"shape": [len(kept), size, size, 1 if all_grey else 3], "kept": kept}
