@@ -238,7 +238,7 @@ def released_process(network):
     if kind == "UViT":                 # H and the text models count n = t + 1; the others were trained in continuous time
         discrete = arguments["channels"] == 4 and (not arguments["conv"] or "context_dim" in arguments)
         return {**linear, "schedule": "scaled-linear", "variance": "small", "time": (1, 1)} if discrete else None
-    if kind != "UNet":
+    if kind not in ("UNet", "SuperResUNet"):
         return None
     size = unet_name(arguments)
     if size.startswith("ldm"):

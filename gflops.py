@@ -119,7 +119,7 @@ def inputs_of(network):
         y = None if network.num_classes is None else t
         if network.context_dim is not None:
             y = torch.empty(1, getattr(network, "context_tokens", 1), network.context_dim)       # LDM's class is one token
-        low = torch.empty(1, network.channels, *(side // 4 for side in network.image_size))
+        low = torch.empty(1, network.channels, *(side // unet.SuperResUNet.factor for side in network.image_size))
     return (x, t, y, low) if isinstance(network, unet.SuperResUNet) else (x, t, y)
 
 

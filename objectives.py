@@ -11,26 +11,30 @@ objective is
     evaluate(network) -> {score: value}            every --eval-every steps, by all processes together; a classifier has none
     description()          what run.pt says of the diffusion, or None
     autoencoder(network)   what it says of an autoencoder, or None
+    flags                  those of sample.py that a run's name follows, if there is a diffusion
 
 What a step draws depends on (seed, step) alone, so that a run resumes exactly and one process or eight train alike.
 """
 import math
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
+from cascade import augmented, enlarge, shrink
 from cli import first_in_turn, grid, save_image
 from ddpm import SCHEDULES, Diffusion, keyed_generator
 from evaluate import measure_reference, possible, score_network
 from features import default_space, space_of
 from sample import decode, draw, guidance, unconditional
+from unet import UPSAMPLERS
 from vae import kl_divergence, sample_latent
 from vit import divided
 
 KL_WEIGHT = 1e-6                                         # Rombach et al. 2022, appendix G
-TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT, LATENT = range(7)       # what a generator draws, so that one use does not disturb another
+TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT, LATENT, LOW = range(8)  # what a generator draws, so that one use does not disturb another
 
 
 def generators(args, step, device):
@@ -66,6 +70,7 @@ class Denoising:
     """Predict the noise, or what --prediction says (§4-5). The loss is logged by quarter of t; the picture shows samples."""
 
     groups, scores = ("loss_q1", "loss_q2", "loss_q3", "loss_q4"), ()
+    flags = "--ckpt"                                     # of sample.py, before a run's name
 
     def __init__(self, args, dataset, network, device):
         self.args, self.dataset, self.device = args, dataset, device
@@ -136,6 +141,41 @@ class Denoising:
         found = score_network(network, self.diffusion, self.real, self.space, n, self.dataset.classes if contexts is None else None,
                               self.args.seed, autoencoder=self.vae, contexts=contexts, y_null=self.y_null)
         return {self.space.title(metric): value for metric, value in found.items()}
+
+
+class SuperResolution(Denoising):
+    """Denoise beside the same image of a quarter of the sides, made noisy (§3, see cascade.py).  The picture shows held-out
+    images: small, below them what is drawn of those, below that the originals."""
+
+    flags = "--ckpt BASE.pt --cascade"
+
+    def __init__(self, args, dataset, network, device):
+        super().__init__(args, dataset, network, device)
+        self.low_size = divided(dataset.image_size, network.factor, "the upsampler's factor")
+        self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
+
+    def draw(self, step, images, labels, part):
+        """As of `Denoising`, and low (n, C, H / 4, W / 4)."""
+        x0, t, y, eps = super().draw(step, images, labels, part)
+        N, generator = self.args.batch_size, generators(self.args, step, self.device)(LOW)
+        sigma = torch.rand(N, generator=generator, device=self.device)[part]
+        noise = torch.randn((N, x0.shape[1], *self.low_size), generator=generator, device=self.device)[part]
+        return x0, t, y, eps, augmented(shrink(x0), sigma, noise)
+
+    def loss(self, model, x0, t, y, eps, low):
+        """Losses (n,), and the quarter of 0 .. T-1 in which each t lies."""
+        return super().loss(partial(model, low=low), x0, t, y, eps)
+
+    def report(self, network, path):
+        """Three rows of up to ten images each, and so on."""
+        n = min(30, len(self.held_out) // 10 * 10 or len(self.held_out))
+        images, labels = self.held_out.batch(np.arange(n))
+        low = shrink(data.to_float(images.to(self.device)))
+        drawn = data.to_uint8(enlarge(network, self.diffusion, low, labels, self.args.seed, range(n))).cpu()
+        small = data.to_uint8(low).cpu().repeat_interleave(network.factor, dim=1).repeat_interleave(network.factor, dim=2)
+        rows = zip(small.split(10), drawn.split(10), images.split(10))
+        save_image(path, grid(torch.cat([row for three in rows for row in three]).numpy(), min(10, n)))
+        return {}
 
 
 class Classification:
@@ -230,6 +270,8 @@ class Autoencoding:
         return {"psnr": 10 * math.log10(4 * len(images) / error) if error else math.inf}
 
 
-def objective_of(model):
-    """The objective of a --model."""
+def objective_of(model, size=None):
+    """The objective of a --model, and of its --size where that is an upsampler's."""
+    if size in UPSAMPLERS:
+        return SuperResolution
     return {"vit": Classification, "vae": Autoencoding}.get(model, Denoising)

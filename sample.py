@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 import ddpm
+from cascade import enlarge, load_upsampler
 from checkpoint import build, load, load_autoencoder, load_clip
 from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, positive, processes, progress_bar, save_image, share,
                  to_image)
@@ -93,12 +94,12 @@ def drawable(path):
     """A checkpoint's description, network and process.  ValueError if there is nothing that can be sampled from it."""
     described = load(path)
     network, diffusion = build(described)
-    if diffusion is None:
-        kind = described["network"]["class"]
+    kind = described["network"]["class"]
+    if diffusion is None or kind == "SuperResUNet":
         raise ValueError(f"{path} holds a {kind}, which " + {
             "ViT": "classifies: there is nothing to sample",
             "AutoencoderKL": "encodes and decodes: a network trained on its latents samples",
-            "SuperResUNet": "enlarges images: it needs small ones to start from",
+            "SuperResUNet": f"enlarges images: it needs small ones to start from, as --ckpt BASE.pt --cascade {path} draws",
         }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
     if network.context_dim is not None and described["step"] is None and described["network"]["class"] == "UNet":
         raise ValueError(f"{path} is told LDM's class as a token, which nothing here encodes: it can be loaded and counted, but "
@@ -320,6 +321,7 @@ def flags():
     parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16)")
     parser.add_argument("--out", default="samples.png", help="a .png for one grid, or a folder, with a slash at its end")
     parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
+    parser.add_argument("--cascade", help="an upsampler of train.py or a released one: enlarges what --ckpt draws four times")
     parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
     parser.add_argument("--prompt", nargs="+", help="what a text model shall draw; several prompts take turns")
@@ -389,11 +391,15 @@ def run(args):
     autoencoder = decoder(args.vae, described, network)
     clip = not described["vae"]                          # latents have no range
     latent = bool(described["vae"]) and autoencoder is None
+    if latent and args.cascade:
+        raise ValueError("--cascade: the network works on an autoencoder's latents; --vae FILE makes them images first")
+    upsampler, upsampling = (load_upsampler(args.cascade, described, network.num_classes, pixel_shape(network, autoencoder))
+                             if args.cascade else (None, None))
     if not clip and args.trajectory:
         raise ValueError("--trajectory: the network works on latents, which are no pictures")
 
     device, rank, world = processes(args.device)
-    network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)
+    network, autoencoder, upsampler = (part and part.to(device) for part in (network, autoencoder, upsampler))
     one_by_one = is_folder(args.out) and not latent
     if one_by_one:
         Path(args.out).mkdir(exist_ok=True)
@@ -410,6 +416,7 @@ def run(args):
                             sampler=args.sampler, steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels,
                             cfg_interval=interval, y_null=y_null, clip=clip, callback=keep_frame if args.trajectory else None):
             x = decode(autoencoder, x) if autoencoder else x
+            x = enlarge(upsampler, upsampling, x, labels_of(part, classes), args.seed, part) if upsampler else x
             images.append((x if latent else to_uint8(x)).cpu().numpy())
             for i, image in zip(part, images[-1] if one_by_one else ()):
                 save_image(Path(args.out) / f"{i:06d}.png", image)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import dit
+import unet
 from cli import Parser, first_in_turn, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
 from files import atomic_file
@@ -188,6 +189,10 @@ def settings(argv):
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
     if min(args.shift, args.warmup, args.seed) < 0:
         raise ValueError("--shift, --warmup and --seed must not be negative")
+    unfit = [name for name in ("vae", "text", "eval_every") if args.size in unet.UPSAMPLERS and getattr(args, name)]
+    if unfit:
+        raise ValueError(f"--{unfit[0].replace('_', '-')}: --size {args.size} enlarges the pixels that another network draws; "
+                         "python sample.py --cascade runs both, and evaluate.py --samples scores what they draw")
     description(args, TEXT if args.text else {}, image_size=0, channels=1, num_classes=1)      # refuse now what no data can mend
     return args, run
 
@@ -200,9 +205,6 @@ def description(args, text, **data):
     context = {key: text[key] for key in ("context_dim", "context_tokens") if key in text}
     described = describe(args.model, args.size, **data, null_class=bool(args.cfg_drop), learn_sigma=args.variance == "learned",
                          conditioning=args.conditioning, hybrid=args.hybrid, **context)
-    if described["class"] == "SuperResUNet":
-        raise ValueError(f"--size {args.size} sees more than a noisy image and its class, a smaller image: it can be loaded and "
-                         "counted, but not trained here yet")
     if "context_dim" in described["arguments"] and not context:
         raise ValueError(f"--size {args.size} is told a text: give --text")
     return {**described, **({"text": text["encoder"]} if text.get("encoder") else {})}
@@ -368,7 +370,7 @@ def train(args, run, device, rank, world):
     network, described = build_network(args, dataset, text)
     if run and run["network"] != described:
         raise ValueError(f"--resume: {out} holds {run['network']}, these settings and data make {described}")
-    objective = objective_of(args.model)(args, dataset, network, device)
+    objective = objective_of(args.model, args.size)(args, dataset, network, device)
     network = network.to(device).train()
     ema = copy.deepcopy(network).eval().requires_grad_(False)
     parameters = list(network.parameters())
@@ -462,8 +464,8 @@ def train(args, run, device, rank, world):
     if rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"{done - start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}" +
-              (f", {out.with_suffix('.png')}" + (f"; python sample.py --ckpt {out} draws more" if objective.description() else "")
-               if ended else
+              (f", {out.with_suffix('.png')}" +
+               (f"; python sample.py {objective.flags} {out} draws more" if objective.description() else "") if ended else
                f" at step {done}; python train.py --resume --out {out} goes on"))
 
 

@@ -335,7 +335,7 @@ class SuperResUNet(UNet):
     The arguments are UNet's; channels counts those of one image. ValueError without low, or if it is not like x.
     """
 
-    inputs = 2
+    inputs, factor = 2, 4              # factor: x's sides are so many times low's, in training and in all releases
 
     def forward(self, x, t, y=None, low=None):
         y = checked(self, x, t, y)
@@ -350,6 +350,7 @@ SIZES = {
     # ours: for a laptop, Nano at the cost of DiT-Ti/4; ADM's design in two sizes like DiT's; a guess at the 53M U-Net of Fig. 5-1
     "Nano": dict(dim=32, res_blocks=1, multipliers=(1, 1, 2), attention_ds=(4,), head_dim=32, **ADM),
     "Ti": dict(dim=32, res_blocks=1, multipliers=(1, 2, 2), attention_ds=(4,), head_dim=32, **ADM),
+    "Ti-up": dict(dim=32, res_blocks=1, multipliers=(1, 1, 2), attention_ds=(), head_dim=32, **ADM),    # low says where what is
     "S": dict(dim=128, res_blocks=2, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
     "B": dict(dim=192, res_blocks=3, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
     "ldm-coco": dict(image_size=32, dim=128, attention_ds=(2, 4), context_dim=768),
@@ -370,4 +371,4 @@ SIZES = {
     "ldm-4": dict(image_size=64, dim=192, multipliers=(1, 2, 3, 5), attention_ds=(2, 4, 8), context_dim=512),
     "ldm-8": dict(image_size=32, dim=256, multipliers=(1, 2, 4), attention_ds=(1, 2, 4), head_dim=32, context_dim=512),
 }
-UPSAMPLERS = ("adm-64-256", "adm-128-512")       # these are SuperResUNets, from a quarter of the sides
+UPSAMPLERS = ("Ti-up", "adm-64-256", "adm-128-512")       # these are SuperResUNets, from a quarter of the sides

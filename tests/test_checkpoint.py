@@ -783,8 +783,7 @@ OF_UNETS = {
     **dict.fromkeys(("ddpm-cifar10", "ddpm-256"), LINEAR | dict(variance="large")),
     **dict.fromkeys(("iddpm-cifar10", "iddpm-64"), COSINE | dict(T=4000, variance="learned", time=(0.25, 0))),
     "adm-64": COSINE | dict(variance="learned"),
-    **dict.fromkeys(("adm-128", "adm-256", "adm-512"), LINEAR | dict(variance="learned")),
-    **dict.fromkeys(("adm-64-256", "adm-128-512"), None),                # they start from a small image
+    **dict.fromkeys(("adm-128", "adm-256", "adm-512", "adm-64-256", "adm-128-512"), LINEAR | dict(variance="learned")),
     **dict.fromkeys(("ldm-4", "ldm-8"), SCALED | dict(range=(0.0015, 0.0195))),
 }
 

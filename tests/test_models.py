@@ -13,7 +13,7 @@ from models import MODELS, NETWORKS, TRAINABLE, build, describe, named
 
 NAMES = [(model, size if model == "unet" else f"{size}/4") for model, (_, sizes) in MODELS.items() for size in sizes]
 every_name = pytest.mark.parametrize("model, size", NAMES, ids=[f"{model} {size}" for model, size in NAMES])
-UPSAMPLERS = {"adm-64-256", "adm-128-512"}                               # that a file name says both sides is their mark
+UPSAMPLERS = {"Ti-up", "adm-64-256", "adm-128-512"}                      # ADM's are those whose file names say both sides
 
 
 def on_meta(description):
@@ -71,7 +71,7 @@ def test_a_transformers_size_is_one_of_its_table_with_the_patch_after_a_slash(mo
     assert named(model, size + "/16" * bool(patch)) == (network, sizes[size] | patch)
 
 
-def test_exactly_adms_upsamplers_see_a_small_image_too():
+def test_exactly_the_upsamplers_see_a_small_image_too():
     described = {size: describe("unet", size, 64, 3) for size in MODELS["unet"][1]}
     assert {size for size, description in described.items() if description["class"] == "SuperResUNet"} == UPSAMPLERS
     for size in UPSAMPLERS:
