@@ -2,9 +2,8 @@
 
 Report §4-7 … §4-9 (released models). A run is one dict of plain values and tensors: version, step, config (every flag),
 network (class, arguments, text), diffusion (schedule, T, prediction, variance; None for a classifier), data (spec, classes,
-channels, image size), vae (None for pixels), text (None without CLIP), model, ema, optimizer, and what training accumulates. Nothing else is ever
-unpickled: files are read with weights_only=True. Released DiT, U-ViT, ViT and U-Net files load by name; what their shapes do
-not show comes from tables.
+channels, image size), vae (None for pixels), text (None without CLIP), model, ema, optimizer, and what training accumulates.
+Nothing else is ever unpickled: files are read with weights_only=True. Released files load by name, see released.py.
 
     python checkpoint.py run.pt
     python checkpoint.py run.pt --slim shared.pt
@@ -23,25 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import dit
 import models
 import text
-import unet
-import uvit
 import vae
-import vit
 from cli import Parser, one_line_errors
 from ddpm import SCHEDULES, Diffusion
 from files import atomic_file, sha256_of
+from released import LDM_PREFIX, clip_encoder, infer, released_process, released_scale
 
 VERSION = 1
 EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
 FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": (dict, type(None)), "data": dict, "vae": (dict, type(None)),
           "text": (dict, type(None)), "model": dict, "ema": dict, "optimizer": dict}
-HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()}
-LDM_PREFIX = "model.diffusion_model."
-IMAGENET_CLASSES = 1000
-SD_SCALE, COCO_SCALE = 0.18215, 0.2301           # of Stable Diffusion's latents in most releases, and in U-ViT's on MS-COCO
 CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin")                # Hugging Face's names for them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -144,121 +136,6 @@ def read_safetensors(path):
     return tensors
 
 
-def infer(state, config=None):
-    """The description of a network from its official state dict -> {"class", "arguments"}.
-
-    config overrides arguments, as dict(heads=4); for a U-Net it may be the name of a configuration of unet.SIZES. A label table
-    of 1000 rows is ImageNet's without a null class; else the last row is the null class. ValueError if the names are of no
-    network that is known here.
-    """
-    name, config = (config, {}) if isinstance(config, str) else (None, config or {})
-
-    def depth(stem):
-        return len({name.split(".")[1] for name in state if name.startswith(f"{stem}.")})
-
-    def labels(table):
-        """num_classes and null_class, from the rows of a label table, or from its lack."""
-        rows = len(state.get(table, ()))
-        num_classes = config.get("num_classes", rows if rows in (0, IMAGENET_CLASSES) else rows - 1) or None
-        return dict(num_classes=num_classes, null_class=num_classes is not None and rows > num_classes)
-
-    def transformer(embedder, tokens, blocks):
-        dim, channels, patch, _ = state[f"{embedder}.proj.weight"].shape
-        side = math.isqrt(max(0, tokens))
-        if side ** 2 != tokens and "image_size" not in config:
-            raise ValueError(f"{tokens} position rows are no square: give image_size")
-        return dict(image_size=side * patch, patch_size=patch, channels=channels, dim=dim, depth=blocks,
-                    heads=HEADS.get((dim, blocks), max(1, dim // 64)))
-
-    if "input_blocks.0.0.weight" in state and "out.2.weight" in state:
-        return infer_unet(state, name, {**labels("label_emb.weight"), **config})
-    if name is not None:
-        raise ValueError(f"it is not the U-Net {name}: its tensors have other names")
-    if "x_embedder.proj.weight" in state and "final_layer.linear.weight" in state:
-        found = transformer("x_embedder", state["pos_embed"].shape[1], depth("blocks"))
-        modulation = state.get("blocks.0.adaLN_modulation.1.weight")
-        found |= dict(**labels("y_embedder.embedding_table.weight"),
-                      learn_sigma=len(state["final_layer.linear.weight"]) == 2 * found["patch_size"] ** 2 * found["channels"],
-                      conditioning="cross-attention" if "blocks.0.cross_attn.q.weight" in state else
-                      "in-context" if modulation is None else
-                      "adaln-zero" if len(modulation) == 6 * found["dim"] else "adaln")
-        return {"class": "DiT", "arguments": {**found, **config}}
-    if "decoder_pred.weight" in state and "mid_block.norm1.weight" in state:
-        found = labels("label_emb.weight")
-        extras = 1 + (found["num_classes"] is not None)
-        if "context_embed.weight" in state:
-            found |= dict(context_dim=state["context_embed.weight"].shape[1], context_tokens=config.get("context_tokens", 77))
-            extras += found["context_tokens"]
-        found |= dict(mlp_time_embed="time_embed.0.weight" in state, conv="final_layer.weight" in state,
-                      skip="out_blocks.0.skip_linear.weight" in state or not depth("out_blocks"))
-        return {"class": "UViT", "arguments": {**found, **transformer("patch_embed", state["pos_embed"].shape[1] - extras,
-                                                                      2 * depth("in_blocks")), **config}}
-    if "cls_token" in state and "head.weight" in state:
-        found = transformer("patch_embed", state["pos_embed"].shape[1] - 1, depth("blocks"))
-        return {"class": "ViT", "arguments": {**found, "num_classes": len(state["head.weight"]), **config}}
-    raise ValueError("its tensors have the names of no network known here: it is neither a run of train.py nor a released DiT, "
-                     "U-ViT, ViT or U-Net")
-
-
-def infer_unet(state, name, changes):
-    """As `infer`, for a U-Net: the configuration of unet.SIZES with these names and shapes, or the named one, with changes."""
-    if name is not None and name not in unet.SIZES:
-        raise ValueError(f"no U-Net is called {name!r}: it is one of {', '.join(unet.SIZES)}")
-    shapes = {key: value.shape for key, value in state.items()}
-    for size in [name] if name else unet.SIZES:
-        network, fixed = models.named("unet", size)
-        arguments = {"image_size": 32, **fixed, "channels": state["input_blocks.0.0.weight"].shape[1] // network.inputs,
-                     "out_channels": len(state["out.2.weight"]), **changes}
-        with torch.device("meta"):                       # no shape depends on the image size, which it can take, or on heads
-            built = network(**{**arguments, "image_size": fixed.get("image_size", 32), "heads": 1, "head_dim": None})
-        if {key: value.shape for key, value in built.state_dict().items()} == shapes:
-            return {"class": network.__name__, "arguments": arguments}
-    raise ValueError(f"its shapes are not those of {name}" if name else "it is a U-Net of no configuration known here: its heads, "
-                     "which shapes do not show, must be given with all other arguments")
-
-
-def unet_name(arguments):
-    """The configuration of unet.SIZES that a U-Net's arguments are of, or "". What shapes do not show may differ: a caller can
-    override it, and the weights are still those of that release."""
-    hidden = {"image_size", "heads", "head_dim", "new_attention_order", "dropout"}
-    shown = {name: {key: value for key, value in size.items() if key not in hidden} for name, size in unet.SIZES.items()}
-    matches = [name for name in shown if shown[name].items() <= arguments.items()]
-    return max(matches, key=lambda name: len(shown[name]), default="")               # the one that says most
-
-
-def released_process(network):
-    """What a released network was trained on, as run.pt describes it, or None if it is not among what can be sampled here.
-
-    "range" holds the schedule's ends, "time" the scale and offset by which the network is told the step.
-    """
-    kind, arguments = network["class"], network["arguments"]
-    linear = dict(schedule="linear", T=1000, prediction="eps", variance="learned")
-    if kind == "DiT":
-        return {**linear, "variance": "learned" if arguments["learn_sigma"] else "small"}
-    if kind == "UViT":                 # H and the text models count n = t + 1; the others were trained in continuous time
-        discrete = arguments["channels"] == 4 and (not arguments["conv"] or "context_dim" in arguments)
-        return {**linear, "schedule": "scaled-linear", "variance": "small", "time": (1, 1)} if discrete else None
-    if kind not in ("UNet", "SuperResUNet"):
-        return None
-    size = unet_name(arguments)
-    if size.startswith("ldm"):
-        return {**linear, "schedule": "scaled-linear", "variance": "small", "range": (0.0015, 0.0195)}
-    if size.startswith("iddpm"):
-        return {**linear, "schedule": "cosine", "T": 4000, "time": (0.25, 0)}        # their rescale_timesteps
-    learned = arguments["out_channels"] == 2 * arguments["channels"]
-    return {**linear, "schedule": "cosine" if size == "adm-64" else "linear", "variance": "learned" if learned else "large"}
-
-
-def released_scale(network):
-    """The factor of the latents that a released network was trained on, 1 for LDM's; None for pixels."""
-    kind, arguments = network["class"], network["arguments"]
-    if kind == "UNet" and unet_name(arguments).startswith("ldm"):
-        return 1.0
-    if arguments["channels"] != 4:
-        return None
-    return COCO_SCALE if kind == "UViT" and "context_dim" in arguments else SD_SCALE
-
-
 def load(path, config=None):
     """A run from run.pt, or one made up around an official state dict (then without optimizer; config: see `infer`)."""
     content = read(path)
@@ -340,18 +217,6 @@ def load_autoencoder(path):
     if run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED:
         network.origin |= dict(network=run["network"], model=network.state_dict())
     return network
-
-
-def clip_encoder(tensors, heads=None):
-    """The text.CLIPTextEncoder in a dict of tensors, which may also hold the rest of CLIP; its sizes follow from their shapes."""
-    prefix = next((name for name in tensors if name.endswith(text.TABLE)), text.TABLE).removesuffix(text.TABLE)
-    state = {text.PREFIX + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    (vocab, dim), length = state[text.PREFIX + text.TABLE].shape, len(state[f"{text.PREFIX}embeddings.position_embedding.weight"])
-    hidden = len(state[f"{text.PREFIX}encoder.layers.0.mlp.fc1.weight"])
-    depth = len({name.split(".")[3] for name in state if name.startswith(f"{text.PREFIX}encoder.layers.")})
-    encoder = text.CLIPTextEncoder(vocab, length, dim, depth, heads or max(1, dim // 64), hidden)       # CLIP's heads are 64 wide
-    encoder.load_state_dict(state, strict=True)
-    return encoder.eval()
 
 
 def load_clip(path, heads=None):

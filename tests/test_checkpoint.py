@@ -31,11 +31,11 @@ import train
 import unet
 import uvit
 import vit
-from checkpoint import (build, describe, infer, load, load_network, main, read, read_safetensors, released_process,
-                        released_scale, save, sole_writer)
+from checkpoint import build, describe, load, load_network, main, read, read_safetensors, save, sole_writer
 from ddpm import cosine_betas
 from dit import DiT
 from formula import fill, formula_weight, golden, golden_json
+from released import HEADS, infer, released_process, released_scale
 from unet import ADM, UNet
 from uvit import UViT
 from vit import ViT
@@ -622,7 +622,7 @@ def test_every_size_of_uvit_is_known_by_its_shapes(size):
 def test_every_argument_of_a_uvit_is_read_off_its_shapes(tokens, patch, channels, heads, half, condition, mlp, conv, skip):
     dim, depth = 64 * heads, 2 * half
     arguments = dict(image_size=tokens * patch, patch_size=patch, channels=channels, dim=dim, depth=depth,
-                     heads=checkpoint.HEADS.get((dim, depth), heads),    # of a named size, else 64 numbers each
+                     heads=HEADS.get((dim, depth), heads),    # of a named size, else 64 numbers each
                      num_classes=condition, null_class=condition is not None, mlp_time_embed=mlp, conv=conv, skip=skip)
     if condition == "text":
         arguments |= dict(num_classes=None, null_class=False, context_dim=5, context_tokens=77)
