@@ -66,7 +66,7 @@ def a_run(**changes):
     return dict(version=checkpoint.VERSION, step=1, config=dict(lr=0.1, seed=0, flip=True, shift=None, data="mnist"),
                 network={"class": "DiT", "arguments": SMALL},
                 diffusion=dict(schedule="cosine", T=50, prediction="v", variance="learned"),
-                data=dict(spec="mnist", classes=list("abcde"), num_classes=5, channels=3, image_size=[8, 8]), vae=None,
+                data=dict(spec="mnist", classes=list("abcde"), num_classes=5, channels=3, image_size=[8, 8]), vae=None, text=None,
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), bad_steps=0,
                 log=torch.arange(8, dtype=torch.float64).reshape(2, 4)) | changes
 
@@ -872,8 +872,8 @@ UNSAMPLED = {
     "an upsampler": (lambda: released_unet("adm-64-256").state_dict(), "needs small ones"),
     "a released ViT": (lambda: classifiers_run()["ema"], "classifies"),
     "a classifier's run": (classifiers_run, "classifies"),
-    "a text": (lambda: small_uvit(context_dim=8).state_dict(), "told a text"),
-    "a class as a token": (lambda: released_unet("ldm-4").state_dict(), "told a text, or LDM's class"),
+    "a text": (lambda: small_uvit(context_dim=8).state_dict(), "the network draws what a text says"),
+    "a class as a token": (lambda: released_unet("ldm-4").state_dict(), "told LDM's class"),
 }
 
 
