@@ -1,11 +1,11 @@
 """Coloured shapes with captions: a data set without files, and a judge that says whether a caption holds for an image.
 
-Report §4-1 (images from text). An image shows one object, two or three equal ones, or two that stand in a relation; a caption says
-so: "a large green triangle", "three blue discs", "a small red star above a blue disc". All of it is a function of an image's index:
-nothing is stored, and an index is the same scene at any size. The judge reads pixels alone, so it judges generated images too.
+Report §4-1 (images from text). An image shows one object, two or three alike, or two in a relation, and its caption says so: "a
+large green triangle", "three blue discs", "a small red star above a blue disc". Both are functions of the image's index: nothing is
+stored, and an index is the same scene at any resolution. The judge reads pixels alone, so it takes generated images as well.
 
-Conventions: H = W; places are (row, column) of an object's centroid, in units of the side, from the top left corner. The size of an
-object, whatever its shape, is the radius of the disc of its area. Objects have room around them, also where they are alike.
+Conventions: images are square; a place is the (row, column) of an object's centroid, from the top left corner, in sides of the
+picture. The size of an object, whatever its shape, is the radius of the disc of its area. Every object has room around it.
 """
 import math
 import re
@@ -18,7 +18,7 @@ BACKGROUND = (32, 32, 40)              # not black: noise of 20 levels is hardly
 COLOURS = {"red": (235, 50, 45), "green": (50, 190, 70), "blue": (60, 95, 255), "gold": (250, 190, 40),
            "pink": (240, 80, 200), "cyan": (60, 220, 235)}
 SHAPES = {                             # corners; radius of the edge half way between two, in radii of a corner; turn from upright
-    "disc": (1000, math.cos(math.pi / 1000), 0.0),                       # in no picture to be told from a circle
+    "disc": (1000, math.cos(math.pi / 1000), 0.0),                       # in no picture can it be told from a circle
     "square": (4, math.cos(math.pi / 4), math.pi / 4),
     "triangle": (3, math.cos(math.pi / 3), 0.0),
     "star": (5, 0.5, 0.0),                                               # plumper than a pentagram's 0.38: arms of a pixel or two
@@ -27,14 +27,15 @@ CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 SIZES = {"small": (0.095, 0.105), "large": (0.14, 0.155)}                # the least and the largest
 RELATIONS = ("above", "below", "left of", "right of")
 NUMBERS = {"a": 1, "two": 2, "three": 3}
-MARGIN, GAP = 0.035, 0.07              # around the picture, and between boxes: two pixels of 32
+MARGIN, GAP = 0.035, 0.07              # of the picture, one pixel of 32, and between boxes, two
+ROOM = 1 - 2 * MARGIN
 ASIDE = 0.6                            # of a relation's length an object may stand aside, so that no other relation holds
 SAID = 1 / 3                           # of the captions that may say a size do
-BATCH = 64                             # images drawn or judged at once, for the processor's cache
+BATCH = 16                             # images drawn or judged at once, for the processor's cache
 
 CORNERS, INNER, TURN = (np.array(column) for column in zip(*SHAPES.values()))
 HALF = np.pi / CORNERS                                                   # the angle from a corner to the middle of its edge
-NORMAL = np.arctan2(1 - INNER * np.cos(HALF), INNER * np.sin(HALF))      # of the half edge, from the corner's direction
+NORMAL = np.arctan2(1 - INNER * np.cos(HALF), INNER * np.sin(HALF))      # of this half of the edge, from the corner's direction
 OUTER = np.sqrt(np.pi / (CORNERS * INNER * np.sin(HALF)))                # a corner's radius, where the area is that of a unit disc
 EDGE = OUTER * np.cos(NORMAL)                                            # the distance of the edge's line from the centroid
 
@@ -48,8 +49,9 @@ def _extent(shape):
 EXTENTS = np.array([_extent(shape) for shape in range(len(SHAPES))])     # (shapes, 3)
 PALETTE = np.array(list(COLOURS.values()), np.float32) - np.array(BACKGROUND, np.float32)    # (colours, 3), from the background
 MIDDLE = math.sqrt(SIZES["small"][1] * SIZES["large"][0])                # what is larger is large
-SPECK = 0.3 * math.pi * SIZES["small"][0] ** 2                           # the area below which nothing counts as an object
-UNLIKE = 0.15                          # the squared error, in areas, above which an object is of none of the shapes
+SPECK = 0.3 * math.pi * SIZES["small"][0] ** 2                           # the area from which an object counts
+HUGE = 0.2                             # the size from which an object is of none of the shapes, as a picture all of one colour
+UNLIKE = 0.15                          # and its squared error, in areas: two discs that touch have 0.3, a small one in noise 0.12
 
 
 # Scenes
@@ -94,52 +96,54 @@ def scenes(indices):
     return Scenes(number, np.where(related, way, -1), (said < SAID) & (related | (number == 1)), classes, sizes, places)
 
 
+def _apart(first, second, u):
+    """Where two lengths (n,) begin that follow each other in the room inside the margins; u (n, 2) uniform."""
+    low, high = np.sort(u, axis=1).T
+    slack = ROOM - first - GAP - second
+    return low * slack, first + GAP + high * slack
+
+
 def _places(shapes, sizes, number, related, way, u):
-    """Centroids (n, 3, 2) such that boxes around the objects are GAP apart: the first before the others in a direction, these
-    side by side across it. way (n,): the direction, and whether the first comes last in it; u (n, 8) uniform."""
+    """Centroids (n, 3, 2) of objects whose boxes are GAP apart: the first is before the others in one direction, the way of a
+    relation or any, and these are side by side across it.  way (n,), an index of RELATIONS; u (n, 8) uniform."""
     extents = EXTENTS[shapes] * sizes[..., None]                         # (n, 3, 3)
     before = extents[..., [0, 2]]                                        # (n, 3, 2)    up and left of the centroid
-    lengths = before + extents[..., [1, 2]]                              # (n, 3, 2)    of the boxes
-    lengths[np.arange(3) >= number[:, None]] = 0
-    columns, last = (way >= 2)[:, None], way % 2 == 1
-    along, across = (np.where(columns, lengths[..., 1 - i], lengths[..., i]) for i in range(2))      # (n, 3)
-    room, alone = 1 - 2 * MARGIN, number == 1
+    boxes = (before + extents[..., [1, 2]]) * (np.arange(3) < number[:, None])[..., None]            # (n, 3, 2)
+    columns, last = (way >= 2)[:, None], (way % 2 == 1)[:, None]
+    along, across = np.where(columns, boxes[..., 1], boxes[..., 0]), np.where(columns, boxes[..., 0], boxes[..., 1])
 
-    strip = along[:, 1:].max(axis=1)                                     # (n,)         where the others stand
-    low, high = np.sort(u[:, :2]).T
-    slack = room - along[:, 0] - np.where(alone, 0, GAP + strip)
-    start = np.empty_like(along)
-    start[:, 0] = np.where(alone, u[:, 0], low) * slack
-    start[:, 1:] = (along[:, 0] + GAP + high * slack)[:, None] + u[:, 2:4] * (strip[:, None] - along[:, 1:])
-    start = np.where(last[:, None], room - start - along, start)
+    strip = along[:, 1:].max(axis=1)                                     # (n,)         in which the others are
+    first, others = _apart(along[:, 0], strip, u[:, :2])
+    first = np.where(number == 1, u[:, 0] * (ROOM - along[:, 0]), first)
+    others = others[:, None] + u[:, 2:4] * (strip[:, None] - along[:, 1:])
+    start = np.concatenate([first[:, None], others], axis=1)             # (n, 3)       along the direction
+    start = np.where(last, ROOM - start - along, start)
 
-    side = np.empty_like(across)
-    side[:, 0] = u[:, 4] * (room - across[:, 0])
-    middle = side[:, 0] + across[:, 0] / 2
-    aside = np.where(related, ASIDE * abs(start[:, 1] + along[:, 1] / 2 - start[:, 0] - along[:, 0] / 2), 1)
-    least = np.maximum(0, middle - aside - across[:, 1] / 2)
-    most = np.minimum(room - across[:, 1], middle + aside - across[:, 1] / 2)
-    low, high = np.sort(u[:, 6:]).T
-    slack = room - across[:, 1] - across[:, 2] - GAP
-    side[:, 1] = np.where(number == 3, low * slack, least + u[:, 5] * (most - least))
-    side[:, 2] = across[:, 1] + GAP + high * slack
-    boxes = np.where(columns[..., None], np.stack([side, start], axis=2), np.stack([start, side], axis=2))
-    return MARGIN + boxes + before
+    first = u[:, 4] * (ROOM - across[:, 0])
+    second, third = _apart(across[:, 1], across[:, 2], u[:, 5:7])
+    distance = abs(np.diff(start + along / 2, axis=1)[:, 0])
+    aside = np.where(related, ASIDE * distance, 1)                       # (n,)         that two may be
+    middle = first + (across[:, 0] - across[:, 1]) / 2
+    least, most = np.maximum(0, middle - aside), np.minimum(ROOM - across[:, 1], middle + aside)
+    second = np.where(number == 3, second, least + u[:, 7] * (most - least))
+    side = np.stack([first, second, third], axis=1)                      # (n, 3)       across it
+    return MARGIN + before + np.where(columns[..., None], np.stack([side, start], axis=2), np.stack([start, side], axis=2))
 
 
 def _captions(found):
-    """The captions of Scenes."""
+    """The captions of Scenes, a list."""
     texts = []
-    names = ["small", "large"]
     for number, relation, said, classes, sizes in zip(found.number, found.relation, found.said, found.classes, found.sizes):
-        text = CLASSES[classes[0]] if number == 1 or relation >= 0 else f"{CLASSES[classes[0]]}s"
-        text = f"{names[int(sizes[0] > MIDDLE)]} {text}" if said else text
+        thing = f"{_word(sizes[0])} {CLASSES[classes[0]]}" if said else CLASSES[classes[0]]
         if relation >= 0:
-            text = f"a {text} {RELATIONS[relation]} a {CLASSES[classes[1]]}"
+            texts.append(f"a {thing} {RELATIONS[relation]} a {CLASSES[classes[1]]}")
         else:
-            text = f"{['a', 'two', 'three'][number - 1]} {text}"
-        texts.append(text)
+            texts.append(f"a {thing}" if number == 1 else f"{('two', 'three')[number - 2]} {thing}s")
     return texts
+
+
+def _word(size):
+    return "large" if size > MIDDLE else "small"
 
 
 def captions(count):
@@ -165,13 +169,8 @@ def label(i):
 def scene(i):
     """What image i shows: a list of (colour, shape, "small" or "large", (row, column)), the caption's first object first."""
     found = scenes([i])
-    objects = zip(found.classes[0], found.sizes[0], found.places[0], range(found.number[0]))
-    return [_described(index, size, place) for index, size, place, _ in objects]
-
-
-def _described(index, size, place):
-    colour, shape = CLASSES[index].split()
-    return colour, shape, "large" if size > MIDDLE else "small", (float(place[0]), float(place[1]))
+    return [(*CLASSES[found.classes[0, k]].split(), _word(found.sizes[0, k]), tuple(found.places[0, k].tolist()))
+            for k in range(found.number[0])]
 
 
 # Images
@@ -179,13 +178,13 @@ def _described(index, size, place):
 def coverage(shapes, sizes, places, side):
     """The share (..., side, side) of each pixel that an object covers; shapes and sizes (...), places (..., 2).
 
-    A half edge is a straight line, and all half edges are one, turned and mirrored. The distance of a pixel from it, in pixels, gives
-    the share.
+    From a corner to the middle of an edge, the outline is a straight line, and the rest is this line turned and mirrored: a pixel's
+    distance from the line, in pixels, gives its share.
     """
     pixels = (np.arange(side, dtype=np.float32) + np.float32(0.5)) / side
     row = pixels[:, None] - places[..., 0, None, None].astype(np.float32)            # (..., side, 1)
     column = pixels - places[..., 1, None, None].astype(np.float32)                  # (..., 1, side)
-    radius, angle = np.sqrt(row ** 2 + column ** 2), np.arctan2(column, -row)                  # (..., side, side), from upright, clockwise
+    radius, angle = np.sqrt(row ** 2 + column ** 2), np.arctan2(column, -row)        # (..., side, side)   from upright, clockwise
     half, normal, turn = (table[shapes][..., None, None].astype(np.float32) for table in (HALF, NORMAL, TURN))
     edge = (EDGE[shapes] * sizes)[..., None, None].astype(np.float32)
     angle = angle - turn
@@ -253,7 +252,7 @@ def parse(caption):
 def _areas(colours):
     """The connected areas of one colour in (n, H, W) integers, -1 being none: numbers (n, H, W), equal in an area, else -1.
 
-    A pixel takes the least number of its eight neighbours of its colour, until nothing changes: the place of the area's first pixel.
+    A pixel takes the least number of its eight neighbours of its colour until nothing changes: the place of the area's first pixel.
     """
     there, count = colours >= 0, colours.size
     numbers = np.where(there, np.arange(count).reshape(colours.shape), count)
@@ -327,34 +326,34 @@ def look(images):
 
     A shape is None where it is like none of ours. ValueError on anything but such images.
     """
-    images = np.asarray(images)
+    images, names = np.asarray(images), list(SHAPES)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not 32 <= images.shape[1] == images.shape[2]:
-        raise ValueError(f"images {images.dtype} {images.shape} cannot be judged: they must be uint8 (n, H, H, 3), H from 32 on")
+        raise ValueError(f"cannot judge images {images.dtype} {images.shape}: they must be uint8 (n, H, H, 3), H from 32 on")
     objects = [[] for _ in images]
     for start in range(0, len(images), BATCH):
         for image, colour, size, place, errors in zip(*_look(images[start:start + BATCH])):
-            shape = int(errors.argmin())
-            found = _described(colour * len(SHAPES) + shape, size, place)
-            objects[start + image].append(found if errors[shape] < UNLIKE else (found[0], None, *found[2:]))
+            shape = names[errors.argmin()] if errors.min() < UNLIKE and size < HUGE else None
+            objects[start + image].append((list(COLOURS)[colour], shape, _word(size), tuple(place.tolist())))
     return objects
 
 
 def seen(image):
-    """`look` at one image (H, H, 3)."""
+    """What one image (H, H, 3) shows, as in `look`."""
     return look(np.asarray(image)[None])[0]
 
 
-def _related(relation, one, other):
-    """Whether an object stands so to another: further in this direction than in any other."""
-    down, right = (a - b for a, b in zip(one[3], other[3]))
-    return max(RELATIONS, key=dict(zip(RELATIONS, (-down, down, -right, right))).get) == relation
+def _related(one, other):
+    """The relation of an object to another: the direction in which it is further than in any other."""
+    (row, column), (other_row, other_column) = one[3], other[3]
+    ways = (other_row - row, row - other_row, other_column - column, column - other_column)
+    return RELATIONS[int(np.argmax(ways))]
 
 
-def _true_of(wanted, relation, objects):
-    """Whether `objects` are what a parsed caption names, in some order, and nothing more."""
-    return len(objects) == len(wanted) and any(
-        all((colour, shape) == thing[:2] and size in (None, thing[2]) for (colour, shape, size), thing in zip(wanted, order))
-        and (relation is None or _related(relation, *order)) for order in permutations(objects))
+def _true_of(things, relation, objects):
+    """Whether `objects` are the things of a parsed caption, in some order, and nothing more."""
+    return len(objects) == len(things) and any(
+        all(item[:2] == thing[:2] and thing[2] in (None, item[2]) for thing, item in zip(things, order))
+        and (relation is None or relation == _related(*order)) for order in permutations(objects))
 
 
 def matches(captions, images):
