@@ -252,7 +252,7 @@ def parse(caption):
 def _areas(colours):
     """The connected areas of one colour in (n, H, W) integers, -1 being none: numbers (n, H, W), equal in an area, else -1.
 
-    A pixel takes the least number of its eight neighbours of its colour until nothing changes: the place of the area's first pixel.
+    A pixel takes the least number among its neighbours of its colour until nothing changes: the place of the area's first pixel.
     """
     there, count = colours >= 0, colours.size
     numbers = np.where(there, np.arange(count).reshape(colours.shape), count)
@@ -264,9 +264,8 @@ def _areas(colours):
     while True:
         before = numbers.copy()
         for one, other, same in pairs:
-            least = np.minimum(numbers[one], numbers[other])
-            np.copyto(numbers[one], least, where=same)
-            np.copyto(numbers[other], least, where=same)
+            np.minimum(numbers[one], numbers[other], out=numbers[one], where=same)
+            np.minimum(numbers[one], numbers[other], out=numbers[other], where=same)
         numbers = np.append(numbers, count)[numbers]     # the least pixel may know of a lesser one
         if np.array_equal(numbers, before):
             return np.where(there, numbers, -1)
