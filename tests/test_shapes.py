@@ -283,7 +283,9 @@ def compressed(images):
     return np.stack([np.asarray(Image.open(file)) for file in files])
 
 
-@pytest.mark.parametrize("damage", [noisy, blurred, compressed, lambda images: noisy(blurred(images))])
+@pytest.mark.parametrize("damage", [noisy, blurred, lambda images: blurred(blurred(images)), compressed,
+                                    lambda images: noisy(blurred(images))],
+                         ids=["noise", "blur", "twice the blur", "compression", "blur and noise"])
 @pytest.mark.parametrize("side", [32, 64])
 def test_less_than_two_in_a_hundred_are_misjudged_in_noise_blurred_or_compressed(damage, side):
     assert 1 - matches(shapes.captions(400), damage(Drawn(400, side)[:])).mean() < 0.02
@@ -323,6 +325,17 @@ def test_specks_are_no_objects_and_nothing_is_seen_where_nothing_is():
     assert holds(shapes.caption(0), image)
     assert seen(np.full((32, 32, 3), BACKGROUND, np.uint8)) == [] == seen(np.zeros((50, 50, 3), np.uint8))
     assert look(np.zeros((0, 32, 32, 3), np.uint8)) == [] and matches([], np.zeros((0, 32, 32, 3), np.uint8)).shape == (0,)
+
+
+def test_a_background_that_is_darker_or_lighter_hides_no_object():
+    for level in (0, 50):
+        image = picture(("disc", 0.15, 0.5, 0.5))
+        image[(image == BACKGROUND).all(axis=-1)] = level
+        assert holds("a large red disc", image)
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:12:4, :20:2] = COLOURS["red"]                 # more darkness around than there is light
+    image[1:12:4, 1:20:2] = COLOURS["red"]
+    assert not holds("a red disc", image)
 
 
 def test_an_image_is_judged_alike_alone_and_among_others():
