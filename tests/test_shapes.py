@@ -170,8 +170,8 @@ def test_objects_are_whole_apart_and_inside():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_object_may_be_anywhere_inside_the_margin(shape):
-    alone = [i for i in range(2000) if [thing[1] for thing in shapes.scene(i)] == [shape]]
-    there = (Drawn(2000, 64)[alone] != BACKGROUND).any(axis=(0, 3))      # where any object is
+    alone = [i for i in range(1000) if [thing[1] for thing in shapes.scene(i)] == [shape]]
+    there = (Drawn(1000, 64)[alone] != BACKGROUND).any(axis=(0, 3))      # where any object is
     rows, columns = np.flatnonzero(there.any(axis=1)), np.flatnonzero(there.any(axis=0))
     assert [*rows[[0, -1]], *columns[[0, -1]]] == pytest.approx([2, 61, 2, 61], abs=1)   # 0.035 of 64 pixels, and a soft edge
 
