@@ -24,7 +24,8 @@ SHAPES = {                             # corners; radius of the edge half way be
     "star": (5, 0.5, 0.0),                                               # plumper than a pentagram's 0.38: arms of a pixel or two
 }
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-SIZES = {"small": (0.095, 0.105), "large": (0.14, 0.155)}                # the least and the largest
+SIZES = {"small": (0.13, 0.15), "large": (0.22, 0.28)}                   # the least and the largest; three large ones had no room
+LARGE = 3 / 4                          # of the objects that are alone
 RELATIONS = ("above", "below", "left of", "right of")
 NUMBERS = {"a": 1, "two": 2, "three": 3}
 MARGIN, GAP = 0.035, 0.07              # of the picture, one pixel of 32, and between boxes, two
@@ -50,7 +51,7 @@ EXTENTS = np.array([_extent(shape) for shape in range(len(SHAPES))])     # (shap
 PALETTE = np.array(list(COLOURS.values()), np.float32) - np.array(BACKGROUND, np.float32)    # (colours, 3), from the background
 MIDDLE = math.sqrt(SIZES["small"][1] * SIZES["large"][0])                # what is larger is large
 SPECK = 0.3 * math.pi * SIZES["small"][0] ** 2                           # the area from which an object counts
-HUGE = 0.2                             # the size from which an object is of none of the shapes, as a picture all of one colour
+HUGE = 0.34                            # the size from which an object is of none of the shapes, as a picture all of one colour
 UNLIKE = 0.15                          # and its squared error, in areas: two discs that touch have 0.3, a small one in noise 0.08
 
 
@@ -89,7 +90,8 @@ def scenes(indices):
     one = (first * len(CLASSES)).astype(int)
     other = (one + 1 + (second * (len(CLASSES) - 1)).astype(int)) % len(CLASSES)         # any class but the first one's
     classes = np.stack([one, np.where(related, other, one), one], axis=1)
-    low, high = np.array(list(SIZES.values()))[(u[:, 6:9] < 0.5).astype(int)].transpose(2, 0, 1)
+    large = (u[:, 6:9] < LARGE) & (number == 1)[:, None]
+    low, high = np.array(list(SIZES.values()))[large.astype(int)].transpose(2, 0, 1)
     sizes = low + (high - low) * u[:, 9:12]
     way = (way * len(RELATIONS)).astype(int)
     places = _places(classes % len(SHAPES), sizes, number, related, way, u[:, 12:])

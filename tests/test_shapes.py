@@ -256,7 +256,7 @@ def test_a_number_is_exact():
 
 
 def test_without_a_size_said_both_sizes_hold_and_a_said_one_is_of_every_object_of_a_number():
-    one, two = picture(("disc", 0.1, 0.3, 0.3)), picture(("disc", 0.1, 0.3, 0.3), ("disc", 0.15, 0.7, 0.7))
+    one, two = picture(("disc", 0.14, 0.3, 0.3)), picture(("disc", 0.14, 0.3, 0.3), ("disc", 0.23, 0.7, 0.7))
     assert [holds(f"a {size}red disc", one) for size in ("", "small ", "large ")] == [True, True, False]
     assert [holds(f"two {size}red discs", two) for size in ("", "small ", "large ")] == [True, False, False]
     assert holds("a small red disc above a large red disc", two) and holds("a red disc below a small red disc", two)
@@ -302,7 +302,7 @@ def test_less_than_two_in_a_hundred_are_misjudged_in_noise_blurred_or_compressed
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_brightness_a_fifth_off_changes_no_colour(colour):
     for factor in (0.8, 1.2):
-        image = (picture(("disc", 0.15, 0.5, 0.5), colour=colour) * factor).clip(0, 255).astype(np.uint8)
+        image = (picture(("disc", 0.25, 0.5, 0.5), colour=colour) * factor).clip(0, 255).astype(np.uint8)
         assert holds(f"a large {colour} disc", image)
 
 
@@ -311,8 +311,8 @@ ROWS, COLUMNS = np.mgrid[:64, :64]
 
 @pytest.mark.parametrize("image", [
     picture(("disc", 0.1, 0.5, 0.4), ("disc", 0.1, 0.5, 0.6)), picture(("star", 0.1, 0.5, 0.4), ("star", 0.1, 0.5, 0.64)),
-    picture(("triangle", 0.15, 0.5, 0.5))[::-1], painted((abs(ROWS - 32) < 4) & (abs(COLUMNS - 32) < 14)),
-    painted(np.hypot(ROWS - 32, COLUMNS - 32) // 6 == 1), painted(np.ones((64, 64))), picture(("disc", 0.3, 0.5, 0.5)),
+    picture(("triangle", 0.25, 0.5, 0.5))[::-1], painted((abs(ROWS - 32) < 6) & (abs(COLUMNS - 32) < 20)),
+    painted(np.hypot(ROWS - 32, COLUMNS - 32) // 8 == 1), painted(np.ones((64, 64))), picture(("disc", 0.36, 0.5, 0.5)),
     picture(("square", 0.2, 0.5, 1.0))], ids=["two discs that touch", "two stars", "a triangle upside down", "a bar", "a ring",
                                              "nothing but red", "too large a disc", "a square that leaves the picture"])
 def test_what_is_like_none_of_the_shapes_is_none(image):
@@ -322,8 +322,8 @@ def test_what_is_like_none_of_the_shapes_is_none(image):
 
 
 def test_a_disc_of_two_colours_is_no_disc():
-    image = picture(("disc", 0.15, 0.5, 0.5))
-    image[:, 32:] = picture(("disc", 0.15, 0.5, 0.5), colour="blue")[:, 32:]
+    image = picture(("disc", 0.25, 0.5, 0.5))
+    image[:, 32:] = picture(("disc", 0.25, 0.5, 0.5), colour="blue")[:, 32:]
     assert [item[:2] for item in seen(image)] == [("red", None), ("blue", None)]
 
 
@@ -337,7 +337,7 @@ def test_specks_are_no_objects_and_nothing_is_seen_where_nothing_is():
 
 def test_a_background_that_is_darker_or_lighter_hides_no_object():
     for level in (0, 50):
-        image = picture(("disc", 0.15, 0.5, 0.5))
+        image = picture(("disc", 0.25, 0.5, 0.5))
         image[(image == BACKGROUND).all(axis=-1)] = level
         assert holds("a large red disc", image)
     image = np.zeros((32, 32, 3), np.uint8)
