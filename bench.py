@@ -348,8 +348,8 @@ def speed(args):
           f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms")
 
 
-def main(argv=None):
-    """The command: one subcommand a measurement."""
+def flags():
+    """The command line: one subcommand a measurement."""
     parser = Parser(prog="bench.py", description="Measure the quality of a run's samples, or the speed of training.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     command = commands.add_parser("quality", help="score samples by their nearest training images")
@@ -394,7 +394,12 @@ def main(argv=None):
     command.add_argument("--steps", type=positive, default=40, help="timed steps (default: 40)")
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=latent_steps)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """The command: measure."""
+    args = flags().parse_args(argv)
     with one_line_errors("bench.py"):
         args.run(args)
 

@@ -281,12 +281,17 @@ def slim(run):
     return {**kept, "model": weights, "ema": weights, "optimizer": {}}   # one tensor is stored once
 
 
-def main(argv=None):
-    """The command: print what a file holds, or write what of it is worth sharing."""
+def flags():
+    """The command line."""
     parser = Parser(prog="checkpoint.py", description="Show what a checkpoint holds.")
     parser.add_argument("file", help="run.pt, a released checkpoint, or a .safetensors file")
     parser.add_argument("--slim", metavar="OUT", help="write its averaged weights alone to this .pt, in half precision")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """The command: print what a file holds, or write what of it is worth sharing."""
+    args = flags().parse_args(argv)
     with one_line_errors("checkpoint.py"):
         if args.slim:
             if Path(args.slim).exists():

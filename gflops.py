@@ -176,8 +176,8 @@ def show_one(args):
           f"averaged weights {5 * weights:.2f} GiB; activations come on top, with the batch")
 
 
-def main(argv=None):
-    """The command: all tables, or one network."""
+def flags():
+    """The command line."""
     parser = Parser(prog="gflops.py", description="Parameters and multiply-adds: the report's tables, or one network.")
     parser.add_argument("--model", choices=MODELS, help="one network instead of the tables")
     parser.add_argument("--size", help="as for train.py: B/4 of dit, H/2 of uvit, adm-256 of unet, S/16 of vit")
@@ -187,7 +187,12 @@ def main(argv=None):
     parser.add_argument("--variance", choices=("fixed", "learned"), default="fixed", help="learned: put out beside the prediction")
     parser.add_argument("--conditioning", choices=dit.BLOCKS, help="of a DiT (default: adaln-zero)")
     parser.add_argument("--hybrid", action="store_true", help="of a ViT")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """The command: all tables, or one network."""
+    args = flags().parse_args(argv)
     with one_line_errors("gflops.py"):
         if (args.model is None) != (args.size is None):
             raise ValueError("give both --model and --size, or neither for the report's tables")
