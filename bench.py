@@ -3,6 +3,7 @@
     python bench.py quality --ckpt run.pt              samples judged by their nearest training images
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
+    python bench.py swissroll --ckpt run.pt            samples of a run on points: how far from the data
     python bench.py compare                            DiT, U-ViT and U-Net of like Gflops, and DiTs of rising Gflops: an hour
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
@@ -21,16 +22,17 @@ import torch.nn.functional as F
 
 import data
 import inception
+import points
 import train
 from checkpoint import build, load
-from cli import Parser, one_line_errors, positive, processes
+from cli import Parser, natural, one_line_errors, positive, processes
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import default_space, full_precision, space_of
 from gflops import count, inputs_of
 from metrics import Statistics, frechet_distance, precision_recall
 from models import MODELS
 from objectives import objective_of
-from sample import STEPS, draw, guidance, labels_of
+from sample import SCATTERED, STEPS, draw, draw_points, guidance, labels_of
 
 
 def nearest(queries, reference, k=3):
@@ -136,6 +138,25 @@ def compare(args):
                   for metric in ours))
     print(f"{f'{len(held_out):,} held-out digits':39}" + "".join(f"{value:18.3f}" for value in ours.values()))
     print(f"two halves of the training digits: FD {reference.floor['FD']:.3f}")
+
+
+DATA_SETS = 25                                           # as many distances to the data, of which the median counts
+
+
+def swissroll(args):
+    """Print how far samples of a run on points are from the data, beside how far two sets of the data are from each other."""
+    network, diffusion = build(load(args.ckpt))
+    if not isinstance(network, points.MLP):
+        raise ValueError(f"{args.ckpt} draws no points: python train.py --data swissroll makes a run that does")
+    device, n = processes(args.device)[0], args.n
+    samples = draw_points(network.to(device), diffusion, n, args.seed)
+    real = [points.swiss_roll(n, seed) for seed in range(1, 2 * DATA_SETS + 1)]      # seed 0 is the training set's
+    ours = np.median([points.sliced_wasserstein(samples, other) for other in real[:DATA_SETS]])
+    floor = np.median([points.sliced_wasserstein(*pair) for pair in zip(real[:DATA_SETS], real[DATA_SETS:])])
+    print(f"sliced Wasserstein distance of {n} points, 128 directions, median of {DATA_SETS} data sets; seed {args.seed}, dpm++ "
+          f"{STEPS} steps")
+    print(f"samples of {args.ckpt} to the data   {ours:.4f}   {ours / floor:.2f} times")
+    print(f"the data to the data   {floor:.4f}")
 
 
 def rate_of(operation, flops, device):
@@ -303,6 +324,12 @@ def main(argv=None):
     command.add_argument("--out", default="compare", help="folder of the runs and of compare.csv; what is there is not made again")
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=compare)
+    command = commands.add_parser("swissroll", help="how far samples of a run on points are from the data")
+    command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
+    command.add_argument("--n", type=positive, default=SCATTERED, help=f"points (default: {SCATTERED})")
+    command.add_argument("--seed", type=natural, default=0, help="default: 0")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=swissroll)
     args = parser.parse_args(argv)
     with one_line_errors("bench.py"):
         args.run(args)

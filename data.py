@@ -1,4 +1,4 @@
-"""Data sets: the embedded digits, CIFAR-10, a folder of images, an .npz file; and the order in which training reads them.
+"""Data sets: the embedded digits, CIFAR-10, a folder of images, an .npz file, points; and the order in which training reads them.
 
 Report §4-5 (training data). Files and caches hold uint8 NHWC, the networks see float32 NCHW in [-1, 1]; every level survives
 the round trip. A tenth of any data set without a test split of its own is held out, the same tenth for every command.
@@ -24,6 +24,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from points import POINTS, swiss_roll
+
 ASSETS = Path(__file__).parent / "assets"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -33,7 +35,9 @@ MAX_CLASSES = 100_000            # ImageNet-21k has 21,841: a label beyond is no
 
 
 def to_float(images):
-    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]."""
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]. Points, which are floats in that layout, stay as they are."""
+    if images.is_floating_point():
+        return images
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -83,6 +87,14 @@ class Dataset:
         return images, None if self.labels is None else torch.from_numpy(self.labels[rows].astype(np.int64))
 
 
+class Points(Dataset):
+    """Points in the plane as images of one pixel, a channel a coordinate: images (M, 1, 1, 2) float32, without labels."""
+
+    def batch(self, indices):
+        """Points (n, 2, 1, 1) float32, as the networks see them, and no labels."""
+        return torch.from_numpy(self.images[self.rows[indices]]).permute(0, 3, 1, 2), None
+
+
 class Batches(torch.utils.data.Dataset):
     """The batch of every step: `Batches(dataset, batch_size, seed)[step]`.
 
@@ -109,8 +121,8 @@ class Batches(torch.utils.data.Dataset):
 
 
 def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False, workers=None):
-    """Load "mnist", "cifar10", "cifar10:DIR", a folder of images (class sub-folders, or flat and then without labels) or an
-    .npz file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
+    """Load "mnist", "swissroll", "cifar10", "cifar10:DIR", a folder of images (class sub-folders, or flat and then without
+    labels) or an .npz file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
 
     image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train", "test" or "all".
     cache: folder of caches and downloads. skip_bad: leave out files that cannot be read, instead of stopping at the first.
@@ -119,6 +131,10 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     name, _, argument = spec.partition(":")
     if spec == "mnist":
         dataset = _mnist(image_size)
+    elif spec == "swissroll":
+        if image_size is not None:
+            raise ValueError("--image-size: swissroll holds points, which have none")
+        dataset = Points(spec, swiss_roll(POINTS).reshape(-1, 1, 1, 2).numpy())
     elif name == "cifar10":
         return _resized(_cifar10(argument or None, split, cache), image_size)
     elif spec.endswith(".npz"):
@@ -126,7 +142,8 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif Path(spec).is_dir():
         dataset = _folder(Path(spec), image_size, cache, skip_bad, workers)
     else:
-        raise ValueError(f"no data set {spec!r}: it is neither mnist, cifar10[:DIR], an existing folder, nor an .npz file")
+        raise ValueError(f"no data set {spec!r}: it is neither mnist, swissroll, cifar10[:DIR], an existing folder, nor an "
+                         ".npz file")
     if split == "all":
         return dataset
     order = np.random.default_rng(0).permutation(len(dataset))           # the same tenth is held out, whoever asks

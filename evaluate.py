@@ -26,6 +26,7 @@ from ddpm import SAMPLERS
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
+from points import MLP
 from sample import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes,
                     pixel_shape)
 
@@ -239,6 +240,8 @@ def validate(args):
         raise ValueError("give --ckpt or --samples, or --save-reference to measure a reference only")
     if not args.ckpt and not args.reference:
         raise ValueError("--reference: give real images to compare with")
+    if "swissroll" in (args.samples, args.reference):
+        raise ValueError("swissroll holds points, which have no features: give images")
     wanted = args.metrics.split(",") if args.metrics else None
     unknown = [metric for metric in wanted or () if metric not in METRICS]
     if unknown:
@@ -277,6 +280,9 @@ def suited(args, images):
 def open_run(args):
     """The description, network and process of --ckpt.  ValueError if its samples cannot be scored."""
     described, network, diffusion = drawable(args.ckpt)
+    if isinstance(network, MLP):
+        raise ValueError(f"{args.ckpt} draws points, which have no features: python bench.py swissroll --ckpt {args.ckpt} measures "
+                         "them")
     if not args.reference and not described["data"]["spec"]:
         raise ValueError(f"--reference: {args.ckpt} does not say what it was trained on; give real images to compare with")
     return described, network, diffusion

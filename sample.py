@@ -24,9 +24,11 @@ from checkpoint import build, load, load_autoencoder
 from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, positive, processes, progress_bar, save_image, share,
                  to_image)
 from data import Dataset, atomic_file, cache_folder, sha256_of, to_uint8
+from points import MLP, picture
 from vae import in_pieces
 
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
+SCATTERED = 2000                 # samples of a run on points
 STEPS = 20                       # of DPM-Solver++; more barely change the picture
 
 
@@ -61,6 +63,12 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar
         if bar is not None:
             bar.update(len(part))
         yield part, x
+
+
+def draw_points(network, diffusion, n, seed=0, **options):
+    """n samples (n, 2), on the CPU, of a network of points; options are `draw`'s."""
+    drawn = draw(network, diffusion, range(n), seed=seed, **{"batch_size": n, **options})
+    return torch.cat([x for _, x in drawn]).flatten(1).cpu()
 
 
 def drawable(path):
@@ -234,10 +242,12 @@ def flags():
     """The command line."""
     parser = Parser(prog="sample.py", description="Draw images from a trained run or from released weights.")
     parser.add_argument("--ckpt", required=True, help="run.pt of train.py, or released weights")
-    parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16)")
-    parser.add_argument("--out", default="samples.png", help="a .png for one grid, or a folder, with a slash at its end")
+    parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16; "
+                        f"{SCATTERED} points)")
+    parser.add_argument("--out", default="samples.png", help="a .png for one grid, or for points a scatter; or a folder, with a "
+                        "slash at its end")
     parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
-    parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels")
+    parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels; points: arr_0 (N, 2)")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
     parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
     parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
@@ -272,7 +282,7 @@ def write(args, images, frames, labels, columns, latent):
     elif is_folder(args.out):
         written.append(args.out)                         # image by image, while they were drawn
     else:
-        save_image(args.out, grid(images[:400], columns))                # more would be no picture
+        save_image(args.out, picture(images) if images.ndim == 2 else grid(images[:400], columns))   # more would be no picture
         written.append(args.out)
     if npz:
         with atomic_file(npz) as file:
@@ -294,12 +304,16 @@ def run(args):
     described, network, diffusion = drawable(args.ckpt)
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
     few = bool(classes) and len(classes) <= 16
-    n = args.n or (4 * len(classes) if few else 16)
+    points = isinstance(network, MLP)
+    n = args.n or (SCATTERED if points else 4 * len(classes) if few else 16)
     scale = guidance(network, args.cfg_scale)
     steps = evaluations(args.steps, args.sampler, diffusion)
     autoencoder = decoder(args.vae, described, network)
-    clip = not described["vae"]                          # latents have no range
+    clip = not (described["vae"] or points)              # which have no range
     latent = bool(described["vae"]) and autoencoder is None
+    if points and (args.trajectory or is_folder(args.out)):
+        raise ValueError(f"--out and --trajectory: points are drawn in one .png; python plot.py swissroll --ckpt {args.ckpt} --gif "
+                         "FILE shows their way")
     if not clip and args.trajectory:
         raise ValueError("--trajectory: the network works on latents, which are no pictures")
 
@@ -321,7 +335,7 @@ def run(args):
                             steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels, cfg_interval=interval,
                             clip=clip, callback=keep_frame if args.trajectory else None):
             x = decode(autoencoder, x) if autoencoder else x
-            images.append((x if latent else to_uint8(x)).cpu().numpy())
+            images.append((x.flatten(1) if points else x if latent else to_uint8(x)).cpu().numpy())
             for i, image in zip(part, images[-1] if one_by_one else ()):
                 save_image(Path(args.out) / f"{i:06d}.png", image)
     if args.npz or not one_by_one:                       # else they are on disk already
