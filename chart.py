@@ -107,8 +107,8 @@ class Chart:
                 raise ValueError(f"an axis from {low:g} to {high:g}" + " is not logarithmic" * log)
         self.x, self.y, self.log_x, self.log_y = x, y, log_x, log_y
         self.title, self.x_label, self.y_label, self.legend = title, x_label, y_label, []
-        self.x_ticks = (log_ticks if log_x else ticks)(*x, max(3, width // 180))
-        self.y_ticks = (log_ticks if log_y else ticks)(*y, max(3, height // 110))
+        self.x_ticks = (log_ticks if log_x else ticks)(*x, min(5, max(3, width // 120)))
+        self.y_ticks = (log_ticks if log_y else ticks)(*y, min(5, max(3, height // 120)))
         left = 22 + math.ceil(max(text_width(number(value), FONT) for value in self.y_ticks))
         self.box = left, 12 + 30 * bool(title) + 30 * bool(y_label), width - 28, height - 40 - 30 * bool(x_label)
         self.marks = Image.new("RGB", (width * FINE, height * FINE), WHITE)
