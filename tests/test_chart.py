@@ -146,13 +146,16 @@ def test_edges_are_smooth():
 
 
 @given(angle=st.floats(0, 2 * math.pi))
-def test_an_arrow_is_heavier_at_its_tip(angle):
+def test_an_arrow_is_a_thin_line_and_wide_only_shortly_before_its_tip(angle):
     chart = Chart((-1, 1), (-1, 1), width=300, height=300)
     chart.arrows([0], [0], [0.5 * math.cos(angle)], [0.5 * math.sin(angle)], RED)
-    (x, y), = chart.pixels([0.25 * math.cos(angle)], [0.25 * math.sin(angle)])       # its middle
-    (tip_x, tip_y), = chart.pixels([0.5 * math.cos(angle)], [0.5 * math.sin(angle)])
-    found = np.array(centre(chart.image())) - (x, y)
-    assert found @ np.array([tip_x - x, tip_y - y]) > 2                  # the centre lies beyond the middle, on the tip's side
+    tail, tip = chart.pixels([0, 0.5 * math.cos(angle)], [0, 0.5 * math.sin(angle)])
+    length = np.linalg.norm(tip - tail)
+    rows, columns = np.nonzero(redness(chart.image()) > 60)
+    places = np.stack([columns + 0.5, rows + 0.5], axis=1) - tail
+    along, across = places @ (tip - tail) / length, np.abs(places @ np.array([tail[1] - tip[1], tip[0] - tail[0]])) / length
+    assert -1.5 < along.min() < 1.5 and abs(along.max() - length) < 1.5
+    assert across[along < length - 7].max() < 1.6 and across[along >= length - 7].max() > 2
 
 
 @pytest.mark.parametrize("x, y", [(0.9, 0.9), (0.1, 0.9), (0.9, 0.1)])

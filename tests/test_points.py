@@ -1,4 +1,4 @@
-"""points.py: the roll is a roll, the distance is a transport distance, and points go through the loop and the commands of images."""
+"""points.py: the roll is a roll, the distance one of transport, and points go through the loop and the commands of images."""
 import csv
 import itertools
 import math
