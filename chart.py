@@ -209,17 +209,18 @@ class Chart:
 def table(images, rows, columns, corner="", gap=4):
     """Images uint8 (R, K, H, W, 1 or 3) in rows and columns with a text beside each row and above each column -> (H', W', 3).
 
-    Each is magnified to at least 64 pixels.
+    Each is magnified to at least 96 pixels; long texts above the columns are written smaller.
     """
-    zoom = max(1, -(-64 // images.shape[2]))
+    zoom = max(1, -(-96 // images.shape[2]))
     images = np.broadcast_to(images, (*images.shape[:4], 3)).repeat(zoom, axis=2).repeat(zoom, axis=3)
     R, K, H, W, _ = images.shape
     left = 24 + math.ceil(max(text_width(text, FONT) for text in (*rows, corner)))
     canvas = Image.new("RGB", (left + K * (W + gap) + 8, 40 + R * (H + gap) + 8), WHITE)
     draw = ImageDraw.Draw(canvas)
+    size = FONT * min(1, W / max(text_width(text, FONT) for text in columns))
     write(draw, left - 12, 20, corner, FONT, "rm")
     for k in range(K):
-        write(draw, left + k * (W + gap) + W / 2, 20, columns[k], FONT, "mm")
+        write(draw, left + k * (W + gap) + W / 2, 20, columns[k], size, "mm")
     for r in range(R):
         write(draw, left - 12, 40 + r * (H + gap) + H / 2, rows[r], FONT, "rm")
         for k in range(K):

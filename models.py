@@ -23,8 +23,7 @@ NETWORKS = {network.__name__: network for network in (*(network for network, _ i
 def named(model, size):
     """The class and the arguments that a size fixes: ("dit", "B/4") -> DiT, dict(dim=768, depth=12, heads=12, patch_size=4).
 
-    Transformers take a patch size after the slash, the others none. ValueError, with the list, on a size that there
-    is not.
+    Transformers take a patch size after the slash, the others none. ValueError, with the list, on a size that there is not.
     """
     network, sizes = TRAINABLE[model]
     name, slash, patch = size.partition("/")

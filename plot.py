@@ -48,6 +48,8 @@ def read_rows(path, *needed):
         raise ValueError(f"{path} has no column {missing[0]}" + (f", but {', '.join(columns)}" if columns else ": it is empty"))
     if not rows:
         raise ValueError(f"{path} has a header and no rows")
+    if any(row[name] is None for row in rows for name in needed):
+        raise ValueError(f"{path} has a row that ends before its column {' or '.join(needed)}")
     return rows
 
 
@@ -55,7 +57,7 @@ def numbers(path, rows, column):
     """A column of a file's rows as float64 (n,).  ValueError on what is no number."""
     try:
         return np.array([float(row[column]) for row in rows])
-    except (TypeError, ValueError):
+    except ValueError:
         raise ValueError(f"{path}: its column {column} holds something that is no number") from None
 
 
@@ -147,7 +149,7 @@ def noising(args):
         process = ddpm.Diffusion(ddpm.SCHEDULES[name]())
         noised = [process.q_sample(x0, torch.tensor([t - 1]), eps) if t else x0 for t in NOISED]
         rows.append(data.to_uint8(torch.cat(noised)).numpy())
-    picture = table(np.stack(rows).repeat(3, axis=2).repeat(3, axis=3), ("linear", "cosine"), [str(t) for t in NOISED], "t =")
+    picture = table(np.stack(rows), ("linear", "cosine"), [str(t) for t in NOISED], "t =")
     return picture, "Under the linear schedule the digit is lost by t = 500; under the cosine one it can still be seen there."
 
 

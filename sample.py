@@ -65,10 +65,9 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar
         yield part, x
 
 
-def draw_points(network, diffusion, n, seed=0, **options):
-    """n samples (n, 2), on the CPU, of a network of points; options are `draw`'s."""
-    drawn = draw(network, diffusion, range(n), seed=seed, **{"batch_size": n, **options})
-    return torch.cat([x for _, x in drawn]).flatten(1).cpu()
+def draw_points(network, diffusion, n, seed=0):
+    """n samples (n, 2), on the CPU, of a network of points."""
+    return torch.cat([x for _, x in draw(network, diffusion, range(n), seed=seed, batch_size=n)]).flatten(1).cpu()
 
 
 def drawable(path):

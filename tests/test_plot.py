@@ -159,13 +159,13 @@ def test_each_row_of_guidance_is_what_sample_draws_at_its_scale_from_the_same_no
     monkeypatch.setattr(plot, "SCALES", (0, 1, 3))
     plot.main(["guidance", "--ckpt", str(tiny_run), "--seed", "3"])
     image = picture("guidance.png")
-    left = image.shape[1] - 8 - 10 * 68
+    left = image.shape[1] - 8 - 10 * 100
     for r, scale in enumerate(plot.SCALES):
         sample.main(["--ckpt", str(tiny_run), "--n", "10", "--seed", "3", "--cfg-scale", str(scale), "--npz", "s.npz", "--device",
                      "cpu"])
         with np.load("s.npz") as archive:
             drawn = archive["arr_0"][..., 0].astype(int)                 # (10, 32, 32)
-        shown = np.stack([image[40 + 68 * r:40 + 68 * r + 64:2, left + 68 * k:left + 68 * k + 64:2, 0] for k in range(10)])
+        shown = np.stack([image[40 + 100 * r:136 + 100 * r:3, left + 100 * k:left + 100 * k + 96:3, 0] for k in range(10)])
         assert np.abs(shown - drawn).max() <= 1
 
 
@@ -243,6 +243,7 @@ FILES = {
     "empty.csv": b"", "header.csv": b"step,loss\n", "no-loss.csv": b"step,accuracy\n50,0.5\n", "no-step.csv": b"loss\n1\n",
     "words.csv": b"step,loss\n50,high\n", "short.csv": b"step,loss\n50\n", "nan.csv": b"step,loss\n50,nan\n",
     "zero.csv": b"step,loss\n50,0\n", "binary.csv": bytes(range(256)), "nul.csv": b"step,loss\n\0,\0\n",
+    "short-fd.csv": b"model,size,gflops,n,FD\ndit,B/4,1,10,3\ndit\n",
     "log.csv": b"step,loss\n50,1.0\n", "no-fd.csv": b"model,size,gflops,n\ndit,B/4,1,10\n",
     "no-cost.csv": b"model,size,gflops,n,FD\ndit,B/4,0,10,3\n", "fd.csv": b"model,size,gflops,n,FD\ndit,B/4,1,10,inf\n",
 }
@@ -257,7 +258,8 @@ FILES = {
     (["no-loss.csv"], ["no-loss.csv has no column loss, but step, accuracy"]),
     (["no-step.csv"], ["no column step"]),
     (["words.csv"], ["words.csv", "column loss", "no number"]),
-    (["short.csv"], ["short.csv", "column loss", "no number"]),
+    (["short.csv"], ["short.csv", "ends before", "step or loss"]),
+    (["cost", "short-fd.csv"], ["short-fd.csv", "ends before"]),
     (["nan.csv"], ["nan.csv has no loss above 0"]),
     (["zero.csv"], ["zero.csv has no loss above 0"]),
     (["binary.csv"], ["binary.csv"]),
