@@ -132,8 +132,8 @@ def schedules(args):
         for colour, (name, values) in zip(COLOURS, found.items()):
             chart.line(np.arange(1, len(values) + 1), values, colour, label=None if charts else name)
         charts.append(chart.image())
-    half = ", ".join(f"{of_schedule[499]:.0%} under {name}" for name, of_schedule in alpha_bars.items())
-    return np.concatenate(charts, axis=1), f"At t = 500 of 1000 the image has this share of the variance: {half}."
+    half = ", ".join(f"{of_schedule[499]:.3f} under {name}" for name, of_schedule in alpha_bars.items())
+    return np.concatenate(charts, axis=1), f"At t = 500 of 1000, alpha_bar, what is left of the image's variance, is {half}."
 
 
 def noising(args):

@@ -51,7 +51,7 @@ VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags that a classifier has no use for
              "eval_every", "eval_n", "features", "vae")
-OF_IMAGES = ("vae", "image_size", "flip", "shift", "skip_bad", "eval_every", "checkpointing")        # flags that points do without
+OF_IMAGES = ("vae", "flip", "shift", "skip_bad", "eval_every", "checkpointing")        # flags that points do without
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4

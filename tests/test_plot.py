@@ -150,7 +150,7 @@ def test_schedules_shows_three_charts_of_three_curves_and_its_claim_is_alpha_bar
     assert all(pixels_of(chart, colour) > 100 for chart in charts for colour in COLOURS[:3])
     said = capsys.readouterr().out
     for name, betas in ddpm.SCHEDULES.items():
-        assert f"{np.exp(np.log1p(-betas()[:500]).sum()):.0%} under {name}" in said
+        assert f"{np.exp(np.log1p(-betas()[:500]).sum()):.3f} under {name}" in said
 
 
 # Runs
