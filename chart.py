@@ -149,17 +149,21 @@ class Chart:
 
     def arrows(self, x, y, dx, dy, colour, width=1.5):
         """An arrow from each point x, y (n,) to x + dx, y + dy."""
-        for tail, tip in zip(self.fine(x, y), self.fine(np.add(x, dx), np.add(y, dy)), strict=True):
+        for ends in zip(x, np.add(x, dx), y, np.add(y, dy), strict=True):
+            places = self.fine(ends[:2], ends[2:])
+            if len(places) < 2:
+                continue
+            tail, tip = places
             head = min(5.0 * FINE, 0.5 * math.dist(tail, tip))
             angle = math.atan2(*(tail - tip)[::-1])
-            ends = [tuple(tip + head * np.array([math.cos(angle + turn), math.sin(angle + turn)])) for turn in (0.5, -0.5)]
+            barbs = [tuple(tip + head * np.array([math.cos(angle + turn), math.sin(angle + turn)])) for turn in (0.5, -0.5)]
             self.draw.line([tuple(tail), tuple(tip)], colour, round(width * FINE))
-            self.draw.line([ends[0], tuple(tip), ends[1]], colour, round(width * FINE), "curve")
+            self.draw.line([barbs[0], tuple(tip), barbs[1]], colour, round(width * FINE), "curve")
 
-    def text(self, x, y, text, colour=INK, anchor="lm", offset=(8, 0)):
-        """Write beside a point, offset pixels (right, down) from it."""
-        for place in self.fine([x], [y]):
-            write(self.draw, *(place + FINE * np.array(offset)), text, 0.8 * FONT * FINE, anchor, colour)
+    def text(self, x, y, text, colour=INK):
+        """Write to the right of a mark."""
+        for left, middle in self.fine([x], [y]):
+            write(self.draw, left + 12 * FINE, middle, text, 0.8 * FONT * FINE, colour=colour)
 
     def draw_legend(self):
         """Write the legend into the corner of the box where the fewest marks are."""
@@ -183,7 +187,8 @@ class Chart:
                 self.draw.circle((x + 18 * FINE, middle), 5 * FINE, colour)
             else:
                 self.draw.line([x + 6 * FINE, middle, x + 30 * FINE, middle], colour, 3 * FINE)
-            write(self.draw, x + 38 * FINE, middle, label, 0.85 * FONT * FINE, colour=INK)
+            write(self.draw, x + 38 * FINE, middle, label, 0.85 * FONT * FINE)
+        self.legend = []                                 # it is among the marks now
 
     def image(self):
         """The picture, uint8 (height, width, 3)."""

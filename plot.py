@@ -113,7 +113,7 @@ def cost(args):
             of_size = [i for i in of_model if rows[i]["size"] == size]
             x, low, high = gflops[of_size[0]], distances[of_size].min(), distances[of_size].max()
             chart.line([x, x], [low, high], colour, 1.5)
-            chart.text(x, (low + high) / 2, size, colour, offset=(12, 0))
+            chart.text(x, (low + high) / 2, size, colour)
     best = int(distances.argmin())
     return chart.image(), (f"The lowest FD, {distances[best]:.2f}, is that of {rows[best]['model']} {rows[best]['size']} at "
                            f"{gflops[best]:.3g} Gflops; a mark is a run, a line joins runs of one network.")
@@ -201,7 +201,7 @@ def drift_panel(network, diffusion, points, t, size):
     places = torch.cartesian_prod(ends, ends)
     f = drift(network, diffusion, places, t - 1)
     length = f.norm(dim=1, keepdim=True)                                 # (ARROWS^2, 1)
-    f = (f / torch.maximum(length, length.median()) * (ends[1] - ends[0])).numpy()
+    f = (f / torch.maximum(length, length.median()).clamp(min=1e-12) * (ends[1] - ends[0])).numpy()
     chart = panel(points, colour=faint(COLOURS[0]), width=size, height=size)
     chart.arrows(*places.T.numpy(), *f.T, COLOURS[1])
     return chart.image()

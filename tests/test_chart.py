@@ -158,6 +158,13 @@ def test_an_arrow_is_a_thin_line_and_wide_only_shortly_before_its_tip(angle):
     assert across[along < length - 7].max() < 1.6 and across[along >= length - 7].max() > 2
 
 
+def test_arrows_to_nowhere_are_left_out():
+    chart, same = (Chart((-1, 1), (-1, 1), width=200, height=200) for _ in range(2))
+    chart.arrows([0, 0.5, math.nan], [0, 0.5, 0], [0.3, math.nan, 0.1], [0.2, 0, 0.1], RED)
+    same.arrows([0], [0], [0.3], [0.2], RED)
+    assert np.array_equal(chart.image(), same.image()) and np.array_equal(chart.image(), chart.image())
+
+
 @pytest.mark.parametrize("x, y", [(0.9, 0.9), (0.1, 0.9), (0.9, 0.1)])
 def test_the_legend_keeps_clear_of_the_marks(x, y):
     chart, without = (Chart((0, 1), (0, 1), width=500, height=400) for _ in range(2))
@@ -165,6 +172,7 @@ def test_the_legend_keeps_clear_of_the_marks(x, y):
         one.points(np.full(9, x), np.linspace(y - 0.1, y + 0.1, 9), RED, 8, label=label)
     added = redness(chart.image()) - redness(without.image())
     assert added.min() == 0 and added.max() > 200                        # no mark is hidden, and the legend's own is there
+    assert np.array_equal(chart.image(), chart.image())
 
 
 def test_a_range_that_is_none_is_refused():
