@@ -3,6 +3,7 @@
     python bench.py quality --ckpt run.pt              samples judged by their nearest training images
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
+    python bench.py swissroll --ckpt run.pt            samples of a run on points: how far from the data
     python bench.py compare                            DiT, U-ViT and U-Net of like Gflops, and DiTs of rising Gflops: an hour
     python bench.py text                               a small U-ViT learns to draw what captions say; how many it gets right
     python bench.py latents --vae vae.pt               a step on cached latents, beside random ones, and beside encoding each time
@@ -23,10 +24,11 @@ import torch.nn.functional as F
 
 import data
 import inception
+import points
 import shapes
 import train
 from checkpoint import build, load
-from cli import Parser, one_line_errors, positive, processes
+from cli import Parser, natural, one_line_errors, positive, processes
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import default_space, full_precision, space_of
 from files import atomic_file
@@ -35,7 +37,7 @@ from latents import encode
 from metrics import Statistics, frechet_distance, precision_recall
 from models import MODELS
 from objectives import objective_of
-from sample import STEPS, draw, drawable, guidance, labels_of, read_prompts, unconditional
+from sample import SCATTERED, STEPS, draw, draw_points, drawable, guidance, labels_of, read_prompts, unconditional
 
 
 def nearest(queries, reference, k=3):
@@ -143,6 +145,25 @@ def compare(args):
     print(f"two halves of the training digits: FD {reference.floor['FD']:.3f}")
 
 
+DATA_SETS = 25                                           # as many distances to the data, of which the median counts
+
+
+def swissroll(args):
+    """Print how far samples of a run on points are from the data, beside how far two sets of the data are from each other."""
+    network, diffusion = build(load(args.ckpt))
+    if not isinstance(network, points.MLP):
+        raise ValueError(f"{args.ckpt} draws no points: python train.py --data swissroll makes a run that does")
+    device, n = processes(args.device)[0], args.n
+    samples = draw_points(network.to(device), diffusion, n, args.seed)
+    real = [points.swiss_roll(n, seed) for seed in range(1, 2 * DATA_SETS + 1)]      # seed 0 is the training set's
+    ours = np.median([points.sliced_wasserstein(samples, other) for other in real[:DATA_SETS]])
+    floor = np.median([points.sliced_wasserstein(*pair) for pair in zip(real[:DATA_SETS], real[DATA_SETS:])])
+    print(f"sliced Wasserstein distance of {n} points, 128 directions, median of {DATA_SETS} data sets; seed {args.seed}, dpm++ "
+          f"{STEPS} steps")
+    print(f"samples of {args.ckpt} to the data   {ours:.4f}   {ours / floor:.2f} times")
+    print(f"the data to the data   {floor:.4f}")
+
+
 def rate_of(operation, flops, device):
     """FLOP/s of an operation of so many FLOP, over half a second."""
     operation()
@@ -235,13 +256,14 @@ def text(args):
              "one object, with its size": [f"a {size} {name}" for size in shapes.SIZES for name in shapes.CLASSES],
              "two or three": [text for text, in captions if text.startswith(("two", "three"))],
              "two in a relation": [text for text, in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
+    y_null = unconditional(network, None, described["config"])
+    scale = guidance(network, y_null=y_null)
     print(f"{args.n} images a row of {out} (step {described['step']}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
-          f"{guidance(network, y_null=True):g}; right: all that the prompt names is there as it says, and nothing else")
+          f"{scale:g}; right: all that the prompt names is there as it says, and nothing else")
     for kind, prompts in kinds.items():
         prompts = [prompts[i % len(prompts)] for i in range(args.n)]
         contexts = read_prompts(prompts, None, described, network)
-        drawn = draw(network, diffusion, range(args.n), contexts, args.sample_seed, clip=True, cfg_scale=guidance(network, y_null=True),
-                     y_null=unconditional(network, None, described["config"]))
+        drawn = draw(network, diffusion, range(args.n), contexts, args.sample_seed, clip=True, cfg_scale=scale, y_null=y_null)
         images = torch.cat([data.to_uint8(x).cpu() for _, x in drawn]).numpy()
         right = shapes.matches(prompts, images).mean()
         print(f"{kind:30}{right:7.1%}   as \"{prompts[0]}\"")
@@ -288,8 +310,8 @@ def latent_steps(args):
     a, b, c = (np.median(times[2:]) for times in seconds.values())       # the first two warm up
     print(f"dit {args.size} on {'x'.join(map(str, shape[1:]))} latents of {args.data}, batch {args.batch_size}, {device}, "
           f"{torch.get_num_threads()} threads; medians of {args.steps} steps, in turn")
-    print(f"cached latents {a * 1e3:.1f} ms a step, random ones {b * 1e3:.1f} ms: {a / b - 1:+.1%}; encoding each time {c * 1e3:.1f} "
-          f"ms, {c / a:.2f} times a step on cached ones")
+    print(f"cached latents {a * 1e3:.1f} ms a step, random ones {b * 1e3:.1f} ms: {a / b - 1:+.1%}; encoding each time "
+          f"{c * 1e3:.1f} ms, {c / a:.2f} times a step on cached ones")
 
 
 class Stopwatch:
@@ -394,6 +416,12 @@ def flags():
     command.add_argument("--steps", type=positive, default=40, help="timed steps (default: 40)")
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=latent_steps)
+    command = commands.add_parser("swissroll", help="how far samples of a run on points are from the data")
+    command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
+    command.add_argument("--n", type=positive, default=SCATTERED, help=f"points (default: {SCATTERED})")
+    command.add_argument("--seed", type=natural, default=0, help="default: 0")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=swissroll)
     return parser
 
 

@@ -152,8 +152,10 @@ def load(path, config=None):
             content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)),
                            content)
             if any(key.startswith(LDM_PREFIX) for key in content if isinstance(key, str)):
-                content = {key.removeprefix(LDM_PREFIX): content.get("model_ema." + key.removeprefix("model.").replace(".", ""), value)
-                           for key, value in content.items() if key.startswith(LDM_PREFIX)}      # the averaged weights, if there
+                def average(key):
+                    return "model_ema." + key.removeprefix("model.").replace(".", "")
+                content = {key.removeprefix(LDM_PREFIX): content.get(average(key), value) for key, value in content.items()
+                           if key.startswith(LDM_PREFIX)}                # the averaged weights, if there
         if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
             raise ValueError("it holds no state dict")
         network = infer(content, config)

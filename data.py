@@ -1,4 +1,4 @@
-"""Data sets: digits, drawn shapes, CIFAR-10, MS-COCO, a folder of images, an .npz; and the order in which training reads them.
+"""Data sets: digits, drawn shapes, points, CIFAR-10, MS-COCO, a folder of images, an .npz; and the order in which training reads.
 
 Report §4-5 (training data). Files and caches hold uint8 NHWC, the networks see float32 NCHW in [-1, 1]; every level survives
 the round trip. A tenth of any data set without a test split of its own is held out, the same tenth for every command.
@@ -15,6 +15,7 @@ from PIL import Image
 import shapes
 from files import cache_folder, download
 from images import center_crop, coco, image_folder
+from points import POINTS, swiss_roll
 
 ASSETS = Path(__file__).parent / "assets"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -26,7 +27,9 @@ MAX_CLASSES = 100_000            # ImageNet-21k has 21,841: a label beyond is no
 
 
 def to_float(images):
-    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]."""
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]. Points, which are floats in that layout, stay as they are."""
+    if images.is_floating_point():
+        return images
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -55,8 +58,8 @@ class Dataset:
     """Images and labels, in memory or memory-mapped.
 
     images (M, H, W, C) uint8; labels (M,) integers, or None without classes; classes, their names; rows (N,), which of the
-    images belong to this split; captions, a list of texts for each of the M, or None. Attributes besides: channels, image_size (H, W),
-    num_classes (None without labels), in_files.
+    images belong to this split; captions, a list of texts for each of the M, or None. Attributes besides: channels, image_size
+    (H, W), num_classes (None without labels), in_files.
     """
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
@@ -99,6 +102,14 @@ class Dataset:
         return np.asarray(self.contexts[self.context_rows[np.resize(order, n)]])
 
 
+class Points(Dataset):
+    """Points in the plane as images of one pixel, a channel a coordinate: images (M, 1, 1, 2) float32, without labels."""
+
+    def batch(self, indices, epochs=0):
+        """Points (n, 2, 1, 1) float32, as the networks see them, and no labels."""
+        return torch.from_numpy(self.images[self.rows[indices]]).permute(0, 3, 1, 2), None
+
+
 class Batches(torch.utils.data.Dataset):
     """The batch of every step: `Batches(dataset, batch_size, seed)[step]`.
 
@@ -126,8 +137,9 @@ class Batches(torch.utils.data.Dataset):
 
 
 def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False, workers=None):
-    """Load "mnist", "shapes" (10,000 of them), "cifar10", "cifar10:DIR", "coco:DIR", a folder of images (class sub-folders, or flat and then without labels;
-    perhaps with a .txt of captions beside each) or an .npz file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
+    """Load "mnist", "shapes" (10,000 of them), "swissroll", "cifar10", "cifar10:DIR", "coco:DIR", a folder of images (class
+    sub-folders, or flat and then without labels; perhaps with a .txt of captions beside each) or an .npz file ("arr_0" and "arr_1",
+    or "images" and "labels"; NHWC or NHW).
 
     image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train", "test" or "all".
     cache: folder of caches and downloads. skip_bad: leave out files that cannot be read, instead of stopping at the first.
@@ -139,6 +151,10 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif spec == "shapes":
         drawn = shapes.Drawn(SHAPES, image_size or 32)
         dataset = Dataset(spec, drawn, shapes.labels(SHAPES), shapes.CLASSES, captions=[[text] for text in shapes.captions(SHAPES)])
+    elif spec == "swissroll":
+        if image_size is not None:
+            raise ValueError("--image-size: swissroll holds points, which have none")
+        dataset = Points(spec, swiss_roll(POINTS).reshape(-1, 1, 1, 2).numpy())
     elif name == "cifar10":
         return _resized(_cifar10(argument or None, split, cache), image_size)
     elif spec.endswith(".npz"):
@@ -152,8 +168,8 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
         images, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad, workers)
         dataset = Dataset(str(Path(spec)), images, labels, classes, captions=captions)
     else:
-        raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes, cifar10[:DIR], coco:DIR, an existing folder, nor an "
-                         ".npz file")
+        raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes, swissroll, cifar10[:DIR], coco:DIR, an existing "
+                         "folder, nor an .npz file")
     if split == "all":
         return dataset
     order = np.random.default_rng(0).permutation(len(dataset))           # the same tenth is held out, whoever asks

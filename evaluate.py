@@ -30,6 +30,7 @@ from files import sha256_of
 from images import side_of
 from latents import embeddings
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
+from points import MLP
 from sample import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes,
                     pixel_shape, reader, unconditional)
 
@@ -242,7 +243,8 @@ def flags():
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
     drawing = parser.add_argument_group("drawing the samples of --ckpt, as in sample.py")
     drawing.add_argument("--vae", help="the autoencoder of a latent model, which decodes what it draws")
-    drawing.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, for models trained with it; captions are the reference's")
+    drawing.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, for models trained with it; the captions are those "
+                         "of the reference")
     drawing.add_argument("--classes", help="numbers or names, as 3,5 (default: all)")
     drawing.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
     drawing.add_argument("--sampler", default="dpm++", choices=SAMPLERS, help="default: dpm++")
@@ -260,6 +262,8 @@ def validate(args):
         raise ValueError("give --ckpt or --samples, or --save-reference to measure a reference only")
     if not args.ckpt and not args.reference:
         raise ValueError("--reference: give real images to compare with")
+    if "swissroll" in (args.samples, args.reference):
+        raise ValueError("swissroll holds points, which have no features: give images")
     wanted = args.metrics.split(",") if args.metrics else None
     unknown = [metric for metric in wanted or () if metric not in METRICS]
     if unknown:
@@ -298,6 +302,9 @@ def suited(args, images):
 def open_run(args):
     """The description, network and process of --ckpt.  ValueError if its samples cannot be scored."""
     described, network, diffusion = drawable(args.ckpt)
+    if isinstance(network, MLP):
+        raise ValueError(f"{args.ckpt} draws points, which have no features: python bench.py swissroll --ckpt {args.ckpt} measures "
+                         "them")
     if not args.reference and not described["data"]["spec"]:
         raise ValueError(f"--reference: {args.ckpt} does not say what it was trained on; give real images to compare with")
     return described, network, diffusion

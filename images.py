@@ -1,7 +1,7 @@
 """Image files: one, a folder of them with class sub-folders or a .txt of captions beside each, or MS-COCO.
 
-They are decoded once, centre-cropped as in ADM (Dhariwal & Nichol 2021), into a memory-mapped uint8 cache; three channels unless all
-are grey. Captions are read each time.
+They are decoded once, centre-cropped as in ADM (Dhariwal & Nichol 2021), into a memory-mapped uint8 cache, of three channels unless
+all are grey. Captions are read each time.
 """
 import hashlib
 import json

@@ -150,7 +150,8 @@ def embeddings(captions, encoder, tokenizer, cache=None):
         return [encoder(ids.to(device)).half().cpu().numpy()]                            # (n, L, D)
 
     about = dict(captions=words, encoder=encoder.origin["sha256"], rows=len(captions))
-    return fill("contexts", about, {"context.npy": (len(captions), tokenizer.length, encoder.dim)}, compute, cache, np.float16)[1][0]
+    shape = (len(captions), tokenizer.length, encoder.dim)
+    return fill("contexts", about, {"context.npy": shape}, compute, cache, np.float16)[1][0]
 
 
 def write_record(path, about, done):

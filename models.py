@@ -4,6 +4,7 @@ A description is {"class": name, "arguments": {…}}, plain values that run.pt h
 "text": {…} the network has a `text.TextEncoder` of these arguments as its .text_encoder, and is told captions by their ids.
 """
 import dit
+import points
 import unet
 import uvit
 import vae
@@ -16,19 +17,19 @@ MODELS = {
     "unet": (unet.UNet, unet.SIZES),
     "vit": (vit.ViT, vit.SIZES),
 }
-TRAINABLE = {**MODELS, "vae": (vae.AutoencoderKL, vae.SIZES)}           # and the autoencoder, which takes any image size
+TRAINABLE = {**MODELS, "vae": (vae.AutoencoderKL, vae.SIZES),           # and the autoencoder, which takes any image size,
+             "mlp": (points.MLP, points.SIZES)}                          # and a denoiser of points
 NETWORKS = {network.__name__: network for network in (*(network for network, _ in TRAINABLE.values()), unet.SuperResUNet)}
 
 
 def named(model, size):
     """The class and the arguments that a size fixes: ("dit", "B/4") -> DiT, dict(dim=768, depth=12, heads=12, patch_size=4).
 
-    Transformers take a patch size after the slash, U-Nets and autoencoders none. ValueError, with the list, on a size that there
-    is not.
+    Transformers take a patch size after the slash, the others none. ValueError, with the list, on a size that there is not.
     """
     network, sizes = TRAINABLE[model]
     name, slash, patch = size.partition("/")
-    patched = model not in ("unet", "vae")
+    patched = model not in ("unet", "vae", "mlp")
     fits = patch.isdecimal() and int(patch) > 0 if patched else not slash
     if name not in sizes or not fits:
         raise ValueError(f"--size {size}: for --model {model} it is one of {', '.join(sizes)}"
@@ -53,9 +54,12 @@ def describe(model, size, image_size, channels, num_classes=None, null_class=Tru
         raise ValueError(f"--conditioning {conditioning}: a DiT is told a text by cross-attention only")
     if hybrid and model != "vit":
         raise ValueError(f"--hybrid is a choice of ViT's, not of {model}")
-    if learn_sigma and model == "uvit":
-        raise ValueError("--variance learned: a U-ViT puts out no variance; use small or large")
+    if learn_sigma and model in ("uvit", "mlp"):
+        raise ValueError(f"--variance learned: {'a U-ViT' if model == 'uvit' else 'an MLP'} puts out no variance; use small or "
+                         "large")
     network, fixed = named(model, size)
+    if model == "mlp":                                   # of points, which have one shape
+        return {"class": network.__name__, "arguments": fixed}
     if model == "vae":
         return {"class": network.__name__, "arguments": {**fixed, "channels": channels}}
     own = {

@@ -28,7 +28,8 @@ from cli import first_in_turn, grid, save_image
 from ddpm import SCHEDULES, Diffusion, keyed_generator
 from evaluate import measure_reference, possible, score_network
 from features import default_space, space_of
-from sample import decode, draw, guidance, unconditional
+from points import picture, sliced_wasserstein
+from sample import SCATTERED, decode, draw, draw_points, guidance, unconditional
 from unet import UPSAMPLERS
 from vae import kl_divergence, sample_latent
 from vit import divided
@@ -178,6 +179,20 @@ class SuperResolution(Denoising):
         return {}
 
 
+class PointDenoising(Denoising):
+    """The same of points in the plane (Fig. 2-1). The score is the samples' sliced Wasserstein distance to the points held out; the
+    picture shows as many of both."""
+
+    scores = ("distance",)
+
+    def report(self, network, path):
+        """The distance; as picture, the samples beside the data."""
+        held_out, _ = data.load(self.args.data, split="test").batch(np.arange(SCATTERED))
+        samples = draw_points(network, self.diffusion, SCATTERED, self.args.seed)
+        save_image(path, picture(samples))
+        return {"distance": sliced_wasserstein(samples, held_out.flatten(1))}
+
+
 class Classification:
     """Cross-entropy of the labels (§2-4). The score is the accuracy on held-out images; the picture shows what is mistaken."""
 
@@ -274,4 +289,4 @@ def objective_of(model, size=None):
     """The objective of a --model, and of its --size where that is an upsampler's."""
     if size in UPSAMPLERS:
         return SuperResolution
-    return {"vit": Classification, "vae": Autoencoding}.get(model, Denoising)
+    return {"vit": Classification, "vae": Autoencoding, "mlp": PointDenoising}.get(model, Denoising)

@@ -27,9 +27,11 @@ from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, pos
                  to_image)
 from data import Dataset, to_uint8
 from files import atomic_file, cache_folder, sha256_of
+from points import MLP, picture
 from vae import in_pieces
 
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
+SCATTERED = 2000                 # samples of a run on points
 STEPS = 20                       # of DPM-Solver++; more barely change the picture
 
 
@@ -64,7 +66,8 @@ def unconditional(network, text, config):
 def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar=None, **options):
     """Yield (indices, x (n, C, H, W) on the network's device) for images number `indices`, batch by batch.
 
-    classes: a list of numbers, or the ids (K, L) or contexts (K, L, D) of captions, in turn. options are `ddpm.sample`'s. The batch is halved where the device's memory does not hold it.
+    classes: a list of numbers, or the ids (K, …) or contexts (K, L, D) of captions, in turn. options are `ddpm.sample`'s. The
+    batch is halved where the device's memory does not hold it.
     """
     parameter = next(network.parameters())
     batch_size = batch_size or (256 if parameter.is_cuda else 64)
@@ -88,6 +91,11 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar
         if bar is not None:
             bar.update(len(part))
         yield part, x
+
+
+def draw_points(network, diffusion, n, seed=0):
+    """n samples (n, 2), on the CPU, of a network of points."""
+    return torch.cat([x for _, x in draw(network, diffusion, range(n), seed=seed, batch_size=n)]).flatten(1).cpu()
 
 
 def drawable(path):
@@ -263,9 +271,10 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
         dist.barrier()                                   # all have looked before the first one draws
     mine = share(len(missing))
     with progress_bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
-        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(), classes if contexts is None else contexts,
-                               how["seed"], batch_size, progress, sampler=how["sampler"], steps=how["steps"],
-                               cfg_scale=how["cfg_scale"], y_null=y_null, clip=autoencoder is None):
+        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(),
+                               classes if contexts is None else contexts, how["seed"], batch_size, progress,
+                               sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"], y_null=y_null,
+                               clip=autoencoder is None):
             x = x if autoencoder is None else decode(autoencoder, x)
             for i, image in zip(indices, to_uint8(x).cpu().numpy()):
                 pixels_file.seek(i * size)
@@ -318,11 +327,13 @@ def flags():
     """The command line."""
     parser = Parser(prog="sample.py", description="Draw images from a trained run or from released weights.")
     parser.add_argument("--ckpt", required=True, help="run.pt of train.py, or released weights")
-    parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16)")
-    parser.add_argument("--out", default="samples.png", help="a .png for one grid, or a folder, with a slash at its end")
+    parser.add_argument("--n", type=positive, help="images in all (default: four of each class if they are few, else 16; "
+                        f"{SCATTERED} points)")
+    parser.add_argument("--out", default="samples.png", help="a .png for one grid, or for points a scatter; or a folder, with a "
+                        "slash at its end")
     parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
     parser.add_argument("--cascade", help="an upsampler of train.py or a released one: enlarges what --ckpt draws four times")
-    parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels")
+    parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels; points: arr_0 (N, 2)")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
     parser.add_argument("--prompt", nargs="+", help="what a text model shall draw; several prompts take turns")
     parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
@@ -360,7 +371,7 @@ def write(args, images, frames, labels, columns, latent):
     elif is_folder(args.out):
         written.append(args.out)                         # image by image, while they were drawn
     else:
-        save_image(args.out, grid(images[:400], columns))                # more would be no picture
+        save_image(args.out, picture(images) if images.ndim == 2 else grid(images[:400], columns))   # more would be no picture
         written.append(args.out)
     if npz:
         with atomic_file(npz) as file:
@@ -385,16 +396,20 @@ def run(args):
     y_null = unconditional(network, described["text"], described["config"])
     kinds = len(classes or args.prompt or ())
     few = (2 if args.prompt else 1) <= kinds <= 16
-    n = args.n or (4 * kinds if few else 16)
+    points = isinstance(network, MLP)
+    n = args.n or (SCATTERED if points else 4 * kinds if few else 16)
     scale = guidance(network, args.cfg_scale, y_null)
     steps = evaluations(args.steps, args.sampler, diffusion)
     autoencoder = decoder(args.vae, described, network)
-    clip = not described["vae"]                          # latents have no range
+    clip = not (described["vae"] or points)              # which have no range
     latent = bool(described["vae"]) and autoencoder is None
     if latent and args.cascade:
         raise ValueError("--cascade: the network works on an autoencoder's latents; --vae FILE makes them images first")
     upsampler, upsampling = (load_upsampler(args.cascade, described, network.num_classes, pixel_shape(network, autoencoder))
                              if args.cascade else (None, None))
+    if points and (args.trajectory or is_folder(args.out)):
+        raise ValueError(f"--out and --trajectory: points are drawn in one .png; python plot.py swissroll --ckpt {args.ckpt} --gif "
+                         "FILE shows their way")
     if not clip and args.trajectory:
         raise ValueError("--trajectory: the network works on latents, which are no pictures")
 
@@ -417,7 +432,7 @@ def run(args):
                             cfg_interval=interval, y_null=y_null, clip=clip, callback=keep_frame if args.trajectory else None):
             x = decode(autoencoder, x) if autoencoder else x
             x = enlarge(upsampler, upsampling, x, labels_of(part, classes), args.seed, part) if upsampler else x
-            images.append((x if latent else to_uint8(x)).cpu().numpy())
+            images.append((x.flatten(1) if points else x if latent else to_uint8(x)).cpu().numpy())
             for i, image in zip(part, images[-1] if one_by_one else ()):
                 save_image(Path(args.out) / f"{i:06d}.png", image)
     if args.npz or not one_by_one:                       # else they are on disk already

@@ -240,7 +240,7 @@ class TextEncoder(nn.Module):
         if ids.ndim != 3 or not 1 <= ids.shape[1] <= self.length or ids.shape[2] != self.width:
             raise ValueError(f"ids of shape {tuple(ids.shape)}: they must be (N, L, {self.width}) with L from 1 to {self.length}")
         empty = (ids == self.none).all(dim=2).long()                                     # (N, L)
-        mask = (empty.cumsum(1) - empty == 0)[:, None, None]                             # (N, 1, 1, L): up to the end, and no further
+        mask = (empty.cumsum(1) - empty == 0)[:, None, None]                             # (N, 1, 1, L): up to the end
         words = self.word_embedding(self.byte_embedding(ids.long()).flatten(2))          # (N, L, W 16) -> (N, L, D)
         x = words + self.position_embedding[:ids.shape[1]]
         for layer in self.layers:

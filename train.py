@@ -55,6 +55,7 @@ VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags that a classifier has no use for
              "eval_every", "eval_n", "features", "vae", "latent_scale", "text", "clip")
+OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "eval_every", "checkpointing")      # points do without
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
@@ -64,10 +65,12 @@ RECIPES = {                            # by model and the size's first word; Non
     "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
             "Nano": {**LAPTOP, "steps": 2800, "batch_size": 64, "weight_decay": 0.05, "shift": 2},
             None: VIT},                                                  # Touvron et al. 2021, table 9, and ViT's clipping
+    "mlp": {None: {**LAPTOP, "schedule": "linear", "prediction": "v",    # of eps, errors grow where alpha_bar is near 0
+                   "steps": 8000, "batch_size": 256, "lr": 4e-3, "sample_every": 2000, "save_every": 1000}},
     "vae": {"Ti": {**LAPTOP, "steps": 1600, "lr": 1e-3, "sample_every": 400, "save_every": 200},
             None: VAE},                                                  # ours: the paper's losses are others
 }
-DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti"}          # for a laptop
+DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti", "mlp": "Ti"}       # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
 TEXT = dict(context_dim=192, context_tokens=32)  # of our text encoder: its width, and its length if no caption is shorter
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
@@ -84,7 +87,7 @@ def flags():
     parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, a ViT to classify, or an autoencoder. "
                     "Flags left out take the recipe of the model and its size.")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=TRAINABLE, help="default: dit")
+    model.add_argument("--model", choices=TRAINABLE, help="default: dit, or mlp for swissroll")
     model.add_argument("--size", help="Ti S B L XL … and the patch, as B/4; a U-Net's has no patch (default: Ti/8 or Ti, "
                        "for a laptop; an unknown size gets the list)")
     model.add_argument("--conditioning", choices=dit.BLOCKS, help="how a DiT is told (default: adaln-zero, the best)")
@@ -93,11 +96,12 @@ def flags():
     model.add_argument("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
     model.add_argument("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
     where = parser.add_argument_group("data")
-    where.add_argument("--data", help="mnist, shapes, cifar10[:DIR], coco:DIR, a folder of images, or an .npz (default: mnist)")
+    where.add_argument("--data", help="mnist, shapes, swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, or an .npz "
+                       "(default: mnist)")
     where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
     where.add_argument("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
-    where.add_argument("--latent-scale", type=not_negative, help="what latents are multiplied by (default: the autoencoder's: measured, "
-                       "or Stable Diffusion's 0.18215; U-ViT's on MS-COCO is 0.2301)")
+    where.add_argument("--latent-scale", type=not_negative, help="what latents are multiplied by (default: the autoencoder's: "
+                       "measured, or Stable Diffusion's 0.18215; U-ViT's on MS-COCO is 0.2301)")
     where.add_argument("--text", action="store_true", default=None, help="learn from captions, which the data must have, with a "
                        "small text encoder that is trained too")
     where.add_argument("--clip", metavar="DIR", help="with CLIP's text encoder instead, which stays as it is: a folder of Hugging "
@@ -150,6 +154,8 @@ def recipe(chosen):
 def settings(argv):
     """All flags, and the run to resume or None.  What the command line leaves out the run decides, else the recipe."""
     given = {key: value for key, value in vars(flags().parse_args(argv)).items() if value is not None}
+    if given.get("data") == "swissroll":
+        given.setdefault("model", "mlp")
     out, run = Path(given.get("out", COMMON["out"])), None
     parent_of(out)
     if out.suffix != ".pt":
@@ -173,6 +179,11 @@ def settings(argv):
     useless = [f"--{key.replace('_', '-')}" for key in DENOISING if args.model in OTHERS and key in given]
     if useless:
         raise ValueError(f"{useless[0]}: {OTHERS[args.model]}, it does not denoise")
+    if (args.model == "mlp") != (args.data == "swissroll"):
+        raise ValueError(f"--model {args.model} --data {args.data}: mlp learns points, which swissroll has, and all others images")
+    of_images = [key for key in OF_IMAGES if args.model == "mlp" and getattr(args, key)]
+    if of_images:
+        raise ValueError(f"--{of_images[0].replace('_', '-')} has no use for points")
     if args.vae and not Path(args.vae).is_file():
         raise ValueError(f"--vae {args.vae}: there is no such file")
     args.text = args.text or args.clip is not None
@@ -200,7 +211,8 @@ def settings(argv):
 def description(args, text, **data):
     """The description of the network that the flags name, for the data's image_size, channels and num_classes.
 
-    text: {} or the context's size, and the arguments of a text encoder of its own, see `read_captions`. ValueError on a size that there is not, an option of another model, or a network that needs what no data set here has.
+    text: {} or the context's size, and the arguments of a text encoder of its own, see `read_captions`. ValueError on a size that
+    there is not, an option of another model, or a network that needs what no data set here has.
     """
     context = {key: text[key] for key in ("context_dim", "context_tokens") if key in text}
     described = describe(args.model, args.size, **data, null_class=bool(args.cfg_drop), learn_sigma=args.variance == "learned",
@@ -319,7 +331,8 @@ def load_data(args, run, device):
     size = divided(pixels.image_size, factor, "the autoencoder's factor")
     try:
         with torch.device("meta"):
-            build(description(args, TEXT if args.text else {}, image_size=size, channels=autoencoder.latent_channels, num_classes=pixels.num_classes))
+            build(description(args, TEXT if args.text else {}, image_size=size, channels=autoencoder.latent_channels,
+                              num_classes=pixels.num_classes))
     except ValueError as error:
         raise ValueError(f"{error}; of latents: an image's side is {factor} times that") from None
     return latents(pixels, autoencoder, sha256, args.flip, args.cache)

@@ -121,8 +121,9 @@ def unpatchify(tokens, grid, patch_size):
 def attention(q, k, v, fused=True, mask=None):
     """softmax(q k^T / sqrt(d)) v, Vaswani et al. 2017, Eq. 1.  q (N, h, L, d); k, v (N, h, M, d). Returns (N, h, L, d).
 
-    mask, bool, broadcastable to (N, h, L, M): False where a row must not see a column. fused=False writes the formula out; fused=True is the same function through PyTorch's fused kernel, which never
-    stores the L x M weights. They agree within rounding.
+    mask, bool, broadcastable to (N, h, L, M): False where a row must not see a column. fused=False writes the formula out;
+    fused=True is the same function through PyTorch's fused kernel, which never stores the L x M weights. They agree within
+    rounding.
     """
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

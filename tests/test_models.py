@@ -81,7 +81,7 @@ def test_exactly_the_upsamplers_see_a_small_image_too():
 
 
 def test_every_described_class_can_be_built():
-    names = [*NAMES, ("vae", "Ti")]
+    names = [*NAMES, ("vae", "Ti"), ("mlp", "Ti")]
     assert {describe(model, size, 64, 3, num_classes=10)["class"] for model, size in names} == set(NETWORKS)
 
 
@@ -97,23 +97,25 @@ def test_describing_and_changing_a_description_leave_the_tables_as_they_are():
     *((model, size) for model in ("dit", "uvit", "vit") for size in
       ("XXL/4", "B", "S/0", "S/00", "S/", "S/x", "S/-2", "S/+2", "S/2.0", "S/ 2", "S/2/2", "S/²", "s/4", "/4", "", "adm-64")),
     *(("unet", size) for size in ("XL", "adm-1024", "Ti/2", "S/0", "S/", "S/x", "/", "", "adm-64-256/4", "ti", "B/4")),
-    *(("vae", size) for size in ("XL", "Ti/2", "SD/8", "SD/", "/", "", "sd", "B/4"))])
+    *(("vae", size) for size in ("XL", "Ti/2", "SD/8", "SD/", "/", "", "sd", "B/4")),
+    *(("mlp", size) for size in ("XL", "Ti/2", "Ti/", "/", "", "ti"))])
 def test_a_name_that_there_is_not_is_refused_with_the_list(model, size):
     with pytest.raises(ValueError) as caught:
         named(model, size)
     message = str(caught.value)
     assert f"--size {size}: " in message and ", ".join(TRAINABLE[model][1]) in message
-    assert message.endswith(", without a patch size" if model in ("unet", "vae") else " and a patch size, as in B/4")
+    assert message.endswith(", without a patch size" if model in ("unet", "vae", "mlp") else " and a patch size, as in B/4")
 
 
 # Options
 
 @pytest.mark.parametrize("model, size, options, said", [
     *((model, size, dict(conditioning="adaln"), f"--conditioning adaln is a choice of DiT's, not of {model}")
-      for model, size in (("uvit", "S/4"), ("unet", "S"), ("vit", "S/4"), ("vae", "Ti"))),
+      for model, size in (("uvit", "S/4"), ("unet", "S"), ("vit", "S/4"), ("vae", "Ti"), ("mlp", "Ti"))),
     *((model, size, dict(hybrid=True), f"--hybrid is a choice of ViT's, not of {model}")
-      for model, size in (("dit", "S/4"), ("uvit", "S/4"), ("unet", "S"), ("vae", "Ti"))),
+      for model, size in (("dit", "S/4"), ("uvit", "S/4"), ("unet", "S"), ("vae", "Ti"), ("mlp", "Ti"))),
     ("uvit", "S/4", dict(learn_sigma=True), "--variance learned: a U-ViT puts out no variance"),
+    ("mlp", "Ti", dict(learn_sigma=True), "--variance learned: an MLP puts out no variance"),
     ("vit", "S/4", dict(num_classes=None), "--model vit learns labels"),
 ])
 def test_an_option_of_another_model_is_refused_by_its_name(model, size, options, said):
@@ -189,8 +191,9 @@ def test_describing_an_autoencoder_leaves_its_table_as_it_is():
 
 
 @pytest.mark.parametrize("command, argv", [(bench, ["train"]), (gflops, [])])
-def test_only_training_offers_an_autoencoder(command, argv, capsys):
+@pytest.mark.parametrize("model", ["vae", "mlp"])
+def test_only_training_offers_an_autoencoder_and_a_network_of_points(command, argv, model, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command.main([*argv, "--model", "vae"])
-    assert stopped.value.code == 2 and "argument --model: invalid choice: 'vae'" in capsys.readouterr().err
-    assert set(TRAINABLE) - set(MODELS) == {"vae"}
+        command.main([*argv, "--model", model])
+    assert stopped.value.code == 2 and f"argument --model: invalid choice: '{model}'" in capsys.readouterr().err
+    assert set(TRAINABLE) - set(MODELS) == {"vae", "mlp"}
