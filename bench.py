@@ -124,8 +124,8 @@ def restore(args):
 
     print(f"{len(images)} held-out digits, {args.ckpt} (step {run['step']}), seed {args.seed}, ddpm, {args.steps} steps repeated "
           f"{args.repeats} times, no guidance")
-    print(f"digits kept, by {JUDGE.name}, which recognises {kept(images):.1%} as they are\n{'':28}{'label given':>12}{'without':>12}"
-          f"{'nearest neighbour':>20}")
+    print(f"digits kept, as {JUDGE.name} says, which recognises {kept(images):.1%} of the originals")
+    print(f"{'':28}{'label given':>12}{'without':>12}{'nearest neighbour':>20}")
     hidden = torch.zeros(1, 1, 32, 32, device=device)
     hidden[..., 9:23, 9:23] = 1
     rows = []
@@ -141,8 +141,8 @@ def restore(args):
     noisy = images + sigma * noise
     with_label, without = (restoration.denoise(diffusion, network, noisy, sigma, y, clip=True) for y in (labels, null))
     blur = max(psnr(blurred(noisy, deviation), images) for deviation in np.arange(0.5, 2, 0.05))
-    print(f"noise of deviation {sigma} removed: {psnr(without, images):.1f} dB, with the label {psnr(with_label, images):.1f}; noisy "
-          f"{psnr(noisy, images):.1f}, best Gaussian blur {blur:.1f}, best linear filter "
+    print(f"noise of deviation {sigma} removed: {psnr(without, images):.1f} dB, with the label {psnr(with_label, images):.1f}; "
+          f"noisy {psnr(noisy, images):.1f}, best Gaussian blur {blur:.1f}, best linear filter "
           f"{psnr(linear_filter(noisy, real, sigma), images):.1f}")
     shown = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
     picture = torch.cat([row[shown] for row in (*rows, noisy, without, images)])
@@ -360,7 +360,7 @@ def main(argv=None):
     command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
     command.add_argument("--n", type=positive, default=500, help="digits (default: 500)")
     command.add_argument("--steps", type=positive, default=restoration.STEPS, help=f"default: {restoration.STEPS}")
-    command.add_argument("--repeats", type=positive, default=restoration.REPEATS, help=f"of a step (default: {restoration.REPEATS})")
+    command.add_argument("--repeats", type=positive, default=restoration.REPEATS, help=f"default: {restoration.REPEATS}")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--out", default="restored.png", help="a picture of one of each digit (default: restored.png)")
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
