@@ -6,8 +6,9 @@ in every predicted x0; here are the operators, with their pseudo-inverses A+, an
 what a diffusion model is trained to remove: the noisy image is the x_t of some step, from where the reverse process goes on.
 
 On latents a measurement of pixels is no linear function. There each predicted x0 is decoded, corrected and encoded again, and the
-decoded result is corrected once more: it keeps the measurement too, for the price of an autoencoder's pass a step. White noise on
-pixels is no white noise on latents, so these models do not remove it.
+decoded result is corrected once more: it keeps the measurement too, for the price of an autoencoder's pass a step. (Forty digits
+with a hole came so within 15.2 dB of the originals; within 13.8, at a quarter of the time, where instead the latents of the
+visible part were kept.) White noise on pixels is no white noise on latents, so these models do not remove it.
 
 Images are (N, C, H, W) in [-1, 1].
 """
@@ -23,7 +24,7 @@ import ddpm
 from cli import not_negative, positive, processes
 from vae import in_pieces
 
-STEPS, REPEATS = 20, 5           # 100 evaluations an image; more of either bring the digits no nearer
+STEPS, REPEATS = 20, 5           # 100 evaluations an image; twice the repeats, or 100 steps, kept no more digits
 
 
 def masked(hidden):
@@ -40,6 +41,7 @@ def pooled(factor):
     return lambda x: F.avg_pool2d(x, factor), A_plus
 
 
+@torch.no_grad()
 def restore_latents(diffusion, model, autoencoder, y, degrade, condition=None, sampler="ddpm", **options):
     """As `ddpm.restore`, for a model on an autoencoder's latents: degrade and y are of pixels, so is what is returned."""
     correct = ddpm.consistent(y, degrade, clip=True)
@@ -49,7 +51,7 @@ def restore_latents(diffusion, model, autoencoder, y, degrade, condition=None, s
 
     def encode(x):
         return autoencoder.encode(x)[0] * autoencoder.scale
-    shape = encode(degrade[1](y)).shape
+    shape = (len(y), *encode(degrade[1](y[:1])).shape[1:])
     z = ddpm.sample(diffusion, model, shape, condition, sampler, clip=lambda z: encode(correct(decode(z))), **options)
     return correct(decode(z))
 
@@ -84,7 +86,8 @@ def add_flags(parser):
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image; without --classes, of no class")
     images.add_argument("--upscale", metavar="IMAGE", help="draw images whose means over squares of --factor pixels are this one")
-    images.add_argument("--denoise", metavar="IMAGE", help="remove noise; --n 2 or more draws possible originals, else their mean")
+    images.add_argument("--denoise", metavar="IMAGE", help="remove white noise (which a file cuts off at black and white): the "
+                        "mean of all possible originals; --n 2 or more draws some of them")
     parser.add_argument("--mask", metavar="IMAGE", help="white is hidden, black is kept; as large as the image of --inpaint")
     parser.add_argument("--factor", type=int, choices=(2, 4), help="of --upscale")
     parser.add_argument("--sigma", type=not_negative, help="the noise's deviation, where black is -1 and white 1")
@@ -105,9 +108,10 @@ def task_of(args):
     for name in ("npz", "trajectory", "eta", "cfg_interval", "cfg_channels") if task else ():
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with --{task}")
-    if task == "denoise" and (args.n or 1) == 1 and (args.steps or args.sampler):
-        raise ValueError("--denoise: the mean of all possible originals is one evaluation, without --steps and --sampler; --n 2 or "
-                         "more draws some of them")
+    if task == "denoise" and args.sampler not in (None, "ddpm"):
+        raise ValueError(f"--denoise draws with ddpm: with {args.sampler} every image would be the same")
+    if task == "denoise" and args.n in (None, 1) and args.steps:
+        raise ValueError("--denoise: the mean of all possible originals takes no --steps; --n 2 or more draws some of them")
     return task
 
 
