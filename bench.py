@@ -2,6 +2,7 @@
 
     python bench.py quality --ckpt run.pt              samples judged by their nearest training images
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
+    python bench.py restore --ckpt run.pt              held-out digits inpainted, enlarged and denoised, beside simpler methods
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
     python bench.py swissroll --ckpt run.pt            samples of a run on points: how far from the data
     python bench.py compare                            DiT, U-ViT and U-Net of like Gflops, and DiTs of rising Gflops: an hour
@@ -23,14 +24,16 @@ import torch
 import torch.nn.functional as F
 
 import data
+import ddpm
 import inception
 import points
+import restoration
 import shapes
 import train
 from checkpoint import build, load
-from cli import Parser, natural, one_line_errors, positive, processes
+from cli import Parser, grid, natural, one_line_errors, positive, processes, save_image
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
-from features import default_space, full_precision, space_of
+from features import JUDGE, default_space, full_precision, space_of
 from files import atomic_file
 from gflops import count, inputs_of
 from latents import encode
@@ -82,6 +85,76 @@ def quality(args):
     print(f"samples recognised as their class   {right:6.1%}   by 3 nearest neighbours among {len(real)} training images")
     print(f"real held-out images, likewise      {real_right:6.1%}   of {len(held_out)}")
     print(f"samples whose nearest training image is no other's {unique_share(neighbours[:, 0]):.1%}")
+
+
+def psnr(x, real):
+    """The peak signal-to-noise ratio in dB of images in [-1, 1]."""
+    return 10 * math.log10(4 / (x - real).square().mean().item())
+
+
+def blurred(x, deviation):
+    """Images (N, 1, H, W) in a Gaussian blur of a deviation in pixels."""
+    place = torch.arange(-8.0, 9.0, device=x.device)
+    kernel = torch.exp(-place ** 2 / (2 * deviation ** 2))
+    kernel = kernel / kernel.sum()
+    x = F.conv2d(F.pad(x, (8, 8, 8, 8), mode="replicate"), kernel.reshape(1, 1, 1, -1))
+    return F.conv2d(x, kernel.reshape(1, 1, -1, 1))
+
+
+def linear_filter(noisy, real, sigma):
+    """The best linear estimate of images with white noise, by the mean and covariance of real ones: Wiener's."""
+    mean, S = real.flatten(1).mean(dim=0), torch.cov(real.flatten(1).T)
+    gain = torch.linalg.solve(S + sigma ** 2 * torch.eye(len(S), device=S.device), S)    # both commute
+    return (mean + (noisy.flatten(1) - mean) @ gain).reshape(noisy.shape)
+
+
+def restore(args):
+    """Print how many held-out digits a run keeps when it fills in their centre or enlarges them, how well it removes noise, and
+    what simpler methods reach; and write a picture of ten."""
+    run, sigma = load(args.ckpt), 0.5
+    network, diffusion = build(run)
+    if diffusion is None or run["vae"] or run["data"]["spec"] != "mnist" or network.null_label is None \
+            or tuple(network.image_size) != (32, 32):
+        raise ValueError(f"{args.ckpt}: restore needs a run of train.py on the digits' 32x32 pixels with a null class")
+    device, _, _ = processes(args.device)
+    space, network = space_of(str(JUDGE), device), network.to(device)
+    (real, real_labels), (images, labels) = (
+        (data.to_float(images).to(device), labels.to(device)) for images, labels in (
+            dataset.batch(np.arange(min(n, len(dataset)))) for dataset, n in (
+                (data.load(split="train"), math.inf), (data.load(split="test"), args.n))))
+    null = torch.full_like(labels, network.null_label)
+    keys = [(args.seed, i) for i in range(len(images))]
+
+    def kept(x):
+        with torch.no_grad():
+            return (space.extract(data.to_uint8(x))["probabilities"].argmax(dim=1) == labels).float().mean().item()
+
+    print(f"{len(images)} held-out digits, {args.ckpt} (step {run['step']}), seed {args.seed}, ddpm, {args.steps} steps repeated "
+          f"{args.repeats} times, no guidance")
+    print(f"digits kept, as {JUDGE.name} says, which recognises {kept(images):.1%} of the originals")
+    print(f"{'':28}{'label given':>12}{'without':>12}{'nearest neighbour':>20}")
+    hidden = torch.zeros(1, 1, 32, 32, device=device)
+    hidden[..., 9:23, 9:23] = 1
+    rows = []
+    for name, degrade in (("centre 14x14 filled in", restoration.masked(hidden)), ("4 times enlarged", restoration.pooled(4))):
+        A, A_plus = degrade
+        with_label, without = (ddpm.restore(
+            diffusion, network, A(images), degrade, y, steps=args.steps, repeats=args.repeats, seeds=keys, clip=True)
+            for y in (labels, null))
+        neighbours = nearest(A(images).cpu(), A(real).cpu(), k=1)[:, 0].to(device)
+        print(f"{name:28}{kept(with_label):12.1%}{kept(without):12.1%}{(real_labels[neighbours] == labels).float().mean():20.1%}")
+        rows += [A_plus(A(images)), with_label]
+    noise = torch.stack([torch.randn(images.shape[1:], generator=ddpm.keyed_generator(key)) for key in keys]).to(device)
+    noisy = images + sigma * noise
+    with_label, without = (restoration.denoise(diffusion, network, noisy, sigma, y, clip=True) for y in (labels, null))
+    blur = max(psnr(blurred(noisy, deviation), images) for deviation in np.arange(0.5, 2, 0.05))
+    print(f"noise of deviation {sigma} removed: {psnr(without, images):.1f} dB, with the label {psnr(with_label, images):.1f}; "
+          f"noisy {psnr(noisy, images):.1f}, best Gaussian blur {blur:.1f}, best linear filter "
+          f"{psnr(linear_filter(noisy, real, sigma), images):.1f}")
+    shown = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
+    picture = torch.cat([row[shown] for row in (*rows, noisy, without, images)])
+    save_image(args.out, grid(data.to_uint8(picture).cpu().numpy(), len(shown)))
+    print(f"wrote {args.out}: given and restored, three times, and the originals")
 
 
 COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))    # three alike, then fewer
@@ -380,6 +453,15 @@ def flags():
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=quality)
+    command = commands.add_parser("restore", help="inpaint, enlarge and denoise held-out digits")
+    command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
+    command.add_argument("--n", type=positive, default=500, help="digits (default: 500)")
+    command.add_argument("--steps", type=positive, default=restoration.STEPS, help=f"default: {restoration.STEPS}")
+    command.add_argument("--repeats", type=positive, default=restoration.REPEATS, help=f"default: {restoration.REPEATS}")
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--out", default="restored.png", help="a picture of one of each digit (default: restored.png)")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=restore)
     command = commands.add_parser("train", help="time the training loop")
     command.add_argument("--model", default="dit", choices=MODELS, help="default: dit")
     command.add_argument("--size", help="as for train.py (default: its own)")

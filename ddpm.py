@@ -1,8 +1,8 @@
-"""Denoising diffusion: the forward and reverse processes, losses, samplers, guidance and likelihood.
+"""Denoising diffusion: the forward and reverse processes, losses, samplers, guidance, restoration and likelihood.
 
 Report §2-1, Eq. 2-1 … 2-11, and §3 (improved sampling, guidance). Papers: Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021
 (cosine schedule, learned variance, respacing); Song et al. 2021 (DDIM); Ho & Salimans 2022 (guidance); Salimans & Ho 2022
-(v-prediction); Lu et al. 2022 (DPM-Solver++).
+(v-prediction); Lu et al. 2022 (DPM-Solver++); Wang et al. 2023 (DDNM) and Lugmayr et al. 2022 (RePaint), restoration.
 
 Time: the report counts t = 1 … T, the code 0 … T-1; the report's t is t + 1 here. Symbols are the report's:
 alpha = 1 - beta, and alpha_bar is the product of the alphas so far. Images x are (N, C, H, W) float32, pixels in [-1, 1] or
@@ -10,6 +10,7 @@ scaled latents; t is (N,) int64. A model is any callable model(x, t, y) that ret
 variance follows as C more channels. It always receives the original step, also under respacing.
 """
 import math
+from itertools import product
 
 import numpy as np
 import torch
@@ -170,7 +171,7 @@ class Diffusion:
         """The reverse step p(x_{t-1} | x_t), Eq. 2-7 -> mean, variance, log variance, x0.
 
         output (N, C or 2C, H, W) as the network returns it. The mean is Eq. 2-11 at the predicted x0, which clip clamps to
-        [-1, 1] first. Variances are (N, 1, 1, 1), or like x where they are learned.
+        [-1, 1] first; a function as clip is applied to it instead. Variances are (N, 1, 1, 1), or like x where they are learned.
         """
         prediction, interpolation = self.split(output, xt)
         if interpolation is not None:
@@ -181,7 +182,7 @@ class Diffusion:
             variance, log_variance = self.at("fixed_variance", t, xt), self.at("fixed_log_variance", t, xt)
         x0, _ = self.predict(prediction, xt, t)
         if clip:
-            x0 = x0.clamp(-1, 1)
+            x0 = clip(x0) if callable(clip) else x0.clamp(-1, 1)
         return self.q_posterior(x0, xt, t)[0], variance, log_variance, x0
 
     def variational_bound(self, output, x0, xt, t, clip=False):
@@ -297,19 +298,27 @@ def _null_like(y, y_null):
     return y_null.to(y).expand_as(y)
 
 
-def ddpm_steps(diffusion, model, x, noises, eta, clip):
-    """Ancestral sampling, Ho et al. 2020, algorithm 2, under Eq. 2-6: x_{t-1} ~ p(x_{t-1} | x_t).  Yields step, x, x0."""
-    for i in reversed(range(diffusion.T)):
+def ddpm_steps(diffusion, model, x, noises, eta, clip, repeats=1):
+    """Ancestral sampling, Ho et al. 2020, algorithm 2, under Eq. 2-6: x_{t-1} ~ p(x_{t-1} | x_t).  Yields step, x, x0.
+
+    Each step is taken `repeats` times, from x_t that a forward step makes of x_{t-1}: Lugmayr et al. 2022, algorithm 1.
+    """
+    for i, again in product(reversed(range(diffusion.T)), range(repeats)):
         t = torch.full((len(x),), i, device=x.device)
+        x = diffusion.q_step(x, t, next(noises)) if again else x
         mean, _, log_variance, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
         x = mean + (0.5 * log_variance).exp() * next(noises) if i > 0 else mean          # the last step adds no noise
         yield diffusion.timesteps[i], x, x0
 
 
-def ddim_steps(diffusion, model, x, noises, eta, clip):
-    """Song et al. 2021, Eq. 12 and 16: deterministic for eta = 0, DDPM's moments for eta = 1.  Yields step, x, x0."""
-    for i in reversed(range(diffusion.T)):
+def ddim_steps(diffusion, model, x, noises, eta, clip, repeats=1):
+    """Song et al. 2021, Eq. 12 and 16: deterministic for eta = 0, DDPM's moments for eta = 1.  Yields step, x, x0.
+
+    repeats: see `ddpm_steps`.
+    """
+    for i, again in product(reversed(range(diffusion.T)), range(repeats)):
         t = torch.full((len(x),), i, device=x.device)
+        x = diffusion.q_step(x, t, next(noises)) if again else x
         alpha_bar, alpha_bar_prev = diffusion.alpha_bars[i], diffusion.alpha_bars_prev[i]
         *_, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
         eps = (x - alpha_bar ** 0.5 * x0) / (1 - alpha_bar) ** 0.5                       # Eq. 2-3 at the clipped x0
@@ -364,15 +373,16 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 @torch.no_grad()
 def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0, cfg_scale=1.0, cfg_channels=None,
-           cfg_interval=None, y_null=None, noise=None, seeds=None, clip=False, callback=None):
+           cfg_interval=None, y_null=None, noise=None, seeds=None, clip=False, callback=None, repeats=1):
     """Draw x0 of the given shape (N, C, H, W) by running the reverse process, Eq. 2-5 … 2-7, from x_T ~ N(0, I).
 
     y: labels (N,) or a context (N, M, D), on the model's device. steps: evaluations along the trajectory (guidance's pair
     counts once), all T by default; eta: DDIM's noise. cfg_*: see `guided`; y_null defaults to model.null_label.
     noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T and then the noise of each step. seeds: one for each image
     (integers, or tuples of them), which then comes out the same in whatever batch. clip clamps each predicted x0 to [-1, 1]:
-    pixels, not latents. callback(t, x, x0) sees each step. ValueError on guidance without an unconditional input, and on
-    what else does not fit.
+    pixels, not latents; a function as clip is applied to it instead. callback(t, x, x0) sees each step. repeats: how often ddpm
+    and ddim take each step, see `ddpm_steps`. ValueError on guidance without an unconditional input, and on what else does
+    not fit.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
@@ -389,6 +399,8 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
         raise ValueError(f"{len(seeds)} seeds for {shape[0]} images")
     if eta and sampler != "ddim":
         raise ValueError(f"eta is a setting of ddim, not of {sampler}")
+    if repeats < 1 or (repeats > 1 and sampler == "dpm++"):
+        raise ValueError(f"{sampler} cannot repeat its steps {repeats} times: ddpm and ddim can, 1 time or more")
     noises = _noises(shape, noise, seeds, device)
     x = next(noises)                                                                     # Eq. 2-5
     if tuple(x.shape) != tuple(shape):
@@ -401,7 +413,7 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
         trajectory = dpm_steps(diffusion, predict, x, dpm_nodes(diffusion.T, n), clip)
     else:
         process = diffusion if steps is None else diffusion.respaced(steps)
-        trajectory = {"ddpm": ddpm_steps, "ddim": ddim_steps}[sampler](process, predict, x, noises, eta, clip)
+        trajectory = {"ddpm": ddpm_steps, "ddim": ddim_steps}[sampler](process, predict, x, noises, eta, clip, repeats)
     for step, x, x0 in trajectory:
         if callback is not None:
             callback(step, x, x0)
@@ -436,3 +448,31 @@ def ddim_invert(diffusion, model, x0, y=None, steps=None):
         x0_pred, eps = process.predict(process.split(output, x)[0], x, t)
         x = alpha_bar_next ** 0.5 * x0_pred + (1 - alpha_bar_next) ** 0.5 * eps
     return x
+
+
+def consistent(y, degrade, clip=False):
+    """The function x0 -> x0 + A+ (y - A x0), which A maps to y; what A does not see stays.  Wang et al. 2023, algorithm 1.
+
+    degrade: two functions, the linear A from (N, C, H, W) to y's shape, and its pseudo-inverse A+ back. clip clamps x0 to [-1, 1]
+    before.
+    """
+    A, A_plus = degrade
+
+    def correct(x0):
+        x0 = x0.clamp(-1, 1) if clip else x0
+        return x0 + A_plus(y - A(x0))
+    return correct
+
+
+def restore(diffusion, model, y, degrade, condition=None, sampler="ddpm", clip=False, **options):
+    """Draw x0 (N, C, H, W) of which the measurement y = A x0 is known, with any model, as it is (§1-2, §2-1).
+
+    Each x0 that the reverse process predicts is made `consistent` with y: so is the result, to rounding. degrade: A and A+.
+    condition: the labels or the context, `sample`'s y; options: its others, such as steps, repeats, seeds, cfg_scale.
+
+    The draw is from p(x0 | A x0 = y) if what A sees and what it does not are independent; else its mean is biased towards that of
+    p(x0), the less the more often each step is repeated. Two pixels of correlation 0.9, of which one is known to lie two
+    standard deviations high: the other should lie 1.8 high on average. dpm++ says 0.9, 100 steps of ddpm 1.2; repeated twice 1.5,
+    4 times 1.7, 10 times 1.75.
+    """
+    return sample(diffusion, model, degrade[1](y).shape, condition, sampler, clip=consistent(y, degrade, clip), **options)

@@ -7,6 +7,7 @@ train.py leaves. An image depends on the seed and its number alone, whatever the
     python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
     python sample.py --ckpt run.pt --prompt "a large green triangle"
     python sample.py --ckpt DiT-XL-2-256x256.pt --vae sd-vae-ft-mse.safetensors --classes 207,360 --cfg-scale 4
+    python sample.py --ckpt run.pt --inpaint photo.png --mask hole.png                     (see restoration.py)
     torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
 import hashlib
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 import ddpm
+import restoration
 from cascade import enlarge, load_upsampler
 from checkpoint import build, load, load_autoencoder, load_clip
 from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, positive, processes, progress_bar, save_image, share,
@@ -342,12 +344,13 @@ def flags():
     parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
     parser.add_argument("--cfg-channels", type=positive, help="guide the first channels only; 3 repeats DiT's published numbers")
     parser.add_argument("--cfg-interval", help="LOW,HIGH: guide between these steps of 0 … T-1 only")
-    parser.add_argument("--sampler", default="dpm++", choices=ddpm.SAMPLERS, help="default: dpm++")
+    parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++; ddpm to restore")
     parser.add_argument("--steps", type=positive, help="evaluations along the trajectory (default: 20; 250 for ddpm)")
     parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
     parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    restoration.add_flags(parser)
     return parser
 
 
@@ -383,12 +386,34 @@ def write(args, images, frames, labels, columns, latent):
     return ", ".join(written)
 
 
+def restore(args, task):
+    """Write the image that --inpaint, --upscale or --denoise names, beside it what becomes of it; or, into a folder, only that."""
+    described, network, diffusion = drawable(args.ckpt)
+    classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes) if args.classes else None
+    autoencoder = decoder(args.vae, described, network)
+    restoration.check(args, task, network, bool(described["vae"]), autoencoder, classes)
+    guidance(network, args.cfg_scale)
+    evaluations(args.steps, args.sampler, diffusion)
+    images, how = restoration.restore_image(args, task, network, diffusion, autoencoder, classes)
+    if is_folder(args.out):
+        Path(args.out).mkdir(exist_ok=True)
+        for i, image in enumerate(images[1:]):
+            save_image(Path(args.out) / f"{i:06d}.png", image)
+    else:
+        save_image(args.out, grid(images, len(images)))
+    print(f"{how}: wrote {args.out}")
+
+
 def run(args):
     """Draw what the flags ask for and write it; under torchrun each process draws its share."""
     for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
         parent_of(path)
     if args.seed < 0:
         raise ValueError("--seed must be 0 or more")
+    task = restoration.task_of(args)
+    if task:
+        return restore(args, task)
+    args.sampler = args.sampler or "dpm++"
     interval = parse_interval(args.cfg_interval) if args.cfg_interval else None
     described, network, diffusion = drawable(args.ckpt)
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)

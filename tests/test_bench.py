@@ -4,8 +4,10 @@ import csv
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import bench
+import checkpoint
 import data
 from gflops import count, inputs_of
 from models import build, describe
@@ -90,3 +92,51 @@ def test_the_training_loop_is_timed_as_it_is_and_left_as_it_was(tmp_path, capsys
     said = capsys.readouterr().out
     assert f"of a large {ruler}'s" in said and "loss" in said and "backward" in said and "rest of the loop" in said
     assert measured() == before
+
+
+def test_restoration_prints_shares_beside_simpler_methods_and_shows_a_row_of_digits(tiny_run, tmp_path, capsys):
+    argv = ["restore", "--ckpt", str(tiny_run), "--n", "100", "--steps", "1", "--repeats", "2", "--out", str(tmp_path / "seen.png")]
+    bench.main(argv)
+    said = capsys.readouterr().out
+    filled, enlarged = ([float(word.rstrip("%")) for word in line.split() if word.endswith("%")] for line in said.splitlines()
+                        if line.startswith(("centre", "4 times")))
+    assert filled[2] == pytest.approx(80, abs=8) and enlarged[2] == pytest.approx(94, abs=6)     # of the first hundred digits
+    noise = said.split("noisy ")[1]
+    noisy, blur, linear = (float(word.strip(",")) for word in noise.split() if word[0].isdigit())
+    assert noisy == pytest.approx(12, abs=0.1) and blur == pytest.approx(18.3, abs=0.3) and linear == pytest.approx(21.1, abs=0.3)
+    canvas = np.asarray(Image.open(tmp_path / "seen.png"))
+    assert canvas.shape == (7 * 66 + 2, 10 * 66 + 2)
+    hole = canvas[2:66, 2:66][18:46, 18:46]
+    assert (hole == 128).all() and (canvas[2:20, 2:66] == canvas[6 * 66 + 2:6 * 66 + 20, 2:66]).all()        # else as it is
+
+
+def test_the_linear_filter_is_the_conditional_mean_of_a_gaussian():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(500, 1, 2, 2, generator=generator).cumsum(dim=3)
+    x, sigma = real.flatten(1).double(), 0.7
+    noisy = torch.randn(3, 1, 2, 2, generator=generator)
+    joint = torch.cov(torch.cat([x, x], dim=1).T) + torch.block_diag(torch.zeros(4, 4), sigma ** 2 * torch.eye(4))
+    expected = x.mean(dim=0) + (noisy.flatten(1).double() - x.mean(dim=0)) @ torch.linalg.inv(joint[4:, 4:]) @ joint[4:, :4]
+    torch.testing.assert_close(bench.linear_filter(noisy, real, sigma).flatten(1).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_blur_keeps_the_mean_spreads_a_point_by_its_deviation_and_leaves_flat_images_alone():
+    point = torch.zeros(1, 1, 33, 33)
+    point[..., 16, 16] = 1
+    spread, place = bench.blurred(point, 1.5)[0, 0], torch.arange(33) - 16
+    assert spread.sum().item() == pytest.approx(1, abs=1e-5)
+    for axis in (0, 1):
+        assert (spread.sum(dim=axis) * place ** 2).sum().item() == pytest.approx(1.5 ** 2, rel=1e-3)
+    flat = torch.full((2, 1, 20, 20), 0.3)
+    torch.testing.assert_close(bench.blurred(flat, 1.5), flat)
+
+
+@pytest.mark.parametrize("change, said", [(dict(vae={"scale": 0.5}), "32x32 pixels with a null class"),
+                                          (dict(data={"spec": "photos"}), "32x32 pixels with a null class")])
+def test_restoration_refuses_a_run_that_knows_no_digits(tiny_run, tmp_path, capsys, change, said):
+    run = checkpoint.load(tiny_run)
+    checkpoint.save(tmp_path / "other.pt", {**run, **change})
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["restore", "--ckpt", str(tmp_path / "other.pt")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and said in error
