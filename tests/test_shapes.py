@@ -128,6 +128,20 @@ def test_the_draws_are_those_of_splitmix64():
     assert shapes.uniform([0], 3)[0].tolist() == [(value >> 11) / 2 ** 53 for value in published]
 
 
+def test_no_draw_is_used_twice():
+    assert len(np.unique(shapes.uniform(np.arange(2000), 20))) == 40_000
+
+
+def test_the_place_of_an_object_alone_is_uniform_in_its_room():
+    found = shapes.scenes(np.arange(20_000))
+    discs = (found.number == 1) & (found.classes[:, 0] % 4 == 0)
+    size = found.sizes[discs, :1]
+    places = (found.places[discs, 0] - shapes.MARGIN - size) / (shapes.ROOM - 2 * size)
+    expected = (np.arange(len(places)) + 0.5) / len(places)
+    worst = abs(np.sort(places, axis=0) - expected[:, None]).max()       # Kolmogorov and Smirnov's distance
+    assert worst < 1.95 / math.sqrt(len(places))                         # one draw in a thousand exceeds it
+
+
 # Pictures
 
 @given(st.sampled_from(sorted(SHAPES)), st.floats(0.09, 0.16), st.floats(0.3, 0.7), st.floats(0.3, 0.7))
