@@ -32,6 +32,7 @@ import shapes
 import train
 from checkpoint import build, load
 from cli import Parser, grid, natural, one_line_errors, positive, processes, save_image
+from drawing import SCATTERED, STEPS, draw, draw_points, drawable, guidance, labels_of, read_prompts, unconditional
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import JUDGE, default_space, full_precision, space_of
 from files import atomic_file
@@ -40,7 +41,6 @@ from latents import encode
 from metrics import Statistics, frechet_distance, precision_recall
 from models import MODELS
 from objectives import objective_of
-from sample import SCATTERED, STEPS, draw, draw_points, drawable, guidance, labels_of, read_prompts, unconditional
 
 
 def nearest(queries, reference, k=3):

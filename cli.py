@@ -1,10 +1,11 @@
-"""What the commands share: flags, errors in one line, devices, processes and signals, a grid of images."""
+"""What the commands share: flags, errors in one line, devices, processes and signals, grids and files of images."""
 import argparse
 import os
 import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -138,6 +139,12 @@ def total(tensor, world):
     return tensor
 
 
+def parent_of(path):
+    """ValueError, before the work and not after it, if a file's folder does not exist."""
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
+
+
 def grid(images, columns, gap=2):
     """Tile uint8 images (n, H, W, C) into one (H', W', C), row by row on grey, each magnified to at least 64 pixels."""
     zoom = max(1, 64 // images.shape[1])
@@ -160,3 +167,11 @@ def save_image(path, array):
     """Write uint8 (H, W, 1 or 3) as a PNG, atomically."""
     with atomic_file(path) as file:
         to_image(array).save(file, format="PNG")
+
+
+def write_gif(path, frames):
+    """Write uint8 frames (H, W, C) as a GIF, atomically: ten a second, the last one held for two."""
+    images = [to_image(frame) for frame in frames]
+    with atomic_file(path) as file:
+        images[0].save(file, format="GIF", save_all=True, append_images=images[1:],
+                       duration=[100] * (len(images) - 1) + [2000], loop=0)

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 
 import data
-from cli import Parser, first_in_turn, not_negative, one_line_errors, positive, processes, progress_bar, share
+from cli import Parser, first_in_turn, not_negative, one_line_errors, parent_of, positive, processes, progress_bar, share
 from ddpm import SAMPLERS
+from drawing import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
+                     reader, unconditional)
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
 from files import sha256_of
@@ -31,8 +33,6 @@ from images import side_of
 from latents import embeddings
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
 from points import MLP
-from sample import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parent_of, parse_classes,
-                    pixel_shape, reader, unconditional)
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
 REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM

@@ -26,10 +26,10 @@ import data
 from cascade import augmented, enlarge, shrink
 from cli import first_in_turn, grid, save_image
 from ddpm import SCHEDULES, Diffusion, keyed_generator
+from drawing import SCATTERED, decode, draw, draw_points, guidance, unconditional
 from evaluate import measure_reference, possible, score_network
 from features import default_space, space_of
 from points import picture, sliced_wasserstein
-from sample import SCATTERED, decode, draw, draw_points, guidance, unconditional
 from unet import UPSAMPLERS
 from vae import kl_divergence, sample_latent
 from vit import divided

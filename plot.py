@@ -20,9 +20,9 @@ import torch
 import data
 import ddpm
 from chart import COLOURS, Chart, faint, spread, table
-from cli import Parser, natural, one_line_errors, processes, save_image
+from cli import Parser, natural, one_line_errors, parent_of, processes, save_image, write_gif
+from drawing import decode, decoder, draw, drawable
 from points import MLP, WINDOW, panel, swiss_roll
-from sample import decode, decoder, draw, drawable, parent_of, write_gif
 
 SMOOTHED = 5                                     # rows of a log that a curve's point is the mean of
 SCALES = (0, 1, 1.5, 3, 6)                       # of guidance; 0 leaves the class out, 1 is none

@@ -1,7 +1,7 @@
 """Draw images from a trained run, or from released weights.
 
 Report §4-5 (inference), §4-8, §4-9 (guidance). The defaults, DPM-Solver++ in 20 steps with guidance scale 1.5, suit what
-train.py leaves. An image depends on the seed and its number alone, whatever the batch size or the number of processes.
+train.py leaves. The drawing itself is drawing.py's.
 
     python sample.py --ckpt run.pt
     python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
@@ -10,289 +10,23 @@ train.py leaves. An image depends on the seed and its number alone, whatever the
     python sample.py --ckpt run.pt --inpaint photo.png --mask hole.png                     (see restoration.py)
     torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
-import hashlib
-import json
 import math
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 import ddpm
 import restoration
 from cascade import enlarge, load_upsampler
-from checkpoint import build, load, load_autoencoder, load_clip
-from cli import (Parser, first_in_turn, grid, not_negative, one_line_errors, positive, processes, progress_bar, save_image, share,
-                 to_image)
-from data import Dataset, to_uint8
-from files import atomic_file, cache_folder, sha256_of
+from cli import (Parser, grid, not_negative, one_line_errors, parent_of, positive, processes, progress_bar, save_image, share,
+                 write_gif)
+from data import to_uint8
+from drawing import (SCATTERED, decode, decoder, draw, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
+                     read_prompts, unconditional)
+from files import atomic_file
 from points import MLP, picture
-from vae import in_pieces
-
-CFG_SCALE = 1.5                  # where the network knows an unconditional input
-SCATTERED = 2000                 # samples of a run on points
-STEPS = 20                       # of DPM-Solver++; more barely change the picture
-
-
-def labels_of(indices, classes):
-    """The condition of each image of a run: classes, numbers or a text's rows (K, …), in turn; None without."""
-    return None if classes is None else torch.from_numpy(np.asarray(classes)[[i % len(classes) for i in indices]])
-
-
-@torch.no_grad()
-def told(network, y):
-    """Conditions (n, …) as the network takes them at every step: on its device, and a text's ids (n, L) encoded, once."""
-    if y is None:
-        return None
-    y = y.to(next(network.parameters()).device)
-    if network.context_dim is None:
-        return y
-    return y.float() if y.is_floating_point() else network.text_encoder(y)               # (n, L, D)
-
-
-def unconditional(network, text, config):
-    """The unconditional input of guidance: a null label, or the empty caption's ids (L,) or context (L, D); None if not learned.
-
-    text: what a run notes of CLIP, or None; config: its flags.
-    """
-    if network.context_dim is None:
-        return network.null_label
-    if config.get("cfg_drop") == 0:
-        return None
-    return text["empty"] if text else network.text_encoder.tokenize([""])[0]
-
-
-def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar=None, **options):
-    """Yield (indices, x (n, C, H, W) on the network's device) for images number `indices`, batch by batch.
-
-    classes: a list of numbers, or the ids (K, …) or contexts (K, L, D) of captions, in turn. options are `ddpm.sample`'s. The
-    batch is halved where the device's memory does not hold it.
-    """
-    parameter = next(network.parameters())
-    batch_size = batch_size or (256 if parameter.is_cuda else 64)
-    options = {"sampler": "dpm++", "steps": STEPS, **options}
-    if network.context_dim is not None and options.get("y_null") is not None:
-        options["y_null"] = told(network, options["y_null"][None])[0]
-    start = 0
-    while start < len(indices):
-        part = indices[start:start + batch_size]
-        y = told(network, labels_of(part, classes))
-        try:
-            x = ddpm.sample(diffusion, network, (len(part), network.channels, *network.image_size), y,
-                            seeds=[(seed, i) for i in part], **options)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise
-            batch_size = len(part) // 2
-            torch.cuda.empty_cache()
-            continue
-        start += len(part)
-        if bar is not None:
-            bar.update(len(part))
-        yield part, x
-
-
-def draw_points(network, diffusion, n, seed=0):
-    """n samples (n, 2), on the CPU, of a network of points."""
-    return torch.cat([x for _, x in draw(network, diffusion, range(n), seed=seed, batch_size=n)]).flatten(1).cpu()
-
-
-def drawable(path):
-    """A checkpoint's description, network and process.  ValueError if there is nothing that can be sampled from it."""
-    described = load(path)
-    network, diffusion = build(described)
-    kind = described["network"]["class"]
-    if diffusion is None or kind == "SuperResUNet":
-        raise ValueError(f"{path} holds a {kind}, which " + {
-            "ViT": "classifies: there is nothing to sample",
-            "AutoencoderKL": "encodes and decodes: a network trained on its latents samples",
-            "SuperResUNet": f"enlarges images: it needs small ones to start from, as --ckpt BASE.pt --cascade {path} draws",
-        }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
-    if network.context_dim is not None and described["step"] is None and described["network"]["class"] == "UNet":
-        raise ValueError(f"{path} is told LDM's class as a token, which nothing here encodes: it can be loaded and counted, but "
-                         "not sampled")
-    return described, network, diffusion
-
-
-@torch.no_grad()
-def noted(encoder, tokenizer):
-    """What a run notes of CLIP's encoder: its path and sha256, and the context (L, D) of the empty caption."""
-    empty = encoder(tokenizer.tokenize([""]).to(next(encoder.parameters()).device))
-    return {**encoder.origin, "empty": empty[0].cpu()}
-
-
-def reader(described, network, clip=None):
-    """What reads a text network's captions -> a tokenizer, and CLIP's encoder, or None where the network has one of its own.
-
-    clip: where CLIP is, if not where it was in training. ValueError without one, or if it is another than in training.
-    """
-    if hasattr(network, "text_encoder"):
-        if clip is not None:
-            raise ValueError("--clip: the run has a text encoder of its own")
-        return network.text_encoder, None
-    kept = described["text"] or {}
-    if clip is None and "path" not in kept:
-        raise ValueError("the network was trained with CLIP: --clip DIR names a folder of its encoder and vocabulary")
-    encoder, tokenizer = load_clip(clip or kept["path"])
-    if kept.get("sha256", encoder.origin["sha256"]) != encoder.origin["sha256"]:
-        raise ValueError(f"--clip {clip or kept['path']} is another text encoder than the network was trained with: its SHA-256 is "
-                         f"{encoder.origin['sha256']}, not {kept['sha256']}")
-    if encoder.dim != network.context_dim:
-        raise ValueError(f"--clip {clip}: its contexts are {encoder.dim} wide, the network wants {network.context_dim}")
-    described["text"] = described["text"] or noted(encoder, tokenizer)
-    return tokenizer, encoder
-
-
-@torch.no_grad()
-def read_prompts(prompts, clip, described, network):
-    """Ids (K, L) or contexts (K, L, D) of --prompt, a list of texts; None for a network that is told none.
-
-    Says on stderr what of a prompt is cut off. ValueError if the network wants a prompt and there is none, or the reverse.
-    """
-    if network.context_dim is None:
-        if prompts or clip:
-            raise ValueError(f"--{'prompt' if prompts else 'clip'}: the network was not trained with texts" +
-                             ("; --classes says what it shall draw" if network.num_classes else ""))
-        return None
-    if not prompts:
-        raise ValueError('the network draws what a text says: --prompt "…"')
-    tokenizer, encoder = reader(described, network, clip)
-    for prompt in prompts:
-        if lost := tokenizer.cut(prompt):
-            print(f"sample.py: warning: the prompt is too long for {tokenizer.length} tokens; this is cut off: {lost!r}",
-                  file=sys.stderr)
-    ids = tokenizer.tokenize(prompts)                                                    # (K, L)
-    return ids if encoder is None else encoder(ids)                                      # (K, L, D)
-
-
-def decoder(path, described, network):
-    """The autoencoder that decodes a network's latents: that of --vae, or the run's own, in it or where it was; None without.
-
-    ValueError if it does not fit, or is another than the run was trained with.
-    """
-    kept = described["vae"]
-    if kept is None:
-        if path is not None:
-            raise ValueError("--vae: the network works on pixels, there is nothing to decode")
-        return None
-    if path is None and "model" in kept:
-        autoencoder, _ = build({**described, **kept, "diffusion": None}, "model")
-    elif path is None and not Path(kept.get("path", "")).is_file():
-        return None
-    else:
-        autoencoder = load_autoencoder(path or kept["path"])
-        if kept.get("sha256", autoencoder.origin["sha256"]) != autoencoder.origin["sha256"]:
-            raise ValueError(f"{path or kept['path']} is another autoencoder than the network was trained with: its SHA-256 is "
-                             f"{autoencoder.origin['sha256']}, not {kept['sha256']}")
-    if autoencoder.latent_channels != network.channels:
-        raise ValueError(f"--vae {path}: its latents have {autoencoder.latent_channels} channels, those of the network "
-                         f"{network.channels}")
-    autoencoder.scale = kept["scale"]
-    return autoencoder
-
-
-@torch.no_grad()
-def decode(autoencoder, x, batch_size=16):
-    """Images (n, C, f H, f W) of latents x (n, c, H, W), which are scaled; a few at a time, fewer if the memory is full."""
-    return in_pieces(lambda z: autoencoder.decode(z / autoencoder.scale), x, batch_size)
-
-
-def guidance(network, scale=None, y_null=None):
-    """The guidance scale: the one asked for, or what suits the network.  ValueError if it needs what the network lacks.
-
-    y_null: a text network's unconditional input.
-    """
-    known = network.null_label is not None or y_null is not None
-    if scale is None:
-        return CFG_SCALE if known else 1.0
-    if scale != 1 and not known:
-        raise ValueError(f"--cfg-scale {scale:g}: the network has no unconditional input, which guidance needs")
-    return scale
-
-
-def evaluations(steps, sampler, diffusion):
-    """The number of steps: the one asked for, or what suits the sampler.  ValueError if the process has fewer."""
-    steps = steps or (min(250, diffusion.T) if sampler == "ddpm" else STEPS)
-    if steps > diffusion.T:
-        raise ValueError(f"--steps {steps}: the process has {diffusion.T}")
-    return steps
-
-
-def parse_classes(text, names, num_classes):
-    """Class numbers of a comma-separated list of numbers or names.  ValueError on one that the run does not have."""
-    if num_classes is None:
-        if text:
-            raise ValueError("--classes: the run was trained without labels")
-        return None
-    if not text:
-        return list(range(num_classes))
-    classes = []
-    for word in text.split(","):
-        if names and word in names:
-            classes.append(names.index(word))
-        elif word.strip().isdigit() and int(word) < num_classes:
-            classes.append(int(word))
-        else:
-            raise ValueError(f"--classes: {word!r} is not a class of the run, which has 0 to {num_classes - 1}")
-    return classes
-
-
-def pixel_shape(network, autoencoder=None):
-    """(H, W, C) of the images that a network draws, through an autoencoder or by itself."""
-    if autoencoder is None:
-        return (*network.image_size, network.channels)
-    return (*(side * autoencoder.factor for side in network.image_size), autoencoder.channels)
-
-
-def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None, autoencoder=None, contexts=None,
-              y_null=None):
-    """The first n samples of a checkpoint, as a data set in the cache: a file that is filled as they are drawn.
-
-    how: classes, cfg_scale, sampler, steps, seed, plain values, and what else tells samples of the checkpoint apart; names: of all
-    classes, if the samples shall have labels; autoencoder: decodes the network's latents; contexts, y_null: of captions in turn,
-    in place of classes, and of the empty one. What an earlier, perhaps killed, call with the same checkpoint and the same `how`
-    drew is there already; a larger n adds to it.
-    """
-    classes, shape = how["classes"], pixel_shape(network, autoencoder)
-    key = hashlib.sha256(json.dumps([sha256_of(path), how]).encode()).hexdigest()[:16]
-    pixels = cache_folder(cache) / f"{Path(path).stem}-samples-{key}.uint8"
-    done = pixels.with_suffix(".done")                   # a byte an image: 1 once its pixels are on the disk
-    size = math.prod(shape)
-    with first_in_turn():
-        there = pixels.stat().st_size // size if pixels.exists() else 0
-        for file_path, kept, length in ((pixels, there * size, n * size), (done, there, n)):
-            with open(file_path, "ab") as file:
-                end = file.tell()
-                file.truncate(min(kept, end))                            # no claim on pixels that were deleted
-                file.truncate(max(length, end))                          # what is added reads as zeros
-    missing = np.flatnonzero(np.fromfile(done, np.uint8, n) == 0)
-    if dist.is_initialized():
-        dist.barrier()                                   # all have looked before the first one draws
-    mine = share(len(missing))
-    with progress_bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
-        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(),
-                               classes if contexts is None else contexts, how["seed"], batch_size, progress,
-                               sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"], y_null=y_null,
-                               clip=autoencoder is None):
-            x = x if autoencoder is None else decode(autoencoder, x)
-            for i, image in zip(indices, to_uint8(x).cpu().numpy()):
-                pixels_file.seek(i * size)
-                pixels_file.write(image.tobytes())
-            pixels_file.flush()
-            os.fsync(pixels_file.fileno())
-            for i in indices:
-                done_file.seek(i)
-                done_file.write(b"\1")
-            done_file.flush()
-    if dist.is_initialized():
-        dist.barrier()
-    if not np.fromfile(done, np.uint8, n).all():
-        raise ValueError(f"{pixels} is not complete: all processes need one cache, --cache DIR")
-    labels = None if names is None else labels_of(range(n), classes).numpy()             # released weights have no names
-    return Dataset(path, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
 
 
 def parse_interval(text):
@@ -304,20 +38,6 @@ def parse_interval(text):
     if low > high:
         raise ValueError(f"--cfg-interval {text}: the first step is after the last")
     return low, high
-
-
-def write_gif(path, frames):
-    """Write uint8 frames (H, W, C) as a GIF, atomically: ten a second, the last one held for two."""
-    images = [to_image(frame) for frame in frames]
-    with atomic_file(path) as file:
-        images[0].save(file, format="GIF", save_all=True, append_images=images[1:],
-                       duration=[100] * (len(images) - 1) + [2000], loop=0)
-
-
-def parent_of(path):
-    """ValueError, before the work and not after it, if a file's folder does not exist."""
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
 
 
 def is_folder(out):

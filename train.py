@@ -29,13 +29,14 @@ import checkpoint
 import data
 import dit
 import unet
-from cli import Parser, first_in_turn, ignore_signals, not_negative, one_line_errors, positive, processes, stop_signals, total
+from cli import (Parser, first_in_turn, ignore_signals, not_negative, one_line_errors, parent_of, positive, processes, stop_signals,
+                 total)
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
+from drawing import noted
 from files import atomic_file
 from latents import embeddings, latents
 from models import TRAINABLE, build, describe
 from objectives import DROPOUT, objective_of
-from sample import noted, parent_of
 from text import TextEncoder
 from vit import divided
 

@@ -262,7 +262,7 @@ def test_a_network_reads_ids_as_their_encoded_context(captioned, here):
 
 def test_what_a_caption_says_is_learned(captioned, here):
     """At the last step there is only noise, so the best prediction is the mean image of what the caption leaves possible."""
-    run = trained(captioned, "--model", "uvit", "--size", "Nano/8", "--lr", "1e-3", "--ema", "0.9", steps=150)
+    run = trained(captioned, "--model", "uvit", "--size", "Nano/8", "--lr", "1e-3", "--ema", "0.9", steps=300)
     network, _ = checkpoint.build(run)
     captions = [f"a {colour} image" for colour in COLOURS] + [f"all of it is {colour}" for colour in COLOURS]
     noise = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
