@@ -268,7 +268,6 @@ def _areas(colours):
         for one, other, same in pairs:
             np.minimum(numbers[one], numbers[other], out=numbers[one], where=same)
             np.minimum(numbers[one], numbers[other], out=numbers[other], where=same)
-        numbers = np.append(numbers, count)[numbers]     # the least pixel may know of a lesser one
         if np.array_equal(numbers, before):
             return np.where(there, numbers, -1)
 
@@ -289,8 +288,7 @@ def _look(images):
     pixels = images.mean((2, 4), dtype=np.float32) - np.array(BACKGROUND, np.float32)    # (n, side, side, 3)
     norms = (PALETTE ** 2).sum(axis=1)
     shares = pixels @ (PALETTE / norms[:, None]).T       # (n, side, side, colours)      of a colour, the rest being background
-    nearest = shares.clip(0, 1)
-    colours = ((2 * shares - nearest) * nearest * norms).argmax(axis=-1)                 # whose mixture is the nearest
+    colours = (shares * np.sqrt(norms)).argmax(axis=-1)                                  # of the nearest direction
     colours[np.take_along_axis(shares, colours[..., None], -1)[..., 0] < 0.5] = -1
 
     areas = _areas(colours)

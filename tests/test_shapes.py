@@ -133,7 +133,7 @@ def test_no_draw_is_used_twice():
 
 
 def test_the_place_of_an_object_alone_is_uniform_in_its_room():
-    found = shapes.scenes(np.arange(20_000))
+    found = shapes.scenes(np.arange(100_000))
     discs = (found.number == 1) & (found.classes[:, 0] % 4 == 0)
     size = found.sizes[discs, :1]
     places = (found.places[discs, 0] - shapes.MARGIN - size) / (shapes.ROOM - 2 * size)
@@ -311,6 +311,15 @@ def compressed(images):
 @pytest.mark.parametrize("side", [32, 64])
 def test_less_than_two_in_a_hundred_are_misjudged_in_noise_blurred_or_compressed(damage, side):
     assert 1 - matches(shapes.captions(400), damage(Drawn(400, side)[:])).mean() < 0.02
+
+
+def test_a_large_image_is_judged_by_the_means_of_its_pixels():
+    assert matches(shapes.captions(100), noisy(Drawn(100, 128)[:], deviation=60)).mean() > 0.98      # 16 to a mean: deviation 15
+
+
+def test_what_is_dimmer_than_half_a_colour_is_background():
+    disc = shapes.coverage(np.array(0), np.array(0.15), np.array([0.5, 0.5]), 64)
+    assert [len(seen(painted(share * disc))) for share in (0.4, 0.6)] == [0, 1]
 
 
 @pytest.mark.parametrize("colour", COLOURS)
