@@ -24,7 +24,7 @@ import ddpm
 from cli import not_negative, positive, processes
 from vae import in_pieces
 
-STEPS, REPEATS = 20, 5           # 100 evaluations an image; twice the repeats, or 100 steps, kept no more digits
+STEPS, REPEATS = 20, 5           # 100 evaluations an image; 50 steps repeated twice keep as many digits
 
 
 def masked(hidden):
