@@ -242,8 +242,8 @@ def flags():
     parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
     parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
-    parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class; 1 to "
-                        "restore)")
+    parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class, "
+                        "but 1 to restore)")
     parser.add_argument("--cfg-channels", type=positive, help="guide the first channels only; 3 repeats DiT's published numbers")
     parser.add_argument("--cfg-interval", help="LOW,HIGH: guide between these steps of 0 … T-1 only")
     parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++; ddpm to restore")
