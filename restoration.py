@@ -25,7 +25,7 @@ from cli import not_negative, positive, processes
 from images import center_crop, open_image
 from vae import in_pieces
 
-STEPS, REPEATS = 20, 5           # 100 evaluations an image; twice the repeats, or 100 steps, kept no more digits
+STEPS, REPEATS = 20, 5           # 100 evaluations an image; 50 steps repeated twice keep as many digits
 
 
 def masked(hidden):
@@ -85,8 +85,10 @@ def denoise(diffusion, model, y, sigma, condition=None, sampler="dpm++", steps=1
 def add_flags(parser):
     """The flags of sample.py that name an image to restore."""
     images = parser.add_mutually_exclusive_group()
-    images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image; without --classes, of no class")
-    images.add_argument("--upscale", metavar="IMAGE", help="draw images whose means over squares of --factor pixels are this one")
+    images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image, in 4 ways or --n; without "
+                        "--classes the run is told no class")
+    images.add_argument("--upscale", metavar="IMAGE", help="draw 4 images, or --n, whose means over squares of --factor pixels "
+                        "are this one")
     images.add_argument("--denoise", metavar="IMAGE", help="remove white noise (which a file cuts off at black and white): the "
                         "mean of all possible originals; --n 2 or more draws some of them")
     parser.add_argument("--mask", metavar="IMAGE", help="white is hidden, black is kept; as large as the image of --inpaint")

@@ -61,7 +61,8 @@ def flags():
     parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
                         "with it (default: where it was then)")
     parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
-    parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
+    parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class, "
+                        "but 1 to restore)")
     parser.add_argument("--cfg-channels", type=positive, help="guide the first channels only; 3 repeats DiT's published numbers")
     parser.add_argument("--cfg-interval", help="LOW,HIGH: guide between these steps of 0 … T-1 only")
     parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++; ddpm to restore")
