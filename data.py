@@ -137,9 +137,9 @@ class Batches(torch.utils.data.Dataset):
 
 
 def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False, workers=None):
-    """Load "mnist", "shapes" (10,000 of them), "swissroll", "cifar10", "cifar10:DIR", "coco:DIR", a folder of images (class
-    sub-folders, or flat and then without labels; perhaps with a .txt of captions beside each) or an .npz file ("arr_0" and "arr_1",
-    or "images" and "labels"; NHWC or NHW).
+    """Load "mnist", "shapes" (10,000 images), "shapes:one" (one object each), "swissroll", "cifar10", "cifar10:DIR", "coco:DIR", a
+    folder of images (class sub-folders, or flat and then without labels; perhaps with a .txt of captions beside each) or an .npz
+    file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
 
     image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train", "test" or "all".
     cache: folder of caches and downloads. skip_bad: leave out files that cannot be read, instead of stopping at the first.
@@ -148,9 +148,11 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     name, _, argument = spec.partition(":")
     if spec == "mnist":
         dataset = _mnist(image_size)
-    elif spec == "shapes":
-        drawn = shapes.Drawn(SHAPES, image_size or 32)
-        dataset = Dataset(spec, drawn, shapes.labels(SHAPES), shapes.CLASSES, captions=[[text] for text in shapes.captions(SHAPES)])
+    elif spec in ("shapes", "shapes:one"):
+        count = SHAPES if spec == "shapes" else 2 * SHAPES               # half of them show one object
+        alone = np.flatnonzero(shapes.scenes(np.arange(count)).number == 1) if spec == "shapes:one" else None
+        dataset = Dataset(spec, shapes.Drawn(count, image_size or 32), shapes.labels(count), shapes.CLASSES, alone,
+                          [[text] for text in shapes.captions(count)])
     elif spec == "swissroll":
         if image_size is not None:
             raise ValueError("--image-size: swissroll holds points, which have none")
@@ -168,13 +170,13 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
         images, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad, workers)
         dataset = Dataset(str(Path(spec)), images, labels, classes, captions=captions)
     else:
-        raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes, swissroll, cifar10[:DIR], coco:DIR, an existing "
-                         "folder, nor an .npz file")
+        raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, an "
+                         "existing folder, nor an .npz file")
     if split == "all":
         return dataset
     order = np.random.default_rng(0).permutation(len(dataset))           # the same tenth is held out, whoever asks
     held_out = max(1, len(dataset) // 10)
-    dataset.rows = np.sort(order[:held_out] if split == "test" else order[held_out:])
+    dataset.rows = dataset.rows[np.sort(order[:held_out] if split == "test" else order[held_out:])]
     if not len(dataset):
         raise ValueError(f"{spec} holds too few images: one is held out, and none is left to train on")
     return dataset

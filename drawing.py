@@ -1,7 +1,7 @@
 """Drawing from a network: what it is told, its batches, guidance, decoding; and a set of samples that is drawn once.
 
-Report §4-5 (inference), §2-5 (latents are decoded), §4-1 (a text is encoded), §3 (guidance). sample.py is the command; pictures of
-a run, evaluate.py and bench.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
+Report §4-5 (inference), §2-5 (latents are decoded), §4-1 (a text is encoded), §3 (guidance). sample.py is the command; pictures
+of runs, evaluate.py and bench.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
 size or the number of processes.
 """
 import hashlib

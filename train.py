@@ -97,8 +97,8 @@ def flags():
     model.add_argument("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
     model.add_argument("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
     where = parser.add_argument_group("data")
-    where.add_argument("--data", help="mnist, shapes, swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, or an .npz "
-                       "(default: mnist)")
+    where.add_argument("--data", help="mnist, shapes[:one], swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, or an "
+                       ".npz (default: mnist)")
     where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
     where.add_argument("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
     where.add_argument("--latent-scale", type=not_negative, help="what latents are multiplied by (default: the autoencoder's: "
@@ -357,7 +357,8 @@ def read_captions(args, dataset, run, device):
         dataset.tell(lambda captions: embeddings(captions, encoder, tokenizer, args.cache))
         dataset.text = noted(encoder, tokenizer)
         return dict(context_dim=encoder.dim, context_tokens=encoder.length)
-    longest = max(sum(len(pieces) for _, pieces in TextEncoder.pieces(caption)) for some in dataset.captions for caption in some)
+    longest = max(sum(len(pieces) for _, pieces in TextEncoder.pieces(caption))
+                  for row in dataset.rows for caption in dataset.captions[row])
     arguments = dict(dim=TEXT["context_dim"], length=min(longest + 1, TEXT["context_tokens"]))       # one ends the caption
     encoder = TextEncoder(**arguments)
     dataset.tell(lambda captions: encoder.tokenize(captions).numpy())
