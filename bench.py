@@ -320,26 +320,32 @@ def text(args):
     """Train a U-ViT on shapes and their captions, or take up its run, and count the prompts that its images fulfil."""
     out = Path(args.out)
     if not out.exists() or load(out)["step"] < args.steps:
-        train.main(["--model", "uvit", "--size", "Ti/8", "--data", "shapes", "--text", "--seed", str(args.seed), "--out", str(out),
+        train.main(["--model", "uvit", "--size", "Ti/8", "--data", args.data, "--text", "--seed", str(args.seed), "--out", str(out),
                     "--steps", str(args.steps), "--device", args.device] + ["--resume"] * out.exists())
     described, network, diffusion = drawable(out)
     network = network.to(processes(args.device)[0])
-    captions = data.load("shapes", split="test").captions
     kinds = {"one object, colour and shape": [f"a {name}" for name in shapes.CLASSES],
-             "one object, with its size": [f"a {size} {name}" for size in shapes.SIZES for name in shapes.CLASSES],
-             "two or three": [text for text, in captions if text.startswith(("two", "three"))],
-             "two in a relation": [text for text, in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
+             "one object, with its size": [f"a {size} {name}" for size in shapes.SIZES for name in shapes.CLASSES]}
+    if described["data"]["spec"] == "shapes":
+        captions = shapes.captions(data.SHAPES)
+        kinds |= {"two or three": [text for text in captions if text.startswith(("two", "three"))],
+                  "two in a relation": [text for text in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
     y_null = unconditional(network, None, described["config"])
     scale = guidance(network, y_null=y_null)
     print(f"{args.n} images a row of {out} (step {described['step']}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
           f"{scale:g}; right: all that the prompt names is there as it says, and nothing else")
+    pictures = []
     for kind, prompts in kinds.items():
         prompts = [prompts[i % len(prompts)] for i in range(args.n)]
         contexts = read_prompts(prompts, None, described, network)
         drawn = draw(network, diffusion, range(args.n), contexts, args.sample_seed, clip=True, cfg_scale=scale, y_null=y_null)
         images = torch.cat([data.to_uint8(x).cpu() for _, x in drawn]).numpy()
-        right = shapes.matches(prompts, images).mean()
-        print(f"{kind:30}{right:7.1%}   as \"{prompts[0]}\"")
+        wanted = [shapes.parse(prompt)[0] for prompt in prompts]
+        colour = np.mean([{thing[0] for thing in named} == {thing[0] for thing in found}
+                          for named, found in zip(wanted, shapes.look(images))])
+        print(f"{kind:30}{shapes.matches(prompts, images).mean():7.1%} right, {colour:6.1%} in colour; as \"{prompts[0]}\"")
+        pictures.append(images[:len(shapes.CLASSES)])
+    save_image(out.with_name(f"{out.stem}-prompts.png"), grid(np.concatenate(pictures), len(shapes.CLASSES) // 2))
 
 
 def latent_steps(args):
@@ -483,7 +489,9 @@ def flags():
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=compare)
     command = commands.add_parser("text", help="train on shapes and their captions, and judge what prompts give")
-    command.add_argument("--steps", type=positive, default=2800, help="of training (default: 2800, 15 minutes on 2 cores)")
+    command.add_argument("--data", default="shapes:one", choices=("shapes:one", "shapes"), help="single objects, or all kinds of "
+                         "scenes (default: shapes:one)")
+    command.add_argument("--steps", type=positive, default=6000, help="of training (default: 6000, 15 minutes on 2 cores)")
     command.add_argument("--seed", type=int, default=0, help="of training (default: 0)")
     command.add_argument("--sample-seed", type=int, default=0, help="default: 0")
     command.add_argument("--n", type=positive, default=200, help="prompts of each kind (default: 200)")
