@@ -59,7 +59,7 @@ class Dataset:
 
     images (M, H, W, C) uint8; labels (M,) integers, or None without classes; classes, their names; rows (N,), which of the
     images belong to this split; captions, a list of texts for each of the M, or None. Attributes besides: channels, image_size
-    (H, W), num_classes (None without labels), in_files.
+    (H, W), num_classes (None without labels), in_files (whether reading takes a while).
     """
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
@@ -69,7 +69,7 @@ class Dataset:
         self.image_size, self.channels = tuple(images.shape[1:3]), images.shape[3]
         self.classes = None if labels is None else list(classes)
         self.num_classes = None if labels is None else len(self.classes)
-        self.in_files = isinstance(images, np.memmap)
+        self.in_files = type(images) is not np.ndarray                   # mapped, or drawn when asked for
 
     def __len__(self):
         return len(self.rows)
@@ -95,6 +95,7 @@ class Dataset:
         distinct, self.context_rows = np.unique([text for some in captions for text in some], return_inverse=True)
         self.distinct = distinct.tolist()
         self.contexts = encode(self.distinct)
+        self.in_files |= isinstance(self.contexts, np.memmap)
 
     def some_contexts(self, n):
         """Contexts (n, …) of n captions of this split, the same at each call, drawn at random where there are more."""

@@ -26,6 +26,7 @@ SHAPES = {                             # corners; radius of the edge half way be
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 SIZES = {"small": (0.13, 0.15), "large": (0.22, 0.28)}                   # the least and the largest; three large ones had no room
 LARGE = 3 / 4                          # of the objects that are alone
+WANDER = 0.08                          # how far from the middle these stand, in each direction
 RELATIONS = ("above", "below", "left of", "right of")
 NUMBERS = {"a": 1, "two": 2, "three": 3}
 MARGIN, GAP = 0.035, 0.07              # of the picture, one pixel of 32, and between boxes, two
@@ -105,6 +106,12 @@ def _apart(first, second, u):
     return low * slack, first + GAP + high * slack
 
 
+def _central(length, u):
+    """Where a length (n,) begins that is near the middle of the room; u (n,) uniform."""
+    middle = (ROOM - length) / 2
+    return middle + (2 * u - 1) * np.minimum(middle, WANDER)
+
+
 def _places(shapes, sizes, number, related, way, u):
     """Centroids (n, 3, 2) of objects whose boxes are GAP apart: the first is before the others in one direction, the way of a
     relation or any, and these are side by side across it.  way (n,), an index of RELATIONS; u (n, 8) uniform."""
@@ -116,12 +123,12 @@ def _places(shapes, sizes, number, related, way, u):
 
     strip = along[:, 1:].max(axis=1)                                     # (n,)         in which the others are
     first, others = _apart(along[:, 0], strip, u[:, :2])
-    first = np.where(number == 1, u[:, 0] * (ROOM - along[:, 0]), first)
+    first = np.where(number == 1, _central(along[:, 0], u[:, 0]), first)
     others = others[:, None] + u[:, 2:4] * (strip[:, None] - along[:, 1:])
     start = np.concatenate([first[:, None], others], axis=1)             # (n, 3)       along the direction
     start = np.where(last, ROOM - start - along, start)
 
-    first = u[:, 4] * (ROOM - across[:, 0])
+    first = np.where(number == 1, _central(across[:, 0], u[:, 4]), u[:, 4] * (ROOM - across[:, 0]))
     second, third = _apart(across[:, 1], across[:, 2], u[:, 5:7])
     distance = abs(np.diff(start + along / 2, axis=1)[:, 0])
     aside = np.where(related, ASIDE * distance, 1)                       # (n,)         that two may be

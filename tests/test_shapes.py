@@ -132,11 +132,10 @@ def test_no_draw_is_used_twice():
     assert len(np.unique(shapes.uniform(np.arange(2000), 20))) == 40_000
 
 
-def test_the_place_of_an_object_alone_is_uniform_in_its_room():
+def test_an_object_alone_wanders_uniformly_about_the_middle():
     found = shapes.scenes(np.arange(100_000))
-    discs = (found.number == 1) & (found.classes[:, 0] % 4 == 0)
-    size = found.sizes[discs, :1]
-    places = (found.places[discs, 0] - shapes.MARGIN - size) / (shapes.ROOM - 2 * size)
+    discs = (found.number == 1) & (found.classes[:, 0] % 4 == 0)         # whose centroids are the middles of their boxes
+    places = (found.places[discs, 0] - 0.5 + shapes.WANDER) / (2 * shapes.WANDER)
     expected = (np.arange(len(places)) + 0.5) / len(places)
     worst = abs(np.sort(places, axis=0) - expected[:, None]).max()       # Kolmogorov and Smirnov's distance
     assert worst < 1.95 / math.sqrt(len(places))                         # one draw in a thousand exceeds it
@@ -183,9 +182,9 @@ def test_objects_are_whole_apart_and_inside():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_object_may_be_anywhere_inside_the_margin(shape):
-    alone = [i for i in range(1000) if [thing[1] for thing in shapes.scene(i)] == [shape]]
-    there = (Drawn(1000, 64)[alone] != BACKGROUND).any(axis=(0, 3))      # where any object is
+def test_an_object_of_several_may_be_anywhere_inside_the_margin(shape):
+    several = [i for i in range(2000) if {thing[1] for thing in shapes.scene(i)} == {shape} and len(shapes.scene(i)) > 1]
+    there = (Drawn(2000, 64)[several] != BACKGROUND).any(axis=(0, 3))      # where any object is
     rows, columns = np.flatnonzero(there.any(axis=1)), np.flatnonzero(there.any(axis=0))
     assert [*rows[[0, -1]], *columns[[0, -1]]] == pytest.approx([2, 61, 2, 61], abs=1)   # 0.035 of 64 pixels, and a soft edge
 
