@@ -143,7 +143,7 @@ def load(path, config=None):
         if isinstance(content, dict) and "version" in content and "network" in content:
             if content["version"] != VERSION:
                 raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
-            content = {"text": None, **content}          # runs of before there was text lack it
+            content.setdefault("text", None)             # runs of before there was text lack it
             for key, kind in FIELDS.items():
                 if not isinstance(content[key], kind):
                     raise ValueError(f"its {key} is a {type(content[key]).__name__}")
