@@ -491,7 +491,7 @@ def flags():
     command = commands.add_parser("text", help="train on shapes and their captions, and judge what prompts give")
     command.add_argument("--data", default="shapes:one", choices=("shapes:one", "shapes"), help="single objects, or all kinds of "
                          "scenes (default: shapes:one)")
-    command.add_argument("--steps", type=positive, default=6000, help="of training (default: 6000, 15 minutes on 2 cores)")
+    command.add_argument("--steps", type=positive, default=6000, help="of training (default: 6000, 12 minutes on 2 cores)")
     command.add_argument("--seed", type=int, default=0, help="of training (default: 0)")
     command.add_argument("--sample-seed", type=int, default=0, help="default: 0")
     command.add_argument("--n", type=positive, default=200, help="prompts of each kind (default: 200)")

@@ -149,8 +149,6 @@ def recipe(chosen):
     size = chosen.get("size", DEFAULT_SIZE[model])
     recipes = RECIPES[model]
     found = {**recipes.get(re.split("[/-]", size)[0], recipes[None]), "size": size}
-    if chosen.get("data", COMMON["data"]).startswith("shapes"):
-        found["schedule"] = "linear"     # flat colours show through noise: the cosine leaves few steps to decide what they shall be
     return {**found, **dict.fromkeys(DENOISING)} if model in OTHERS else found
 
 

@@ -9,6 +9,9 @@ from PIL import Image
 import bench
 import checkpoint
 import data
+import shapes
+import train
+import vae
 from gflops import count, inputs_of
 from models import build, describe
 from objectives import Classification, Denoising
@@ -140,3 +143,31 @@ def test_restoration_refuses_a_run_that_knows_no_digits(tiny_run, tmp_path, caps
         bench.main(["restore", "--ckpt", str(tmp_path / "other.pt")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and said in error
+
+
+def test_prompts_are_judged_and_a_run_of_all_scenes_has_rows_for_counts_and_relations(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv, rows in ((["--out", "one.pt"], 2), (["--out", "all.pt", "--data", "shapes"], 4)):
+        bench.main(["text", "--steps", "1", "--n", "2", *argv])
+        out = capsys.readouterr().out
+        assert sum("% right" in line for line in out.splitlines()) == rows
+    assert Image.open("all-prompts.png").mode == "RGB"
+
+
+def test_perfect_images_are_all_right_to_the_judge_of_prompts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", "uvit", "--data", "shapes:one", "--text", "--steps", "1", "--out", "text.pt"])
+    first = [np.flatnonzero(shapes.labels(4000) == k) for k in range(24)]
+    alone = [next(i for i in rows if shapes.scenes([i]).number[0] == 1) for rows in first]
+    perfect = data.to_float(torch.from_numpy(shapes.Drawn(4000, 32)[np.array(alone)]))
+    monkeypatch.setattr(bench, "draw", lambda *args, **options: [(range(24), perfect)])
+    bench.main(["text", "--steps", "1", "--n", "24", "--out", "text.pt"])
+    assert " 100.0% right, 100.0% in colour" in capsys.readouterr().out
+
+
+def test_steps_on_latents_are_timed_three_ways(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(vae.AutoencoderKL(**vae.SIZES["Ti"]).state_dict(), tmp_path / "sd.ckpt")
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((40, 16, 16, 3), np.uint8), arr_1=np.arange(40) % 10)
+    bench.main(["latents", "--vae", str(tmp_path / "sd.ckpt"), "--data", str(tmp_path / "images.npz"), "--batch-size", "4", "--steps", "2"])
+    assert "cached latents" in capsys.readouterr().out
