@@ -54,7 +54,7 @@ def test_every_file_that_the_readme_shows_or_links_exists():
 
 
 ON_A_LAPTOP = re.compile(r"train\.py(?!.*(--size (?!Ti|Nano)|--data (?!shapes|swissroll)|nproc|--resume|--eval-every|sd-vae))"
-                         r"|sample\.py(?!.*(nproc|coco|DiT-XL|adm|cifar|uvit_small))|plot\.py(?!.* cost)|checkpoint\.py")
+                         r"|sample\.py(?!.*(nproc|coco|DiT-XL|adm|cifar|uvit_small))|plot\.py(?!.*compare/)|checkpoint\.py")
 
 
 def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatch, capsys):
