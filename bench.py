@@ -322,6 +322,8 @@ def text(args):
     if not out.exists() or load(out)["step"] < args.steps:
         train.main(["--model", "uvit", "--size", "Ti/8", "--data", args.data, "--text", "--seed", str(args.seed), "--out", str(out),
                     "--steps", str(args.steps), "--device", args.device] + ["--resume"] * out.exists())
+    if load(out)["step"] < args.steps:
+        raise ValueError(f"{out} was stopped before its end: the same command goes on with it")
     described, network, diffusion = drawable(out)
     network = network.to(processes(args.device)[0])
     kinds = {"one object, colour and shape": [f"a {name}" for name in shapes.CLASSES],
@@ -330,7 +332,7 @@ def text(args):
         captions = shapes.captions(data.SHAPES)
         kinds |= {"two or three": [text for text in captions if text.startswith(("two", "three"))],
                   "two in a relation": [text for text in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
-    y_null = unconditional(network, None, described["config"])
+    y_null = unconditional(network, described["text"], described["config"])
     scale = guidance(network, y_null=y_null)
     print(f"{args.n} images a row of {out} (step {described['step']}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
           f"{scale:g}; right: all that the prompt names is there as it says, and nothing else")

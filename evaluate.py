@@ -202,13 +202,13 @@ def drawing(args, described, network, diffusion):
 def captioned(images, tokenizer, encoder, n, cache):
     """Contexts of n captions of the reference, after which a text network's samples are drawn, and a hash of all of them.
 
-    tokenizer, encoder: `sample.reader`'s. ValueError if there are no captions.
+    tokenizer, encoder: `drawing.reader`'s. ValueError if there are no captions.
     """
     if images is None or images.captions is None:
         raise ValueError("--reference: the network draws what captions say, and there are none: give a data set that has some")
     images.tell(lambda captions: tokenizer.tokenize(captions).numpy() if encoder is None else
                 embeddings(captions, encoder, tokenizer, cache))
-    words = json.dumps([images.distinct, images.context_rows.tolist()])
+    words = json.dumps([images.distinct, images.context_rows.tolist(), encoder and encoder.origin["sha256"]])
     return images.some_contexts(n), hashlib.sha256(words.encode()).hexdigest()
 
 

@@ -103,7 +103,7 @@ def fill(name, about, shapes, compute, cache=None, dtype=np.float32):
                 write_record(record, about, stop - mine.start)
     if parts > 1:
         dist.barrier()
-        if mine.start == 0:
+        if dist.get_rank() == 0:
             write_record(folder / "meta.json", about, rows)
         dist.barrier()
         if not rows_done(folder / "meta.json", about, rows):

@@ -153,7 +153,8 @@ class SuperResolution(Denoising):
     def __init__(self, args, dataset, network, device):
         super().__init__(args, dataset, network, device)
         self.low_size = divided(dataset.image_size, network.factor, "the upsampler's factor")
-        self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
+        with first_in_turn():                            # it may be other files than the training part
+            self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
 
     def draw(self, step, images, labels, part):
         """As of `Denoising`, and low (n, C, H / 4, W / 4)."""
@@ -200,7 +201,8 @@ class Classification:
 
     def __init__(self, args, dataset, network, device):
         self.args, self.device = args, device
-        self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
+        with first_in_turn():                            # it may be other files than the training part
+            self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
 
     def description(self):
         """No diffusion."""
@@ -241,7 +243,8 @@ class Autoencoding:
     def __init__(self, args, dataset, network, device):
         self.args, self.dataset, self.device = args, dataset, device
         self.latent_shape = (network.latent_channels, *divided(dataset.image_size, network.factor, "the autoencoder's factor"))
-        self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
+        with first_in_turn():                            # it may be other files than the training part
+            self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
 
     def description(self):
         """No diffusion."""

@@ -5,7 +5,7 @@ sequence; the k-th block from the end also sees what the k-th block put out; a 3
 
 One signature with the other denoisers: model(x, t, y=None), see `vit.checked`. It predicts one quantity, like x: U-ViT learns
 no variance. State-dict names are those of the authors' release, which loads strictly; there t is a float on its own scale
-(checkpoint.py says which). Shapes: L patches, E extra tokens, D width, p patch, h heads.
+(released.py says which). Shapes: L patches, E extra tokens, D width, p patch, h heads.
 """
 import math
 
