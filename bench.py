@@ -31,7 +31,7 @@ import restoration
 import shapes
 import train
 from checkpoint import build, load
-from cli import Parser, grid, natural, one_line_errors, positive, processes, save_image
+from cli import Parser, grid, natural, one_line_errors, parent_of, positive, processes, save_image
 from drawing import SCATTERED, STEPS, draw, draw_points, drawable, guidance, labels_of, read_prompts, unconditional
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import JUDGE, default_space, full_precision, space_of
@@ -111,6 +111,7 @@ def linear_filter(noisy, real, sigma):
 def restore(args):
     """Print how many held-out digits a run keeps when it fills in their centre or enlarges them, how well it removes noise, and
     what simpler methods reach; and write a picture of ten."""
+    parent_of(args.out)
     run, sigma = load(args.ckpt), 0.5
     network, diffusion = build(run)
     if diffusion is None or run["vae"] or run["data"]["spec"] != "mnist" or network.null_label is None \
@@ -319,7 +320,7 @@ def _synchronize(device):
 def text(args):
     """Train a U-ViT on shapes and their captions, or take up its run, and count the prompts that its images fulfil."""
     out = Path(args.out)
-    if not out.exists() or load(out)["step"] < args.steps:
+    if not out.exists() or (load(out)["step"] or 0) < args.steps:        # released weights have none, and are no run to resume
         train.main(["--model", "uvit", "--size", "Ti/8", "--data", args.data, "--text", "--seed", str(args.seed), "--out", str(out),
                     "--steps", str(args.steps), "--device", args.device] + ["--resume"] * out.exists())
     if load(out)["step"] < args.steps:
@@ -370,8 +371,8 @@ def latent_steps(args):
             return objective.draw(step, *batches[step], all_of_it)
 
         def random(step):                                # what else a step draws is drawn as well
-            moments = torch.zeros(args.batch_size, 1, 2, *shape[1:])
-            return objective.draw(step, moments, torch.zeros(args.batch_size, dtype=torch.long), all_of_it)
+            labels = None if dataset.num_classes is None else torch.zeros(args.batch_size, dtype=torch.long)
+            return objective.draw(step, torch.zeros(args.batch_size, 1, 2, *shape[1:]), labels, all_of_it)
 
         def encoded(step):
             pixels, labels = images[step]
@@ -383,7 +384,9 @@ def latent_steps(args):
             for make in seconds:
                 _synchronize(device)
                 began = time.perf_counter()
-                losses, _ = objective.loss(network, *make(step))
+                batch = make(step)
+                with torch.autocast(device.type, training_type(device), enabled=device.type == "cuda"):
+                    losses, _ = objective.loss(network, *batch)
                 losses.mean().backward()
                 train.guarded_step(optimizer, parameters, 1.0)
                 _synchronize(device)
@@ -458,17 +461,15 @@ def flags():
     command = commands.add_parser("quality", help="score samples by their nearest training images")
     command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
     command.add_argument("--n", type=positive, default=200, help="default: 200")
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.add_argument("--seed", type=natural, default=0, help="default: 0")
     command.set_defaults(run=quality)
     command = commands.add_parser("restore", help="inpaint, enlarge and denoise held-out digits")
     command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
     command.add_argument("--n", type=positive, default=500, help="digits (default: 500)")
     command.add_argument("--steps", type=positive, default=restoration.STEPS, help=f"default: {restoration.STEPS}")
     command.add_argument("--repeats", type=positive, default=restoration.REPEATS, help=f"default: {restoration.REPEATS}")
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--seed", type=natural, default=0, help="default: 0")
     command.add_argument("--out", default="restored.png", help="a picture of one of each digit (default: restored.png)")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=restore)
     command = commands.add_parser("train", help="time the training loop")
     command.add_argument("--model", default="dit", choices=MODELS, help="default: dit")
@@ -476,29 +477,25 @@ def flags():
     command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     command.add_argument("--steps", type=positive, default=20, help="timed steps (default: 20)")
     command.add_argument("--data", default="mnist", help="default: mnist")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.add_argument("--compile", action="store_true")
     command.set_defaults(run=speed)
     command = commands.add_parser("evaluate", help="time the evaluator's parts on made features")
     command.add_argument("--n", type=positive, default=10_000, help="rows on each side (default: 10000)")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=evaluation)
     command = commands.add_parser("compare", help="train DiT, U-ViT and U-Net of like Gflops, and score their samples")
     command.add_argument("--steps", type=positive, default=1400, help="of training (default: 1400, five minutes on 2 cores)")
     command.add_argument("--seeds", type=positive, default=2, help="runs of each network (default: 2)")
     command.add_argument("--n", type=positive, default=2000, help="samples to score (default: 2000)")
     command.add_argument("--out", default="compare", help="folder of the runs and of compare.csv; what is there is not made again")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=compare)
     command = commands.add_parser("text", help="train on shapes and their captions, and judge what prompts give")
     command.add_argument("--data", default="shapes:one", choices=("shapes:one", "shapes"), help="single objects, or all kinds of "
                          "scenes (default: shapes:one)")
     command.add_argument("--steps", type=positive, default=6000, help="of training (default: 6000, 12 minutes on 2 cores)")
-    command.add_argument("--seed", type=int, default=0, help="of training (default: 0)")
-    command.add_argument("--sample-seed", type=int, default=0, help="default: 0")
+    command.add_argument("--seed", type=natural, default=0, help="of training (default: 0)")
+    command.add_argument("--sample-seed", type=natural, default=0, help="default: 0")
     command.add_argument("--n", type=positive, default=200, help="prompts of each kind (default: 200)")
     command.add_argument("--out", default="text.pt", help="the run; trained to its end if it is not there yet (default: text.pt)")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=text)
     command = commands.add_parser("latents", help="time steps on cached latents")
     command.add_argument("--vae", required=True, help="an autoencoder of train.py or a released one")
@@ -506,14 +503,14 @@ def flags():
     command.add_argument("--data", default="mnist", help="default: mnist")
     command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     command.add_argument("--steps", type=positive, default=40, help="timed steps (default: 40)")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=latent_steps)
     command = commands.add_parser("swissroll", help="how far samples of a run on points are from the data")
     command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
     command.add_argument("--n", type=positive, default=SCATTERED, help=f"points (default: {SCATTERED})")
     command.add_argument("--seed", type=natural, default=0, help="default: 0")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=swissroll)
+    for command in commands.choices.values():
+        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser
 
 

@@ -137,7 +137,7 @@ def read_safetensors(path):
 
 
 def load(path, config=None):
-    """A run from run.pt, or one made up around an official state dict (then without optimizer; config: see `infer`)."""
+    """A run from run.pt, or one made up around an official state dict (then without optimizer; config: see `released.infer`)."""
     content = read(path)
     try:
         if isinstance(content, dict) and "version" in content and "network" in content:

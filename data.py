@@ -92,8 +92,9 @@ class Dataset:
         """From now on a batch has contexts instead of labels: rows of the array encode(captions), each caption encoded once."""
         captions = [self.captions[row] for row in self.rows]
         self.first = np.cumsum([0, *map(len, captions)])                 # (N + 1,): image i's are first[i] .. first[i + 1]
-        distinct, self.context_rows = np.unique([text for some in captions for text in some], return_inverse=True)
-        self.distinct = distinct.tolist()
+        self.distinct = sorted({text for some in captions for text in some})
+        places = {text: i for i, text in enumerate(self.distinct)}
+        self.context_rows = np.array([places[text] for some in captions for text in some])
         self.contexts = encode(self.distinct)
         self.in_files |= isinstance(self.contexts, np.memmap)
 

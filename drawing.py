@@ -34,7 +34,7 @@ def labels_of(indices, classes):
 
 @torch.no_grad()
 def told(network, y):
-    """Conditions (n, …) as the network takes them at every step: on its device, and a text's ids (n, L) encoded, once."""
+    """Conditions (n, …) as the network takes them at every step: on its device, and a text's ids encoded, once."""
     if y is None:
         return None
     y = y.to(next(network.parameters()).device)
@@ -44,7 +44,7 @@ def told(network, y):
 
 
 def unconditional(network, text, config):
-    """The unconditional input of guidance: a null label, or the empty caption's ids (L,) or context (L, D); None if not learned.
+    """The unconditional input of guidance: a null label, or the empty caption's ids or context (L, D); None if not learned.
 
     text: what a run notes of CLIP, or None; config: its flags.
     """
@@ -126,6 +126,8 @@ def reader(described, network, clip=None):
     kept = described["text"] or {}
     if clip is None and "path" not in kept:
         raise ValueError("the network was trained with CLIP: --clip DIR names a folder of its encoder and vocabulary")
+    if clip is None and not Path(kept["path"]).exists():
+        raise ValueError(f"the text encoder is no longer at {kept['path']}: --clip DIR says where it is")
     encoder, tokenizer = load_clip(clip or kept["path"])
     if kept.get("sha256", encoder.origin["sha256"]) != encoder.origin["sha256"]:
         raise ValueError(f"--clip {clip or kept['path']} is another text encoder than the network was trained with: its SHA-256 is "
@@ -138,7 +140,7 @@ def reader(described, network, clip=None):
 
 @torch.no_grad()
 def read_prompts(prompts, clip, described, network):
-    """Ids (K, L) or contexts (K, L, D) of --prompt, a list of texts; None for a network that is told none.
+    """Ids (K, …) or contexts (K, L, D) of --prompt, a list of texts; None for a network that is told none.
 
     Says on stderr what of a prompt is cut off. ValueError if the network wants a prompt and there is none, or the reverse.
     """
@@ -152,9 +154,9 @@ def read_prompts(prompts, clip, described, network):
     tokenizer, encoder = reader(described, network, clip)
     for prompt in prompts:
         if lost := tokenizer.cut(prompt):
-            print(f"sample.py: warning: the prompt is too long for {tokenizer.length} tokens; this is cut off: {lost!r}",
+            print(f"warning: the prompt is too long for {tokenizer.length} tokens; this is cut off: {lost!r}",
                   file=sys.stderr)
-    ids = tokenizer.tokenize(prompts)                                                    # (K, L)
+    ids = tokenizer.tokenize(prompts)                                                    # (K, L, W) of ours, (K, L) of CLIP's
     return ids if encoder is None else encoder(ids)                                      # (K, L, D)
 
 

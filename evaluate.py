@@ -200,16 +200,18 @@ def drawing(args, described, network, diffusion):
 
 
 def captioned(images, tokenizer, encoder, n, cache):
-    """Contexts of n captions of the reference, after which a text network's samples are drawn, and a hash of all of them.
+    """Contexts of n captions of the reference, drawn at random, after which a text network's samples are drawn; and a hash of what
+    they depend on, but for n: more begin with the same.
 
     tokenizer, encoder: `drawing.reader`'s. ValueError if there are no captions.
     """
     if images is None or images.captions is None:
         raise ValueError("--reference: the network draws what captions say, and there are none: give a data set that has some")
-    images.tell(lambda captions: tokenizer.tokenize(captions).numpy() if encoder is None else
-                embeddings(captions, encoder, tokenizer, cache))
-    words = json.dumps([images.distinct, images.context_rows.tolist(), encoder and encoder.origin["sha256"]])
-    return images.some_contexts(n), hashlib.sha256(words.encode()).hexdigest()
+    captions = [caption for row in images.rows for caption in images.captions[row]]
+    chosen = [captions[i] for i in np.resize(np.random.default_rng(0).permutation(len(captions)), n)]
+    contexts = tokenizer.tokenize(chosen).numpy() if encoder is None else embeddings(chosen, encoder, tokenizer, cache)
+    about = json.dumps([captions, encoder and encoder.origin["sha256"]])
+    return contexts, hashlib.sha256(about.encode()).hexdigest()
 
 
 def append_row(path, row):
@@ -272,6 +274,9 @@ def validate(args):
         raise ValueError(f"--features {args.features}: there is no such file")
     if args.seed < 0:
         raise ValueError("--seed must be 0 or more")
+    alone = [name for name in ("vae", "clip", "classes") if getattr(args, name) and not args.ckpt]
+    if alone:
+        raise ValueError(f"--{alone[0]} says how the samples of --ckpt are drawn")
     for path in filter(None, (args.results, args.save_reference)):
         parent_of(path)
     if args.save_reference:

@@ -186,7 +186,7 @@ def decoded(name, folder, files, size, cache, skip_bad, workers):
     of the files they are.  name: a path that tells this list of files of the folder from others."""
     if size is None:
         raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
-    state = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    state = [(os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     fingerprint = hashlib.sha256(json.dumps([state, skip_bad]).encode()).hexdigest()
     key = hashlib.sha256(f"{name} {size}".encode()).hexdigest()[:16]
     pixels = cache_folder(cache) / f"{name.name}-{size}-{key}.uint8"

@@ -99,7 +99,7 @@ class Denoising:
         return None if self.vae is None else {**self.vae.origin, "scale": self.vae.scale}
 
     def draw(self, step, images, labels, part):
-        """x0 (n, C, H, W), t (n,), y, eps like x0: n of the batch's N samples.  y: labels (n,), a text's ids (n, L) or context
+        """x0 (n, C, H, W), t (n,), y, eps like x0: n of the batch's N samples.  y: labels (n,), a text's ids (n, L, W) or context
         (n, L, D), or None."""
         args, device, N = self.args, self.device, self.args.batch_size
         generator = generators(args, step, device)

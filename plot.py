@@ -95,8 +95,8 @@ def cost(args):
     """Fréchet distance of each run against what one forward pass costs."""
     path = args.csv
     rows = read_rows(path, "model", "size", "gflops", "FD", "n")
-    if len({(row["n"], row.get("features_sha256")) for row in rows}) > 1:
-        raise ValueError(f"{path}: its distances are of different n or features, and do not compare: keep the rows of one")
+    if len({(row["n"], row.get("steps"), row.get("features_sha256")) for row in rows}) > 1:
+        raise ValueError(f"{path}: its distances are of different n, steps or features, and do not compare: keep the rows of one")
     gflops, distances = numbers(path, rows, "gflops"), numbers(path, rows, "FD")
     if not (gflops > 0).all() or not np.isfinite([gflops, distances]).all():
         raise ValueError(f"{path}: Gflops must be above 0, and distances finite")

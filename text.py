@@ -1,9 +1,9 @@
 """Text: CLIP's byte-pair tokenizer and text encoder, and a small encoder of words that is trained with the denoiser.
 
 Report §4-1 (images from text). Papers: Sennrich et al. 2016 (byte-pair encoding), Radford et al. 2021 (CLIP). A caption
-becomes ids (L,), always as many; a transformer makes of them the context (N, L, D) that a denoiser takes as its y. The
-unconditional input of classifier-free guidance is the encoded empty caption. State-dict names are Hugging Face's, vocabularies
-theirs or OpenAI's. Shapes: N captions, L tokens, D width, h heads.
+becomes ids, always as many, (L,) of CLIP's pieces or (L, W) of our words' bytes; a transformer makes of them the context (N, L, D)
+that a denoiser takes as its y. The unconditional input of classifier-free guidance is the encoded empty caption. State-dict names
+are Hugging Face's, vocabularies theirs or OpenAI's. Shapes: N captions, L tokens, D width, h heads.
 """
 import gzip
 import html

@@ -77,8 +77,8 @@ TEXT = dict(context_dim=192, context_tokens=32)  # of our text encoder: its widt
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
               "eval_every", "eval_n", "features", "cache", "out", "resume"}
-MOVED = {"vae": "vae", "clip": "text"}           # files that may lie elsewhere, if what the run notes of them still holds
 # on --resume may change: the end (a cosine stretches to it), the machine, when to save and what to score
+MOVED = {"vae": "vae", "clip": "text"}           # and files that lie elsewhere now, if what the run notes of them still holds
 
 
 def flags():
@@ -188,6 +188,8 @@ def settings(argv):
     if args.vae and not Path(args.vae).is_file():
         raise ValueError(f"--vae {args.vae}: there is no such file")
     args.text = args.text or args.clip is not None
+    if args.clip and not Path(args.clip).exists():
+        raise ValueError(f"--clip {args.clip}: there is no such folder")
     if args.model == "vae" and args.checkpointing:
         raise ValueError("--checkpointing: an autoencoder keeps its activations; use --accumulate to save memory")
     if args.latent_scale is not None and not (args.vae and args.latent_scale):
@@ -322,6 +324,8 @@ def load_data(args, run, device):
     """The training split, or with --vae its latents, which are encoded once it is clear that the network takes them."""
     with first_in_turn():
         pixels = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
+    if args.text and pixels.captions is None:
+        raise ValueError(f"--text: {args.data} has no captions; shapes, coco:DIR and a folder with a .txt beside each image do")
     if not args.vae:
         return pixels
     autoencoder = checkpoint.load_autoencoder(args.vae).to(device).requires_grad_(False)
@@ -347,8 +351,6 @@ def read_captions(args, dataset, run, device):
     """
     if not args.text:
         return {}
-    if dataset.captions is None:
-        raise ValueError(f"--text: {args.data} has no captions; shapes, coco:DIR and a folder with a .txt beside each image do")
     if args.clip:
         encoder, tokenizer = checkpoint.load_clip(args.clip)
         if run and (run["text"] or {}).get("sha256") != encoder.origin["sha256"]:
@@ -480,7 +482,8 @@ def train(args, run, device, rank, world):
         minutes = (time.perf_counter() - began) / 60
         print(f"{done - start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}" +
               (f", {out.with_suffix('.png')}" +
-               (f"; python sample.py {objective.flags} {out} draws more" if objective.description() else "") if ended else
+               (f"; python sample.py {objective.flags} {out}{' --prompt TEXT' * bool(args.text)} draws more"
+                if objective.description() else "") if ended else
                f" at step {done}; python train.py --resume --out {out} goes on"))
 
 

@@ -44,7 +44,7 @@ def checked(network, x, t, y):
 
     x (N, C, H, W) must be of the size that network.channels and .image_size say, t (N,), and y labels (N,), a context
     (N, M, context_dim) or None, as its .num_classes, .null_label and .context_dim ask. ValueError otherwise. Where a network
-    has a .text_encoder of its own, as `models.build` gives it, y may be a text's ids (N, M), which become its context here.
+    has a .text_encoder of its own, as `models.build` gives it, y may be a text's ids (N, M, W), which become its context here.
     """
     if tuple(x.shape[1:]) != (network.channels, *network.image_size):
         raise ValueError(f"input of shape {tuple(x.shape[1:])} where the network was built for "

@@ -253,7 +253,7 @@ CASES = [
     ("samples of released weights that read text", released_text_network, "sample.py --ckpt text.pt", "--prompt"),
     ("a prompt for them without CLIP", released_text_network, "sample.py --ckpt text.pt --prompt cat", "--clip DIR names"),
     ("a prompt for a run without text", nothing, f"{SAMPLE} --prompt cat", "not trained with texts; --classes"),
-    ("a CLIP that is not there", nothing, f"{TRAIN} --data shapes --clip nowhere", "no checkpoint nowhere"),
+    ("a CLIP that is not there", nothing, f"{TRAIN} --data shapes --clip nowhere", "--clip nowhere: there is no such folder"),
     ("a CLIP without its vocabulary", clip_without_vocabulary, f"{TRAIN} --data shapes --clip clip", "no merges clip"),
     ("captions of digits", nothing, f"{TRAIN} --text", "mnist has no captions"),
     ("a text for a classifier", nothing, "train.py --model vit --text --out new.pt", "--text: a ViT classifies"),

@@ -9,6 +9,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import evaluate
 import latents
 import sample
 import train
@@ -285,8 +286,8 @@ def test_a_run_told_by_clip_notes_it_and_finds_it_again(captioned, clip, here):
     assert not any("text_encoder" in name for name in run["model"])
     sample.main(["--ckpt", "run.pt", "--prompt", "a red image", "--npz", "one.npz"])
     clip.rename(here / "moved")
-    refusal(lambda: sample.run(sample.flags().parse_args(["--ckpt", "run.pt", "--prompt", "a red image"])), "no checkpoint",
-            kind=FileNotFoundError)
+    refusal(lambda: sample.run(sample.flags().parse_args(["--ckpt", "run.pt", "--prompt", "a red image"])), "no longer at",
+            "--clip DIR")
     sample.main(["--ckpt", "run.pt", "--prompt", "a red image", "--npz", "two.npz", "--clip", "moved"])
     assert np.array_equal(np.load("one.npz")["arr_0"], np.load("two.npz")["arr_0"])
 
@@ -330,7 +331,8 @@ def test_the_coco_recipe_runs_on_a_stand_in(coco, clip, here):
     train.main([*command, *(word for key, value in smaller.items() for word in (f"--{key.replace('_', '-')}", str(value)))])
     run = checkpoint.load(command[command.index("--out") + 1])
     assert run["vae"]["scale"] == 0.2301 and run["diffusion"]["schedule"] == "scaled-linear" and run["text"]["sha256"]
-    recipe = train.settings([*command, "--vae", "sd-vae.ckpt", "--out", "other.pt"])[0]                # at the size that it names
+    at_its_size = [*command, "--vae", "sd-vae.ckpt", "--clip", str(clip), "--out", "other.pt"]
+    recipe = train.settings(at_its_size)[0]
     assert (recipe.weight_decay, recipe.lr, recipe.steps, recipe.ema) == (0.03, 2e-4, 1_000_000, 0.9999)
     sample.main(["--ckpt", run["config"]["out"], "--prompt", "a red thing", "--n", "2", "--npz", "drawn.npz"])
     assert np.load("drawn.npz")["arr_0"].shape == (2, 16, 16, 3)
@@ -373,3 +375,31 @@ def test_the_embedded_shapes_are_a_captioned_data_set():
     images, labels = dataset.batch(np.array([0, 5]))
     assert images.shape == (2, 16, 16, 3) and len(dataset) == 9000 and dataset.num_classes == len(dataset.classes)
     assert [dataset.classes[label] in dataset.captions[row][0] for label, row in zip(labels, dataset.rows[[0, 5]])] == [True, True]
+
+
+def test_samples_for_scores_follow_captions_of_the_reference_and_know_their_clip(captioned, clip, here):
+    dataset = load(str(captioned), 8, "train", here)
+    encoder, tokenizer = checkpoint.load_clip(clip)
+    few, about = evaluate.captioned(dataset, tokenizer, encoder, 5, here)
+    more, again = evaluate.captioned(dataset, tokenizer, encoder, 60, here)              # the split has 22 images, 44 captions
+    assert few.shape == (5, 20, 128) and np.array_equal(few, more[:5]) and np.array_equal(more[:16], more[44:]) and about == again
+    encoder.origin["sha256"] = "another"
+    assert evaluate.captioned(dataset, tokenizer, encoder, 5, here)[1] != about
+    with torch.no_grad():
+        known = encoder(tokenizer.tokenize([text for row in dataset.rows for text in dataset.captions[row]])).half().numpy()
+    assert all((np.abs(known - row).max(axis=(1, 2)) < 0.01).any() for row in few)
+
+
+def test_a_text_runs_samples_are_scored(captioned, here, capsys):
+    """By a ViT that learned the colours' folders; its captions, not its classes, say what is drawn."""
+    for i, path in enumerate(sorted(captioned.glob("*.png"))):
+        folder = captioned / "rgb"[i % 3]
+        folder.mkdir(exist_ok=True)
+        path.with_suffix(".txt").rename(folder / f"{path.stem}.txt")
+        path.rename(folder / path.name)
+    trained(captioned, "--model", "uvit", "--size", "Nano/4")
+    train.main(["--model", "vit", "--size", "Nano/4", "--data", str(captioned), "--image-size", "8", "--batch-size", "8", "--steps", "2",
+                "--cache", "cache", "--out", "vit.pt", "--device", "cpu"])
+    evaluate.main(["--ckpt", "run.pt", "--n", "6", "--features", "vit.pt", "--cache", "cache", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "6 of run.pt" in out and "FD[vit" in out and "accuracy[" not in out

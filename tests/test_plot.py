@@ -123,9 +123,9 @@ def test_cost_has_a_mark_a_run_in_its_models_colour_higher_where_the_distance_is
 
 
 def test_distances_that_do_not_compare_are_refused(folder, capsys):
-    for change in (dict(n=500), dict(features_sha256="b")):
+    for change in (dict(n=500), dict(steps=700), dict(features_sha256="b")):
         refused(capsys, ["cost", comparison(folder / "compare.csv", [*ROWS, ("dit", "Ti/2", 0.7, 3.0, change)])],
-                "different n or features")
+                "different n, steps or features")
 
 
 # Forward

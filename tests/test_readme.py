@@ -36,8 +36,8 @@ def test_the_readme_has_many_commands_and_begins_with_two():
 def test_the_command_parses_and_its_recipe_exists(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, argv = program_and_flags(command)
-    if "--vae" in argv:                                  # it is looked for at once
-        Path(argv[argv.index("--vae") + 1]).touch()
+    for flag in {"--vae", "--clip"} & {*argv}:           # they are looked for at once
+        Path(argv[argv.index(flag) + 1]).touch()
     module = importlib.import_module(program)
     if program == "train" and "--resume" not in argv:
         train.settings(argv)
