@@ -154,6 +154,14 @@ def test_missing_images_of_coco_are_counted_and_named(coco, tmp_path):
     assert len(load(f"coco:{root}", 8, "all", tmp_path, skip_bad=True)) == 4
 
 
+def test_captions_of_coco_stay_with_their_images_where_some_cannot_be_read(coco, tmp_path):
+    root = coco(val2014=6)
+    (root / "val2014" / "val2014_1.jpg").write_bytes(b"no image")
+    dataset = load(f"coco:{root}", 8, "all", tmp_path, skip_bad=True)
+    assert len(dataset.captions) == len(dataset.images) == 5
+    assert all(captions[0].split()[0] == colour_of(image) for image, captions in zip(dataset.images, dataset.captions))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}',
                                      '{"images": [], "annotations": [{"image_id": 3, "caption": "x"}]}'])
 def test_what_is_no_file_of_captions_is_refused(coco, tmp_path, content):

@@ -503,6 +503,16 @@ def test_the_empty_caption_is_an_input_of_its_own():
     assert encoded.isfinite().all() and torch.equal(encoded[0], encoded[1]) and (encoded[0, 0] - encoded[2, 0]).norm() > 0.1
 
 
+def test_words_see_the_end_of_their_caption_and_nothing_after_it():
+    network = ours()
+    ids = network.tokenize(["a"])
+    before = network(ids)[0, 0]
+    for place, seen in ((1, True), (2, False)):
+        network.position_embedding.data[place] += normal(16)
+        assert ((network(ids)[0, 0] - before).abs().max() > 1e-3) == seen
+        before = network(ids)[0, 0]
+
+
 def test_training_steps_tell_apart_captions_of_the_same_words():
     torch.manual_seed(0)
     network, readout = TextEncoder(dim=32, length=16, depth=1, heads=2), torch.nn.Linear(32, 2)

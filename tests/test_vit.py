@@ -222,6 +222,14 @@ def test_fused_attention_is_the_formula_and_so_are_its_gradients(n, heads, queri
     assert_close(fused, explicit, **FLOAT32)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@given(sizes, st.integers(2, 6), seeds)
+def test_what_a_mask_hides_might_as_well_not_be_there(fused, queries, keys, seed):
+    q, k, v = normal(1, 2, queries, 4, seed=seed), *normal(2, 1, 2, keys, 4, seed=seed + 1)
+    seen = torch.arange(keys) != seed % keys
+    assert_close(attention(q, k, v, fused, mask=seen[None]), attention(q, k[:, :, seen], v[:, :, seen], fused))
+
+
 @pytest.mark.parametrize("cross", [False, True])
 @given(sizes, sizes, sizes, sizes, st.integers(1, 4), st.booleans(), seeds)
 def test_an_attention_layer_is_the_same_fused_and_explicit(cross, n, length, context, heads, d, bias, seed):
