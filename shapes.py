@@ -24,9 +24,9 @@ SHAPES = {                             # corners; radius of the edge half way be
     "star": (5, 0.5, 0.0),                                               # plumper than a pentagram's 0.38: arms of a pixel or two
 }
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-SIZES = {"small": (0.13, 0.15), "large": (0.22, 0.28)}                   # the least and the largest; three large ones had no room
+SIZES = {"small": (0.13, 0.15), "large": (0.25, 0.30)}                   # the least and the largest; three large ones had no room
 LARGE = 3 / 4                          # of the objects that are alone
-WANDER = 0.08                          # how far from the middle these stand, in each direction
+WANDER = 0.04                          # how far from the middle these stand, in each direction
 RELATIONS = ("above", "below", "left of", "right of")
 NUMBERS = {"a": 1, "two": 2, "three": 3}
 MARGIN, GAP = 0.035, 0.07              # of the picture, one pixel of 32, and between boxes, two

@@ -421,7 +421,7 @@ def test_the_embedded_recipe_is_the_default(tmp_path):
 
 
 @pytest.mark.parametrize("model, size, recipe", [
-    ("uvit", None, train.LAPTOP), ("uvit", "S-deep/2", train.UVIT), ("unet", "ddpm-cifar10", train.DDPM), ("unet", "S", train.DDPM),
+    ("uvit", None, train.UVIT_LAPTOP), ("uvit", "S-deep/2", train.UVIT), ("unet", "ddpm-cifar10", train.DDPM), ("unet", "S", train.DDPM),
     ("unet", "iddpm-64", train.IDDPM), ("unet", "adm-256", train.DIT), ("dit", "Ti/4", train.LAPTOP)])
 def test_what_flags_leave_out_takes_the_recipe_of_the_model_and_size(tmp_path, model, size, recipe):
     given = ["--model", model, *(["--size", size] if size else []), "--out", str(tmp_path / "run.pt")]
