@@ -37,18 +37,6 @@ PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("small", "large", "learned")
 
 
-def key_seed(key):
-    """A seed for a key, a whole number >= 0 or a tuple of them: other keys have other, unrelated seeds."""
-    key = key if isinstance(key, tuple) else (key,)
-    entropy = (len(key), *key)                           # with the length, as a SeedSequence ignores zeros at the end
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-
-
-def keyed_generator(key, device="cpu"):
-    """A random generator for a key as in `key_seed`: its draws depend on the key alone."""
-    return torch.Generator(device).manual_seed(key_seed(key))
-
-
 def mean_flat(x):
     """Mean over all dimensions but the first: (N, ...) -> (N,)."""
     return x.flatten(1).mean(dim=1)
@@ -81,7 +69,7 @@ class Diffusion:
     betas (T,) in (0, 1). prediction: what the network outputs, the noise "eps", the image "x0", or
     "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0. variance of the reverse step: "small" is beta_tilde, "large" is beta,
     "learned" interpolates between their logarithms. The tables .betas .alphas .alpha_bars .beta_tildes are float64 arrays of
-    length T; .timesteps (T,) is the time that the model is told at each step, 0 .. T-1 by default; released weights may count
+    length T. timesteps (T,) is the time that the model is told at each step, 0 .. T-1 by default; released weights may count
     otherwise. ValueError on unknown names or betas outside (0, 1).
     """
 
@@ -129,6 +117,10 @@ class Diffusion:
             raise IndexError(f"t must lie in 0 .. {self.T - 1}")
         return table[t].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
+    def original(self, t):
+        """The time that the model is told at t (N,), from .timesteps: after `respaced` the original steps."""
+        return self.at("timestep", t, t.to(self.tables["timestep"].dtype))
+
     def q_step(self, x_prev, t, eps):
         """One forward step: sample x_t from q(x_t | x_{t-1}).  Eq. 2-1; eps standard normal, like x_prev."""
         return self.at("sqrt_alpha", t, x_prev) * x_prev + self.at("sqrt_beta", t, x_prev) * eps
@@ -149,7 +141,7 @@ class Diffusion:
         return mu_tilde, self.at("beta_tilde", t, xt), self.at("log_beta_tilde", t, xt)              # Eq. 2-10
 
     def predict(self, output, xt, t):
-        """What a network's output (without its variance half) says of x_t: -> x0, eps.  Both solve Eq. 2-3."""
+        """x0 and eps that a network's output (without its variance half) means at x_t.  Both solve Eq. 2-3."""
         a, s = self.at("sqrt_alpha_bar", t, xt), self.at("sqrt_one_minus_alpha_bar", t, xt)
         if self.prediction == "eps":
             return (xt - s * output) / a, output
@@ -158,7 +150,7 @@ class Diffusion:
         return a * xt - s * output, a * output + s * xt                  # v = a eps - s x0: a rotation, which inverts itself
 
     def split(self, output, x):
-        """A network's output for x (N, C, H, W) -> its prediction (N, C, H, W), and the variance's interpolation or None.
+        """Split a network's output for x (N, C, H, W) -> prediction (N, C, H, W), and the variance's interpolation or None.
 
         ValueError if it does not have C channels, or 2C where the variance is learned.
         """
@@ -236,10 +228,6 @@ class Diffusion:
                                     self.at("log_one_minus_alpha_bar", last, x0), zero, zero)) / math.log(2)
         vb, mse = torch.stack(vb, dim=1), torch.stack(mse, dim=1)        # (N, T)
         return {"total": vb.sum(dim=1) + prior, "prior": prior, "vb": vb, "mse": mse}
-
-    def original(self, t):
-        """What the model is told at t (N,): .timesteps there, for a respaced process the steps of the one it came from."""
-        return self.at("timestep", t, t.to(self.tables["timestep"].dtype))
 
     def respaced(self, steps):
         """A Diffusion over a subset of the steps with the same alpha_bar there.  Nichol & Dhariwal 2021, section 4.
@@ -364,6 +352,18 @@ def dpm_steps(diffusion, model, x, nodes, clip):
 
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
+
+
+def key_seed(key):
+    """A seed for a key, a whole number >= 0 or a tuple of them: other keys have other, unrelated seeds."""
+    key = key if isinstance(key, tuple) else (key,)
+    entropy = (len(key), *key)                           # without the length, zeros at the end of a key would not count
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+def keyed_generator(key, device="cpu"):
+    """A random generator whose draws depend on a key alone, see `key_seed`."""
+    return torch.Generator(device).manual_seed(key_seed(key))
 
 
 def _noises(shape, noise, seeds, device):

@@ -279,31 +279,33 @@ class UNet(nn.Module):
                 return SpatialTransformer(width, context_dim, h)
             return AttentionBlock(width, h, new_attention_order)
 
-        widths, ds = [int(multiplier * dim) for multiplier in multipliers], 1
+        widths = [int(multiplier * dim) for multiplier in multipliers]
+
+        def block(width, level):
+            layers = [res(width, widths[level])]
+            if 2 ** level in attention_ds:
+                layers.append(attend(widths[level]))
+            return layers
+
         width = widths[0]
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(self.inputs * channels, width, 3, padding=1))])
         skips = [width]                                                  # widths of the maps that the way up will see
-        for level, out_width in enumerate(widths):
+        for level in range(len(widths)):
             for _ in range(res_blocks):
-                layers, width = [res(width, out_width)], out_width
-                if ds in attention_ds:
-                    layers.append(attend(width))
-                self.input_blocks.append(Stage(*layers))
+                self.input_blocks.append(Stage(*block(width, level)))
+                width = widths[level]
                 skips.append(width)
             if level + 1 < len(widths):
                 self.input_blocks.append(Stage(res(width, width, nn.AvgPool2d(2)) if updown else Downsample(width, conv_resample)))
                 skips.append(width)
-                ds *= 2
         self.middle_block = Stage(res(width, width), attend(width), res(width, width))
         self.output_blocks = nn.ModuleList()
-        for level, out_width in reversed(list(enumerate(widths))):
+        for level in reversed(range(len(widths))):
             for i in range(res_blocks + 1):
-                layers, width = [res(width + skips.pop(), out_width)], out_width
-                if ds in attention_ds:
-                    layers.append(attend(width))
+                layers = block(width + skips.pop(), level)
+                width = widths[level]
                 if level and i == res_blocks:
                     layers.append(res(width, width, upsample) if updown else Upsample(width, conv_resample))
-                    ds //= 2
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(norm(width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1)))
 

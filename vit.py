@@ -111,8 +111,8 @@ def sincos_position_embedding(dim, height, width):
         raise ValueError(f"width {dim} is not a multiple of 4, which two-dimensional sine-cosine positions need")
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [place.reshape(-1, 1) * frequencies for place in (column, row)]         # two of (L, dim / 4)
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+    column, row = (place.reshape(-1, 1) * frequencies for place in (column, row))            # angles, each (L, dim / 4)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()      # (L, dim)
 
 
 def unpatchify(tokens, grid, patch_size):
@@ -169,8 +169,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, context=None):
-        projected = (self.q(x), *self.kv(context).chunk(2, dim=2)) if self.cross else self.qkv(x).chunk(3, dim=2)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in projected)    # each (N, h, L, d)
+        if self.cross:
+            projected = (self.q(x), *self.kv(context).chunk(2, dim=2))                           # (N, L, D), two of (N, M, D)
+        else:
+            projected = self.qkv(x).chunk(3, dim=2)                                              # three of (N, L, D)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in projected)    # (N, h, L or M, d)
         out = attention(q, k, v, self.fused)                                                     # (N, h, L, d)
         return self.proj(out.transpose(1, 2).flatten(2))                                         # (N, L, D)
 
