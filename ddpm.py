@@ -28,7 +28,7 @@ def cosine_betas(T=1000):
 
 
 def scaled_linear_betas(T=1000, start=0.00085, end=0.012):
-    """Standard deviations rising linearly: the schedule of latent diffusion. Not rescaled with T."""
+    """Standard deviations rising linearly, as in latent diffusion; the ends are Stable Diffusion's. Not rescaled with T."""
     return np.linspace(start ** 0.5, end ** 0.5, T, dtype=np.float64) ** 2
 
 
@@ -51,8 +51,7 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2):
 def discretized_log_likelihood(x, mean, log_scale):
     """log of a Gaussian's mass on x's bin among 256 levels of [-1, 1], in nats per element.  Ho et al. 2020, Eq. 13.
 
-    The outermost bins reach to infinity. The normal distribution function is Page's tanh approximation, as in the
-    published likelihoods.
+    The outermost bins reach to infinity. cdf is Page's approximation by tanh, on which the published likelihoods rest.
     """
     def cdf(z):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
@@ -256,7 +255,8 @@ def _kept_steps(T, steps):
         size = T // len(counts) + (i < T % len(counts))
         if not 1 <= count <= size:
             raise ValueError(f"cannot take {count} steps out of {size}")
-        stride, place = (size - 1) / (count - 1) if count > 1 else 1, 0.0
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        place = 0.0
         for _ in range(count):
             kept.append(start + round(place))
             place += stride                              # summed as in OpenAI's code, so that roundings fall alike
@@ -314,10 +314,10 @@ def ddim_steps(diffusion, model, x, noises, clip, repeats=1, eta=0.0):
 
 def dpm_nodes(T, n):
     """n distinct steps of DPM-Solver++, falling from T-1: dense where little noise is left, where the path bends most."""
-    nodes = []
+    nodes, last = [], -1
     for i in reversed(range(n)):
-        node = round((T - 1) * (1 - i / n) ** 2)
-        nodes.append(max(node, nodes[-1] + 1) if nodes else node)
+        last = max(round((T - 1) * (1 - i / n) ** 2), last + 1)
+        nodes.append(last)
     return nodes[::-1]
 
 
