@@ -159,12 +159,13 @@ def show_one(args):
     """Print the cost of one network, and what training it takes."""
     options = dict(image_size=args.image_size, channels=args.channels, num_classes=args.num_classes or None,
                    learn_sigma=args.variance == "learned", conditioning=args.conditioning, hybrid=args.hybrid)
-    network = describe(args.model, args.size, **options)
+    description = describe(args.model, args.size, **options)
     try:
         parameters, multiply_adds = cost(args.model, args.size, **options)
     except RuntimeError as error:                        # shapes beyond 64 bits
         raise ValueError(f"--image-size {args.image_size} is too large to be counted: {error}") from None
-    print(f"{network['class']} {args.size}: " + ", ".join(f"{name}={value}" for name, value in network["arguments"].items()))
+    arguments = ", ".join(f"{name}={value}" for name, value in description["arguments"].items())
+    print(f"{description['class']} {args.size}: {arguments}")
     print(f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops (multiply-adds) an image, three times that in training"
           + ("" if args.model == "vit" else ", twice with guidance"))
     weights = 4 * parameters / 2 ** 30
