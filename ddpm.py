@@ -28,25 +28,13 @@ def cosine_betas(T=1000):
 
 
 def scaled_linear_betas(T=1000, start=0.00085, end=0.012):
-    """Standard deviations rising linearly: the schedule of latent diffusion. Not rescaled with T."""
+    """Standard deviations rising linearly, as in latent diffusion; the ends are Stable Diffusion's. Not rescaled with T."""
     return np.linspace(start ** 0.5, end ** 0.5, T, dtype=np.float64) ** 2
 
 
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "scaled-linear": scaled_linear_betas}
 PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("small", "large", "learned")
-
-
-def key_seed(key):
-    """A seed for a key, a whole number >= 0 or a tuple of them: other keys have other, unrelated seeds."""
-    key = key if isinstance(key, tuple) else (key,)
-    entropy = (len(key), *key)                           # with the length, as a SeedSequence ignores zeros at the end
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-
-
-def keyed_generator(key, device="cpu"):
-    """A random generator for a key as in `key_seed`: its draws depend on the key alone."""
-    return torch.Generator(device).manual_seed(key_seed(key))
 
 
 def mean_flat(x):
@@ -63,8 +51,7 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2):
 def discretized_log_likelihood(x, mean, log_scale):
     """log of a Gaussian's mass on x's bin among 256 levels of [-1, 1], in nats per element.  Ho et al. 2020, Eq. 13.
 
-    The outermost bins reach to infinity. The normal distribution function is Page's tanh approximation, as in the
-    published likelihoods.
+    The outermost bins reach to infinity. cdf is Page's approximation by tanh, on which the published likelihoods rest.
     """
     def cdf(z):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
@@ -81,7 +68,7 @@ class Diffusion:
     betas (T,) in (0, 1). prediction: what the network outputs, the noise "eps", the image "x0", or
     "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0. variance of the reverse step: "small" is beta_tilde, "large" is beta,
     "learned" interpolates between their logarithms. The tables .betas .alphas .alpha_bars .beta_tildes are float64 arrays of
-    length T; .timesteps (T,) is the time that the model is told at each step, 0 .. T-1 by default; released weights may count
+    length T. timesteps (T,) is the time that the model is told at each step, 0 .. T-1 by default; released weights may count
     otherwise. ValueError on unknown names or betas outside (0, 1).
     """
 
@@ -98,11 +85,10 @@ class Diffusion:
         self.alpha_bars = np.cumprod(self.alphas)                                                    # Eq. 2-3, by Eq. 2-4
         self.alpha_bars_prev = np.append(1.0, self.alpha_bars[:-1])
         self.beta_tildes = (1 - self.alpha_bars_prev) / (1 - self.alpha_bars) * self.betas           # Eq. 2-10
-        # beta_tilde is 0 at t = 0, where no noise is added: its logarithm is taken from t = 1
+        # beta_tilde is 0 at t = 0, where no noise is added: its logarithm is that of t = 1, and so is the "large" variance's
         first = self.beta_tildes[1] if self.T > 1 else self.betas[0]
-        small = np.append(first, self.beta_tildes[1:])
-        large = np.append(first, self.betas[1:])
-        self.tables = {name: torch.from_numpy(np.ascontiguousarray(table)) for name, table in {
+        small, large = np.append(first, self.beta_tildes[1:]), np.append(first, self.betas[1:])
+        self.tables = {name: torch.tensor(table) for name, table in {
             "sqrt_alpha": np.sqrt(self.alphas),
             "sqrt_beta": np.sqrt(self.betas),
             "sqrt_alpha_bar": np.sqrt(self.alpha_bars),
@@ -126,9 +112,13 @@ class Diffusion:
             table = self.tables[name] = table.to(x.device)               # moved once, not at every step
         if t.shape != x.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)} for a batch of {len(x)}: it must be (N,)")
-        if t.device.type == "cpu" and len(t) and (t.min() < 0 or t.max() >= self.T):     # on a GPU the look would wait for it
+        if t.device.type == "cpu" and ((t < 0) | (t >= self.T)).any():   # on a GPU to look would be to wait
             raise IndexError(f"t must lie in 0 .. {self.T - 1}")
         return table[t].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+    def original(self, t):
+        """The time that the model is told at t (N,), from .timesteps: after `respaced` the original steps."""
+        return self.at("timestep", t, t.to(self.tables["timestep"].dtype))
 
     def q_step(self, x_prev, t, eps):
         """One forward step: sample x_t from q(x_t | x_{t-1}).  Eq. 2-1; eps standard normal, like x_prev."""
@@ -142,13 +132,15 @@ class Diffusion:
         return self.at("sqrt_alpha_bar", t, x0) * x0 + self.at("sqrt_one_minus_alpha_bar", t, x0) * eps
 
     def q_posterior(self, x0, xt, t):
-        """q(x_{t-1} | x_t, x_0), Eq. 2-8 … 2-11 (2-9 and 2-11 corrected: see REPORT.md) -> mean mu_tilde like xt, variance
-        beta_tilde (N, 1, 1, 1), and its logarithm, clipped at t = 0 to the value of t = 1."""
+        """q(x_{t-1} | x_t, x_0), Eq. 2-8, by Bayes' rule, Eq. 2-9 -> mean mu_tilde, variance beta_tilde, and its logarithm.
+
+        The mean is like xt, the others are (N, 1, 1, 1); the logarithm at t = 0 is that of t = 1.
+        """
         mu_tilde = self.at("posterior_x0", t, xt) * x0 + self.at("posterior_xt", t, xt) * xt         # Eq. 2-11
         return mu_tilde, self.at("beta_tilde", t, xt), self.at("log_beta_tilde", t, xt)              # Eq. 2-10
 
     def predict(self, output, xt, t):
-        """What a network's output (without its variance half) says of x_t: -> x0, eps.  Both solve Eq. 2-3."""
+        """x0 and eps that a network's output (without its variance half) means at x_t.  Both solve Eq. 2-3."""
         a, s = self.at("sqrt_alpha_bar", t, xt), self.at("sqrt_one_minus_alpha_bar", t, xt)
         if self.prediction == "eps":
             return (xt - s * output) / a, output
@@ -157,7 +149,7 @@ class Diffusion:
         return a * xt - s * output, a * output + s * xt                  # v = a eps - s x0: a rotation, which inverts itself
 
     def split(self, output, x):
-        """A network's output for x (N, C, H, W) -> its prediction (N, C, H, W), and the variance's interpolation or None.
+        """Split a network's output for x (N, C, H, W) -> prediction (N, C, H, W), and the variance's interpolation or None.
 
         ValueError if it does not have C channels, or 2C where the variance is learned.
         """
@@ -197,13 +189,16 @@ class Diffusion:
         return torch.where(t == 0, nll, kl) / math.log(2), x0_pred
 
     def losses(self, model, x0, t, y, eps):
-        """The simple loss, Ho et al. 2020, Eq. 14, or the hybrid one of Nichol & Dhariwal 2021, Eq. 16, where the variance
-        is learned -> dict of (N,): "loss", "mse", and with learned variance "vb" in bits per dimension; loss = mse + vb."""
+        """The simple loss, Ho et al. 2020, Eq. 14, or with learned variance the hybrid one, Nichol & Dhariwal 2021, Eq. 16.
+
+        Returns a dict of (N,): "mse", with learned variance "vb", the bound's term in bits per dimension, and their sum "loss".
+        The paper's weight 0.001 of the bound's sum over 1000 steps is the weight 1 of its mean, that of one random step.
+        """
         xt = self.q_sample(x0, t, eps)
         output = model(xt, self.original(t), y).to(x0.dtype)            # autocast's bfloat16 is too coarse for log variances
         prediction, interpolation = self.split(output, x0)
         a, s = self.at("sqrt_alpha_bar", t, x0), self.at("sqrt_one_minus_alpha_bar", t, x0)
-        target = {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: a * eps - s * x0}[self.prediction]()
+        target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.prediction]
         terms = {"mse": mean_flat((prediction - target) ** 2)}
         if interpolation is not None:
             frozen = torch.cat([prediction.detach(), interpolation], dim=1)          # the bound trains the variance only
@@ -233,15 +228,11 @@ class Diffusion:
         vb, mse = torch.stack(vb, dim=1), torch.stack(mse, dim=1)        # (N, T)
         return {"total": vb.sum(dim=1) + prior, "prior": prior, "vb": vb, "mse": mse}
 
-    def original(self, t):
-        """What the model is told at t (N,): .timesteps there, for a respaced process the steps of the one it came from."""
-        return self.at("timestep", t, t.to(self.tables["timestep"].dtype))
-
     def respaced(self, steps):
         """A Diffusion over a subset of the steps with the same alpha_bar there.  Nichol & Dhariwal 2021, section 4.
 
-        steps: a count, spread from the first step to the last; a list of counts, one for each equal section; or "ddimN", N
-        steps at a constant stride from step 0. ValueError if there are not so many.
+        steps: a count, spread evenly from the first step to the last; a list of counts, one for each of as many equal sections;
+        or "ddimN", N steps at a constant stride from step 0. ValueError if there are not so many.
         """
         kept = _kept_steps(self.T, steps)
         alpha_bars = self.alpha_bars[kept]
@@ -250,7 +241,7 @@ class Diffusion:
 
 
 def _kept_steps(T, steps):
-    """Indices that `Diffusion.respaced` keeps, rising."""
+    """Indices of the steps that `Diffusion.respaced` keeps, rising."""
     if isinstance(steps, str):
         if not (steps.startswith("ddim") and steps[4:].isdigit()):
             raise ValueError(f"steps {steps!r} is neither a count, nor a list of counts, nor 'ddimN'")
@@ -258,12 +249,14 @@ def _kept_steps(T, steps):
             if len(range(0, T, stride)) == int(steps[4:]):
                 return list(range(0, T, stride))
         raise ValueError(f"no whole stride over {T} steps takes {steps[4:]} of them")
-    counts, kept, start = [steps] if isinstance(steps, (int, np.integer)) else list(steps), [], 0
+    counts = [steps] if isinstance(steps, (int, np.integer)) else steps
+    kept, start = [], 0
     for i, count in enumerate(counts):
         size = T // len(counts) + (i < T % len(counts))
         if not 1 <= count <= size:
             raise ValueError(f"cannot take {count} steps out of {size}")
-        stride, place = (size - 1) / (count - 1) if count > 1 else 1, 0.0
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        place = 0.0
         for _ in range(count):
             kept.append(start + round(place))
             place += stride                              # summed as in OpenAI's code, so that roundings fall alike
@@ -291,17 +284,10 @@ def guided(model, y, y_null, scale, channels=None, interval=None):
     return model_with_guidance
 
 
-def _null_like(y, y_null):
-    """The unconditional input for a batch: a label or a context (M, D), repeated for each of y."""
-    if not torch.is_tensor(y_null):
-        return torch.full_like(y, y_null)
-    return y_null.to(y).expand_as(y)
+def ddpm_steps(diffusion, model, x, noises, clip, repeats=1):
+    """Ancestral sampling, Ho et al. 2020, algorithm 2, along Eq. 2-6: x_{t-1} ~ p(x_{t-1} | x_t).  Yields step, x, x0.
 
-
-def ddpm_steps(diffusion, model, x, noises, eta, clip, repeats=1):
-    """Ancestral sampling, Ho et al. 2020, algorithm 2, under Eq. 2-6: x_{t-1} ~ p(x_{t-1} | x_t).  Yields step, x, x0.
-
-    Each step is taken `repeats` times, from x_t that a forward step makes of x_{t-1}: Lugmayr et al. 2022, algorithm 1.
+    repeats: a forward step makes x_t of x_{t-1} again, and the step is taken anew, Lugmayr et al. 2022, algorithm 1.
     """
     for i, again in product(reversed(range(diffusion.T)), range(repeats)):
         t = torch.full((len(x),), i, device=x.device)
@@ -311,11 +297,8 @@ def ddpm_steps(diffusion, model, x, noises, eta, clip, repeats=1):
         yield diffusion.timesteps[i], x, x0
 
 
-def ddim_steps(diffusion, model, x, noises, eta, clip, repeats=1):
-    """Song et al. 2021, Eq. 12 and 16: deterministic for eta = 0, DDPM's moments for eta = 1.  Yields step, x, x0.
-
-    repeats: see `ddpm_steps`.
-    """
+def ddim_steps(diffusion, model, x, noises, clip, repeats=1, eta=0.0):
+    """Song et al. 2021, Eq. 12 and 16: deterministic for eta = 0, DDPM's moments for eta = 1.  Otherwise as `ddpm_steps`."""
     for i, again in product(reversed(range(diffusion.T)), range(repeats)):
         t = torch.full((len(x),), i, device=x.device)
         x = diffusion.q_step(x, t, next(noises)) if again else x
@@ -331,10 +314,10 @@ def ddim_steps(diffusion, model, x, noises, eta, clip, repeats=1):
 
 def dpm_nodes(T, n):
     """n distinct steps of DPM-Solver++, falling from T-1: dense where little noise is left, where the path bends most."""
-    nodes = []
+    nodes, last = [], -1
     for i in reversed(range(n)):
-        node = round((T - 1) * (1 - i / n) ** 2)
-        nodes.append(max(node, nodes[-1] + 1) if nodes else node)
+        last = max(round((T - 1) * (1 - i / n) ** 2), last + 1)
+        nodes.append(last)
     return nodes[::-1]
 
 
@@ -360,7 +343,7 @@ def dpm_steps(diffusion, model, x, nodes, clip):
         t = torch.full((len(x),), i, device=x.device)
         *_, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
         if k + 1 < len(nodes):
-            before = log_snrs[k - 1]                     # meaningless at k = 0, where x0_prev is None and the order 1
+            before = log_snrs[k - 1]                     # at k = 0 unused, as x0_prev is None
             x = dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
         else:
             x = x0
@@ -371,18 +354,44 @@ def dpm_steps(diffusion, model, x, nodes, clip):
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
+def key_seed(key):
+    """A seed for a key, a whole number >= 0 or a tuple of them: other keys have other, unrelated seeds."""
+    key = key if isinstance(key, tuple) else (key,)
+    entropy = (len(key), *key)                           # without the length, zeros at the end of a key would not count
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+def keyed_generator(key, device="cpu"):
+    """A random generator whose draws depend on a key alone, see `key_seed`."""
+    return torch.Generator(device).manual_seed(key_seed(key))
+
+
+def _noises(shape, noise, seeds, device):
+    """Yield x_T, Eq. 2-5, then the noise of one step after the other. A seeded image has a generator of its own, on the CPU."""
+    if noise is not None and noise.ndim == len(shape) + 1:
+        yield from noise
+        raise ValueError(f"noise of {len(noise)} rows, where there are more steps")
+    if noise is not None:
+        yield noise
+    generators = None if seeds is None else [keyed_generator(seed) for seed in seeds]
+    while True:
+        if generators is None:
+            yield torch.randn(shape, device=device)
+        else:
+            yield torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device)
+
+
 @torch.no_grad()
 def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0, cfg_scale=1.0, cfg_channels=None,
            cfg_interval=None, y_null=None, noise=None, seeds=None, clip=False, callback=None, repeats=1):
     """Draw x0 of the given shape (N, C, H, W) by running the reverse process, Eq. 2-5 … 2-7, from x_T ~ N(0, I).
 
     y: labels (N,) or a context (N, M, D), on the model's device. steps: evaluations along the trajectory (guidance's pair
-    counts once), all T by default; eta: DDIM's noise. cfg_*: see `guided`; y_null defaults to model.null_label.
-    noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T and then the noise of each step. seeds: one for each image
-    (integers, or tuples of them), which then comes out the same in whatever batch. clip clamps each predicted x0 to [-1, 1]:
-    pixels, not latents; a function as clip is applied to it instead. callback(t, x, x0) sees each step. repeats: how often ddpm
-    and ddim take each step, see `ddpm_steps`. ValueError on guidance without an unconditional input, and on what else does
-    not fit.
+    counts once), all T by default, as in `Diffusion.respaced`; dpm++ takes a count only. eta: DDIM's noise. cfg_*: see `guided`;
+    y_null, a label or a context (M, D), defaults to model.null_label. noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T and
+    then the noise of each step. seeds: one for each image, see `key_seed`, which then comes out the same in whatever batch.
+    clip: see `p_mean_variance`; for pixels, not latents. callback(t, x, x0) sees each step. repeats: how often ddpm and ddim take
+    each step. ValueError on guidance without an unconditional input, and on what else does not fit.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
@@ -390,17 +399,15 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
         y_null = getattr(model, "null_label", None) if y_null is None else y_null
         if y is None or y_null is None:
             raise ValueError(f"guidance scale {cfg_scale} needs a condition and a model with an unconditional input")
-        y_null = _null_like(y, y_null)
-    device = next((z.device for z in (noise, y) if z is not None), None)
-    if device is None:
-        parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-        device = next((p.device for p in parameters), torch.device("cpu"))
+        y_null = y_null.to(y).expand_as(y) if torch.is_tensor(y_null) else torch.full_like(y, y_null)
     if seeds is not None and len(seeds) != shape[0]:
         raise ValueError(f"{len(seeds)} seeds for {shape[0]} images")
     if eta and sampler != "ddim":
         raise ValueError(f"eta is a setting of ddim, not of {sampler}")
     if repeats < 1 or (repeats > 1 and sampler == "dpm++"):
         raise ValueError(f"{sampler} cannot repeat its steps {repeats} times: ddpm and ddim can, 1 time or more")
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    device = next((z.device for z in (noise, y, *parameters) if z is not None), "cpu")
     noises = _noises(shape, noise, seeds, device)
     x = next(noises)                                                                     # Eq. 2-5
     if tuple(x.shape) != tuple(shape):
@@ -413,31 +420,19 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
         trajectory = dpm_steps(diffusion, predict, x, dpm_nodes(diffusion.T, n), clip)
     else:
         process = diffusion if steps is None else diffusion.respaced(steps)
-        trajectory = {"ddpm": ddpm_steps, "ddim": ddim_steps}[sampler](process, predict, x, noises, eta, clip, repeats)
+        trajectory = (ddpm_steps(process, predict, x, noises, clip, repeats) if sampler == "ddpm" else
+                      ddim_steps(process, predict, x, noises, clip, repeats, eta))
     for step, x, x0 in trajectory:
         if callback is not None:
             callback(step, x, x0)
     return x
 
 
-def _noises(shape, noise, seeds, device):
-    """Yield x_T, then the noise of one step after the other. A seeded image has a generator of its own, on the CPU."""
-    if noise is not None and noise.ndim == len(shape) + 1:
-        yield from noise
-        raise ValueError(f"noise of {len(noise)} rows, where there are more steps")
-    if noise is not None:
-        yield noise
-    generators = None if seeds is None else [keyed_generator(seed) for seed in seeds]
-    while True:
-        yield (torch.randn(shape, device=device) if generators is None else
-               torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device))
-
-
 @torch.no_grad()
 def ddim_invert(diffusion, model, x0, y=None, steps=None):
     """Run DDIM backwards from an image to the noise it came from: x0 (N, C, H, W) -> x_T.  Song et al. 2021, section 4.3.
 
-    `sample(..., sampler="ddim", steps=steps, noise=x_T)` returns to x0, up to the steps' discretisation.
+    `sample(..., sampler="ddim", steps=steps, noise=x_T)` returns to x0, the nearer the more steps there are.
     """
     process = diffusion if steps is None else diffusion.respaced(steps)
     x = x0
@@ -453,8 +448,8 @@ def ddim_invert(diffusion, model, x0, y=None, steps=None):
 def consistent(y, degrade, clip=False):
     """The function x0 -> x0 + A+ (y - A x0), which A maps to y; what A does not see stays.  Wang et al. 2023, algorithm 1.
 
-    degrade: two functions, the linear A from (N, C, H, W) to y's shape, and its pseudo-inverse A+ back. clip clamps x0 to [-1, 1]
-    before.
+    degrade: two functions, the linear A from (N, C, H, W) to y's shape, and its pseudo-inverse A+ back. clip: clamp x0 to [-1, 1]
+    first.
     """
     A, A_plus = degrade
 
@@ -465,9 +460,9 @@ def consistent(y, degrade, clip=False):
 
 
 def restore(diffusion, model, y, degrade, condition=None, sampler="ddpm", clip=False, **options):
-    """Draw x0 (N, C, H, W) of which the measurement y = A x0 is known, with any model, as it is (§1-2, §2-1).
+    """Draw x0 (N, C, H, W) of which y = A x0 is known, with any model, trained for this or not (§1-2, §2-1).
 
-    Each x0 that the reverse process predicts is made `consistent` with y: so is the result, to rounding. degrade: A and A+.
+    Each x0 that the reverse process predicts is made `consistent` with y, and so is the result, to rounding. degrade: A and A+.
     condition: the labels or the context, `sample`'s y; options: its others, such as steps, repeats, seeds, cfg_scale.
 
     The draw is from p(x0 | A x0 = y) if what A sees and what it does not are independent; else its mean is biased towards that of

@@ -2,10 +2,9 @@
 
 Report §2-6, §2-7, §2-8 and §4-2 … §4-4. Paper: Peebles & Xie 2023, figure 3 and section 3.2 (the block designs), table 1
 (sizes). Every denoiser here has one signature: model(x, t, y=None) with x (N, C, H, W), t (N,) the step in 0 .. T-1 and
-y = labels (N,), a context (N, M, D') or None; it returns (N, C, H, W), or (N, 2C, H, W) where the variance is learned, the
-prediction first. Classes are 0 .. K-1; row K of the label table is the unconditional input of classifier-free guidance.
-
-State-dict names are those of Meta's release, which loads strictly. Shapes: L tokens, D width, p patch, h heads.
+y = labels (N,), a context (N, M, context_dim) or None; it returns (N, C, H, W), or (N, 2C, H, W) where the variance is
+learned, the prediction first. Classes are 0 .. K-1; row K of the label table is the unconditional input of classifier-free
+guidance. State-dict names are those of Meta's release, which loads strictly. Shapes: L tokens, D width, p patch.
 """
 import math
 
@@ -18,7 +17,7 @@ from vit import (Attention, Block, Mlp, PatchEmbed, checked, pair, run, sincos_p
 
 
 def modulate(x, shift, scale):
-    """LayerNorm, whose scale and shift (N, D) come from the condition instead of being learned: adaLN of x (N, L, D)."""
+    """The adaptive LayerNorm (adaLN) of x (N, L, D): its shift and scale (N, D) come from the condition."""
     normal = F.layer_norm(x, x.shape[-1:], eps=1e-6)                     # epsilon of the released weights
     return normal * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
@@ -26,13 +25,12 @@ def modulate(x, shift, scale):
 class TimestepEmbedder(nn.Module):
     """Time t (N,) -> (N, D), §2-6-1: sine-cosine features and a two-layer MLP."""
 
-    def __init__(self, dim, features=256):
+    def __init__(self, dim):
         super().__init__()
-        self.features = features
-        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        return self.mlp(timestep_embedding(t, self.features).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, 256).to(self.mlp[0].weight.dtype))     # 256 features, as in Meta's release
 
 
 class LabelEmbedder(nn.Module):
@@ -47,10 +45,10 @@ class LabelEmbedder(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """The adaLN-Zero block, and with gates=False the adaLN block.  Condition c (N, D).
+    """The adaLN-Zero block of tokens x (N, L, D) and condition c (N, D), and with gates=False the adaLN block.
 
-    One product per block regresses all of its modulation from c. With gates, initialised at zero, each residual branch is
-    multiplied by alpha(c): a fresh block is the identity.
+    One linear layer makes shifts and scales of c, and with gates also factors of both residual branches. Where these start at
+    zero, as in `DiT.initialize`, a fresh block is the identity.
     """
 
     def __init__(self, dim, heads, gates=True):
@@ -96,13 +94,11 @@ class InContextBlock(Block):
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm and the linear decoder (§4-4): tokens (N, L, D) -> (N, L, p p out_channels).
-
-    The norm is modulated by c (N, D) where adaptive, else it has a learned scale and shift.
-    """
+    """LayerNorm, adaptive to c (N, D) or not, and the linear decoder (§4-4): tokens (N, L, D) -> (N, L, p p out_channels)."""
 
     def __init__(self, dim, patch_size, out_channels, adaptive):
         super().__init__()
+        self.adaptive = adaptive
         self.linear = nn.Linear(dim, patch_size ** 2 * out_channels)
         if adaptive:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
@@ -110,7 +106,7 @@ class FinalLayer(nn.Module):
             self.norm_final = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x, c):
-        if hasattr(self, "norm_final"):
+        if not self.adaptive:
             return self.linear(self.norm_final(x))
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(x, shift, scale))
@@ -129,8 +125,8 @@ class DiT(nn.Module):
 
     image_size is one number or (H, W) and counts what the network sees: latents where there is an autoencoder.
     num_classes=None builds no label table: y must then be None. null_class adds the unconditional row, which y=None means.
-    context_dim: width of the text tokens that cross-attention sees as [t, text] in place of [t, label].
-    ValueError on a size the patch does not divide, heads that do not divide the width, a label or its lack that does not fit.
+    learn_sigma: also put out a variance. context_dim: width of the text tokens that cross-attention sees as [t, text] in place
+    of [t, label]. ValueError on a size the patch does not divide, heads that do not divide the width, a y that does not fit.
     """
 
     def __init__(self, image_size=32, patch_size=2, channels=4, dim=1152, depth=28, heads=16, num_classes=1000,
@@ -160,21 +156,20 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Meta's initialisation: Xavier-uniform products, zero biases, then what must start small or at zero."""
+        """Meta's initialisation: Xavier-uniform weights, zero biases, then what must start small or at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))                # as the matrix that it is used as
         nn.init.zeros_(self.x_embedder.proj.bias)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         if self.num_classes is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)                # the first prediction is 0, whatever the block
-        modulated = [module for module in (*self.blocks, self.final_layer) if hasattr(module, "adaLN_modulation")]
         if self.conditioning == "adaln-zero":
-            for module in modulated:                                  # no modulation, closed gates: blocks are identities
+            for module in (*self.blocks, self.final_layer):           # no modulation, closed gates: blocks are identities
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     def condition(self, t, y):

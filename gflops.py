@@ -43,18 +43,11 @@ def adm(side):
 # numbers are the report's, or the papers' as later work quotes them; None where none was at hand.
 TABLES = {
     "§4-3: DiT on latents of 256x256 images (Peebles & Xie 2023, tables 1 and 4)": [
-        ("DiT-S/8", [("dit", "S/8", DIT)], None, "0.36", ""),
-        ("DiT-S/4", [("dit", "S/4", DIT)], None, "1.41", ""),
-        ("DiT-S/2", [("dit", "S/2", DIT)], "33", "6.06", ""),
-        ("DiT-B/8", [("dit", "B/8", DIT)], None, "1.42", ""),
-        ("DiT-B/4", [("dit", "B/4", DIT)], None, "5.56", ""),
-        ("DiT-B/2", [("dit", "B/2", DIT)], "130", "23.01", ""),
-        ("DiT-L/8", [("dit", "L/8", DIT)], None, "5.01", ""),
-        ("DiT-L/4", [("dit", "L/4", DIT)], None, "19.70", ""),
-        ("DiT-L/2", [("dit", "L/2", DIT)], "458", "80.71", ""),
-        ("DiT-XL/8", [("dit", "XL/8", DIT)], None, "7.39", ""),
-        ("DiT-XL/4", [("dit", "XL/4", DIT)], None, "29.05", ""),
-        ("DiT-XL/2", [("dit", "XL/2", DIT)], "675", "118.64", ""),
+        *((f"DiT-{size}", [("dit", size, DIT)], parameters, gflops, "") for size, parameters, gflops in (
+            ("S/8", None, "0.36"), ("S/4", None, "1.41"), ("S/2", "33", "6.06"),
+            ("B/8", None, "1.42"), ("B/4", None, "5.56"), ("B/2", "130", "23.01"),
+            ("L/8", None, "5.01"), ("L/4", None, "19.70"), ("L/2", "458", "80.71"),
+            ("XL/8", None, "7.39"), ("XL/4", None, "29.05"), ("XL/2", "675", "118.64"))),
         ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525", ""),
     ],
     "§2-8-3: the four blocks of DiT-XL/2 (Peebles & Xie 2023, figure 5)": [
@@ -91,7 +84,7 @@ TABLES = {
 }
 
 
-BESIDE = {                             # what stands beside a denoiser: its network, and what that takes for one image
+BESIDE = {                             # Fig. 5-1: what a denoiser needs beside it, and what that takes for one caption or image
     "clip": lambda: (CLIPTextEncoder(), torch.zeros(1, 77, dtype=torch.long)),
     "vae": lambda: (AutoencoderKL(), torch.empty(1, 3, 256, 256), torch.empty(1, 4, 32, 32)),
 }
@@ -101,8 +94,8 @@ BESIDE = {                             # what stands beside a denoiser: its netw
 def count(model, *inputs):
     """Parameters of a network, and multiply-adds of its forward pass for inputs, tensors or None, by the convention above.
 
-    It stays where it is and computes nothing: shapes alone pass through it. Parameters are the numbers of its state dict, so
-    DiT's fixed positions are among them, as in the published counts.
+    The network computes nothing: shapes alone pass through it. Parameters are the numbers of its state dict, so DiT's fixed
+    positions are among them, as in the published counts.
     """
     state = {name: value.to("meta") for name, value in (*model.named_parameters(), *model.named_buffers())}
     with FlopCounterMode(display=False) as counter:      # on the CPU it would miss the fused kernel of attention
@@ -119,8 +112,9 @@ def inputs_of(network):
         y = None if network.num_classes is None else t
         if network.context_dim is not None:
             y = torch.empty(1, getattr(network, "context_tokens", 1), network.context_dim)       # LDM's class is one token
-        low = torch.empty(1, network.channels, *(side // unet.SuperResUNet.factor for side in network.image_size))
-    return (x, t, y, low) if isinstance(network, unet.SuperResUNet) else (x, t, y)
+        if not isinstance(network, unet.SuperResUNet):
+            return x, t, y
+        return x, t, y, torch.empty(1, network.channels, *(side // network.factor for side in network.image_size))
 
 
 @functools.cache
@@ -135,28 +129,30 @@ def cost(model, size, **options):
 
 
 def beside(ours, published):
-    """Our number and the published one, a text, as columns -> text, and whether more than 0.5 % lies between them unexplained.
+    """Our number, the published one, a text or None, and their difference as columns -> text, and whether it is above 0.5 %.
 
-    A number that rounds to the printed digits is "as printed".
+    A number that rounds to the published digits is "as printed", however large the difference.
     """
     if published is None:
         return f"{ours:10.2f} {'':>9} {'':>11}", False
     places = len(published.partition(".")[2])
     difference = ours / float(published) - 1
-    same = f"{ours:.{places}f}" == published
-    return f"{ours:10.2f} {published:>9} {'as printed' if same else f'{difference:+.2%}':>11}", not same and abs(difference) > 0.005
+    if f"{ours:.{places}f}" == published:
+        return f"{ours:10.2f} {published:>9} {'as printed':>11}", False
+    return f"{ours:10.2f} {published:>9} {difference:>+11.2%}", abs(difference) > 0.005
 
 
 def show(tables):
-    """Print tables of rows like those of TABLES, ours beside theirs."""
+    """Print tables like TABLES, our numbers beside the published ones."""
     for title, rows in tables.items():
         print(f"\n{title}")
         print(f"{'':24}{'M parameters':>13} {'published':>9} {'':>11}{'Gflops':>11} {'published':>9}")
         for name, networks, parameters, gflops, remark in rows:
             costs = [cost(model, size, **options) for model, size, options in networks]
-            left, far = beside(sum(p for p, _ in costs) / 1e6, parameters)
-            right, further = beside(sum(m for _, m in costs) / 1e9, gflops)
-            print(f"{name:27}{left} {right}  {remark or ('not explained' if far or further else '')}".rstrip())
+            parameter_columns, parameters_differ = beside(sum(p for p, _ in costs) / 1e6, parameters)
+            gflops_columns, gflops_differ = beside(sum(m for _, m in costs) / 1e9, gflops)
+            remark = remark or ("not explained" if parameters_differ or gflops_differ else "")
+            print(f"{name:27}{parameter_columns} {gflops_columns}  {remark}".rstrip())
 
 
 def show_one(args):
@@ -168,7 +164,8 @@ def show_one(args):
         parameters, multiply_adds = cost(args.model, args.size, **options)
     except RuntimeError as error:                        # shapes beyond 64 bits
         raise ValueError(f"--image-size {args.image_size} is too large to be counted: {error}") from None
-    print(f"{description['class']} {args.size}: " + ", ".join(f"{k}={v}" for k, v in description["arguments"].items()))
+    arguments = ", ".join(f"{name}={value}" for name, value in description["arguments"].items())
+    print(f"{description['class']} {args.size}: {arguments}")
     print(f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops (multiply-adds) an image, three times that in training"
           + ("" if args.model == "vit" else ", twice with guidance"))
     weights = 4 * parameters / 2 ** 30
@@ -196,7 +193,10 @@ def main(argv=None):
     with one_line_errors("gflops.py"):
         if (args.model is None) != (args.size is None):
             raise ValueError("give both --model and --size, or neither for the report's tables")
-        show(TABLES) if args.model is None else show_one(args)
+        if args.model is None:
+            show(TABLES)
+        else:
+            show_one(args)
 
 
 if __name__ == "__main__":

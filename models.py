@@ -17,34 +17,37 @@ MODELS = {
     "unet": (unet.UNet, unet.SIZES),
     "vit": (vit.ViT, vit.SIZES),
 }
-TRAINABLE = {**MODELS, "vae": (vae.AutoencoderKL, vae.SIZES),           # and the autoencoder, which takes any image size,
-             "mlp": (points.MLP, points.SIZES)}                          # and a denoiser of points
+TRAINABLE = {
+    **MODELS,
+    "vae": (vae.AutoencoderKL, vae.SIZES),
+    "mlp": (points.MLP, points.SIZES),                   # denoises points
+}
 NETWORKS = {network.__name__: network for network in (*(network for network, _ in TRAINABLE.values()), unet.SuperResUNet)}
 
 
 def named(model, size):
     """The class and the arguments that a size fixes: ("dit", "B/4") -> DiT, dict(dim=768, depth=12, heads=12, patch_size=4).
 
-    Transformers take a patch size after the slash, the others none. ValueError, with the list, on a size that there is not.
+    Transformers take a patch size after the slash, the others none. ValueError, with the list, on an unknown size.
     """
     network, sizes = TRAINABLE[model]
     name, slash, patch = size.partition("/")
-    patched = model not in ("unet", "vae", "mlp")
+    patched = model in ("dit", "uvit", "vit")
     fits = patch.isdecimal() and int(patch) > 0 if patched else not slash
     if name not in sizes or not fits:
         raise ValueError(f"--size {size}: for --model {model} it is one of {', '.join(sizes)}"
                          + (" and a patch size, as in B/4" if patched else ", without a patch size"))
-    if model == "unet":
-        return (unet.SuperResUNet if name in unet.UPSAMPLERS else network), dict(sizes[name])
-    return network, {**sizes[name], "patch_size": int(patch)} if patched else dict(sizes[name])
+    if name in unet.UPSAMPLERS:
+        network = unet.SuperResUNet
+    return network, sizes[name] | (dict(patch_size=int(patch)) if patched else {})
 
 
 def describe(model, size, image_size, channels, num_classes=None, null_class=True, learn_sigma=False, conditioning=None,
              context_dim=None, context_tokens=77, hybrid=False):
     """The description of a named network for images of a size and a number of channels and classes.
 
-    learn_sigma: it puts out a variance beside its prediction. context_dim: a text's width, which takes the classes' place;
-    context_tokens: its length. conditioning is DiT's, hybrid ViT's. ValueError on an option that the network does not have.
+    learn_sigma: also put out a variance. context_dim: a text's width, which takes the classes' place; context_tokens: its
+    length. conditioning is DiT's, hybrid ViT's. ValueError on an option that the network does not have.
     """
     if conditioning is not None and model != "dit":
         raise ValueError(f"--conditioning {conditioning} is a choice of DiT's, not of {model}")
@@ -55,8 +58,8 @@ def describe(model, size, image_size, channels, num_classes=None, null_class=Tru
     if hybrid and model != "vit":
         raise ValueError(f"--hybrid is a choice of ViT's, not of {model}")
     if learn_sigma and model in ("uvit", "mlp"):
-        raise ValueError(f"--variance learned: {'a U-ViT' if model == 'uvit' else 'an MLP'} puts out no variance; use small or "
-                         "large")
+        name = {"uvit": "a U-ViT", "mlp": "an MLP"}[model]
+        raise ValueError(f"--variance learned: {name} puts out no variance; use small or large")
     network, fixed = named(model, size)
     if model == "mlp":                                   # of points, which have one shape
         return {"class": network.__name__, "arguments": fixed}
@@ -70,9 +73,12 @@ def describe(model, size, image_size, channels, num_classes=None, null_class=Tru
         "vit": dict(hybrid=hybrid),
     }[model]
     if context_dim is not None:
-        own |= dict(context_dim=context_dim, **({"context_tokens": context_tokens} if model == "uvit" else {}))
-    return {"class": network.__name__, "arguments": {**fixed, "image_size": image_size, "channels": channels,
-                                                     "num_classes": num_classes if context_dim is None else None, **own}}
+        num_classes = None
+        own["context_dim"] = context_dim
+        if model == "uvit":
+            own["context_tokens"] = context_tokens
+    arguments = {**fixed, "image_size": image_size, "channels": channels, "num_classes": num_classes, **own}
+    return {"class": network.__name__, "arguments": arguments}
 
 
 def build(description):

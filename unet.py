@@ -6,8 +6,10 @@ it, and each of its steps also sees the feature map of the same size from the wa
 
 The denoisers share one signature, model(x, t, y=None), see `vit.checked`; where the variance is learned, out_channels is
 twice channels, the prediction first. State-dict names are those of OpenAI's and CompVis's releases, which load strictly.
-Shapes: N images, C channels, H x W pixels, L = H W, E the width of the embedding of time and class, h heads, d = C / h.
+Shapes: N images, C channels of a map, H x W pixels, L = H W, E the width of the embedding of time and class, h heads, d = C / h.
 """
+from itertools import pairwise
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -23,18 +25,17 @@ def two_convolutions(channels, out_channels):
 class RonnebergerUNet(nn.Module):
     """Segment images (N, C, H, W): returns logits (N, K, H - 184, W - 184), each pixel's class.  §2-2-1, Fig. 2-2.
 
-    Without padding a map loses two pixels a convolution, so the border of the answer is not looked at, and the maps of the
-    contracting path are cropped to those of the expanding path. Ronneberger's elastic deformations, loss weights and the
-    dropout at the bottom are matters of training and not part of it. ValueError on sides other than 188, 204, 220, …: every
-    pooled map must have even sides.
+    Without padding a map loses two pixels a convolution: the logits are those of the image's centre, and maps of the contracting
+    path are cropped to the size of those on the expanding path. Of Ronneberger et al.'s training (elastic deformations, loss
+    weights, dropout) nothing is here. ValueError on sides other than 188, 204, 220, …: every pooled map must have even sides.
     """
 
     def __init__(self, channels=1, num_classes=2):
         super().__init__()
         widths = (64, 128, 256, 512, 1024)
-        self.down = nn.ModuleList(two_convolutions(a, b) for a, b in zip((channels, *widths), widths))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths[-2::-1], widths[:0:-1]))
-        self.merge = nn.ModuleList(two_convolutions(b, a) for a, b in zip(widths[-2::-1], widths[:0:-1]))
+        self.down = nn.ModuleList(two_convolutions(a, b) for a, b in pairwise((channels, *widths)))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(reversed(widths)))
+        self.merge = nn.ModuleList(two_convolutions(a, b) for a, b in pairwise(reversed(widths)))
         self.last = nn.Conv2d(widths[0], num_classes, 1)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -66,8 +67,8 @@ class RonnebergerUNet(nn.Module):
 def norm(channels, eps=1e-5):
     """GroupNorm of 32 groups; eps is that of the released weights.
 
-    Maps are kept in PyTorch's default layout. With channels last the CPU's kernel takes a variance as E[x^2] - E[x]^2, so that
-    nothing is left of it where the mean is a thousand deviations.
+    It needs maps in PyTorch's default layout: on those with channels last the CPU's kernel takes a variance as E[x^2] - E[x]^2,
+    of which rounding leaves nothing where the mean is a thousand deviations.
     """
     return nn.GroupNorm(32, channels, eps=eps)
 
@@ -109,8 +110,8 @@ class Upsample(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions with a residual, told emb (N, E) between them: (N, C, H, W) -> (N, C', H', W').
 
-    scale_shift: emb modulates the second norm (Nichol & Dhariwal 2021, section 3.5) instead of being added before it.
-    resample: a function that changes the sides before the first convolution, and of the residual (ADM, its section 3).
+    scale_shift: emb modulates the second norm instead of being added before it (Dhariwal & Nichol 2021, section 3.1).
+    resample: a function that changes the sides, before the first convolution and of the residual (their section 3).
     """
 
     def __init__(self, channels, out_channels, emb_dim, dropout, scale_shift, resample=None):
@@ -123,29 +124,25 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
-        normalize, *rest = self.out_layers
-        *before, convolve = self.in_layers
-        h = x
-        for layer in before:
-            h = layer(h)
+        normalize, activate, convolve = self.in_layers
+        h = activate(normalize(x))
         if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+            h, x = self.resample(h), self.resample(x)                                # (N, C, H', W')
         h = convolve(h)                                                              # (N, C', H', W')
+        normalize, activate, dropout, convolve = self.out_layers
         told = self.emb_layers(emb)[:, :, None, None]                                # (N, C' or 2 C', 1, 1)
         if self.scale_shift:
             scale, shift = told.chunk(2, dim=1)
             h = normalize(h) * (1 + scale) + shift
         else:
             h = normalize(h + told)
-        for layer in rest:
-            h = layer(h)
-        return self.skip_connection(x) + h
+        return self.skip_connection(x) + convolve(dropout(activate(h)))
 
 
 class AttentionBlock(nn.Module):
     """Self-attention among the pixels of x (N, C, H, W), with a residual.
 
-    The rows of qkv are ordered [head][q, k, v][channel], or [q, k, v][head][channel] with new_order.
+    The outputs of qkv are ordered [head][q, k, v][channel], or [q, k, v][head][channel] with new_order.
     """
 
     def __init__(self, channels, heads, new_order):
@@ -212,19 +209,18 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """LDM's attention, Rombach et al. 2022, Eq. 3: a transformer block over the pixels of x (N, C, H, W), with a residual."""
+    """LDM's attention, Rombach et al. 2022, section 3.3: a transformer block over the pixels of x (N, C, H, W), with a residual."""
 
     def __init__(self, channels, context_dim, heads):
         super().__init__()
         self.norm = norm(channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])    # one, but of that name
         self.proj_out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x, context):
         tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)               # (N, L, C)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        tokens = self.transformer_blocks[0](tokens, context)
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))   # (N, C, H, W)
 
 
@@ -248,9 +244,10 @@ class UNet(nn.Module):
     image_size is one number or (H, W). dim times a multiplier is the width of each resolution; between two of them the sides
     are halved. attention_ds: at which downsampling factors the pixels attend to each other, with `heads` heads, or as many as
     take head_dim channels each. num_classes and null_class: as in dit.py; context_dim: the width of a context that
-    cross-attention sees. scale_shift, updown (both ADM's), conv_resample and new_attention_order: see the parts above. A width of
-    32 has one channel a group of the norms, which then take the time out again that is added without scale_shift.
-    ValueError on sides that cannot be halved so often, heads that do not divide a width, a y that does not fit.
+    cross-attention sees. updown: ResBlocks halve and double the sides, not `Downsample` and `Upsample`, which convolve with
+    conv_resample only. Take scale_shift with a width of 32: without it the time is added before a norm of one channel a group,
+    which takes it out again. ValueError on sides that cannot be halved so often, heads that do not divide a width, a y that
+    does not fit.
     """
 
     inputs = 1                         # images that the first convolution sees side by side
@@ -274,45 +271,47 @@ class UNet(nn.Module):
             return ResBlock(width, out_width, emb_dim, dropout, scale_shift, resample)
 
         def attend(width):
-            h = heads if head_dim is None else width // head_dim
-            if not h or width % h or head_dim and width % head_dim:
+            if width % (heads if head_dim is None else head_dim):
                 raise ValueError(f"heads do not divide the width {width}: " + (f"{heads} heads" if head_dim is None else
                                                                                f"{head_dim} channels a head"))
+            h = heads if head_dim is None else width // head_dim
             if context_dim is not None:
                 return SpatialTransformer(width, context_dim, h)
             return AttentionBlock(width, h, new_attention_order)
 
-        widths, ds = [int(multiplier * dim) for multiplier in multipliers], 1
+        widths = [int(multiplier * dim) for multiplier in multipliers]
+
+        def block(width, level):
+            layers = [res(width, widths[level])]
+            if 2 ** level in attention_ds:
+                layers.append(attend(widths[level]))
+            return layers
+
         width = widths[0]
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(self.inputs * channels, width, 3, padding=1))])
         skips = [width]                                                  # widths of the maps that the way up will see
-        for level, out_width in enumerate(widths):
+        for level in range(len(widths)):
             for _ in range(res_blocks):
-                layers, width = [res(width, out_width)], out_width
-                if ds in attention_ds:
-                    layers.append(attend(width))
-                self.input_blocks.append(Stage(*layers))
+                self.input_blocks.append(Stage(*block(width, level)))
+                width = widths[level]
                 skips.append(width)
             if level + 1 < len(widths):
                 self.input_blocks.append(Stage(res(width, width, nn.AvgPool2d(2)) if updown else Downsample(width, conv_resample)))
                 skips.append(width)
-                ds *= 2
         self.middle_block = Stage(res(width, width), attend(width), res(width, width))
         self.output_blocks = nn.ModuleList()
-        for level, out_width in reversed(list(enumerate(widths))):
+        for level in reversed(range(len(widths))):
             for i in range(res_blocks + 1):
-                layers, width = [res(width + skips.pop(), out_width)], out_width
-                if ds in attention_ds:
-                    layers.append(attend(width))
+                layers = block(width + skips.pop(), level)
+                width = widths[level]
                 if level and i == res_blocks:
                     layers.append(res(width, width, upsample) if updown else Upsample(width, conv_resample))
-                    ds //= 2
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(norm(width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1)))
 
     def denoise(self, x, t, y):
-        """The network itself: x (N, inputs C, H, W), t (N,), y checked -> (N, out_channels, H, W)."""
-        x = default_layout(x)                                            # a batch read as NHWC would keep its own: see `norm`
+        """The network itself: x (N, inputs C, H, W), t (N,), y as `vit.checked` returns it -> (N, out_channels, H, W)."""
+        x = default_layout(x)
         emb = self.time_embed(timestep_embedding(t, self.dim).to(x.dtype))           # (N, E)
         if self.num_classes is not None:
             emb = emb + self.label_emb(y)
@@ -322,7 +321,7 @@ class UNet(nn.Module):
             skips.append(x)
         x = run(self, self.middle_block, x, emb, y)
         for stage in self.output_blocks:
-            x = run(self, stage, torch.cat([x, skips.pop()], dim=1), emb, y)
+            x = run(self, stage, torch.cat([x, skips.pop()], dim=1), emb, y)         # the last one in is the first out
         return self.out(x)
 
     def forward(self, x, t, y=None):
@@ -332,10 +331,10 @@ class UNet(nn.Module):
 class SuperResUNet(UNet):
     """ADM's upsampler (§3, cascades): a UNet that also sees a smaller image low (N, C, h, w), scaled to x's size bilinearly.
 
-    The arguments are UNet's; channels counts those of one image. ValueError without low, or if it is not like x.
+    The arguments are UNet's; channels counts those of one image. ValueError without a low of as many images and channels as x.
     """
 
-    inputs, factor = 2, 4              # factor: x's sides are so many times low's, in training and in all releases
+    inputs, factor = 2, 4              # x's sides are four times low's, in training and in all releases
 
     def forward(self, x, t, y=None, low=None):
         y = checked(self, x, t, y)
@@ -347,13 +346,13 @@ class SuperResUNet(UNet):
 
 ADM = dict(scale_shift=True, updown=True)
 SIZES = {
-    # ours: for a laptop, Nano at the cost of DiT-Ti/4; ADM's design in two sizes like DiT's; a guess at the 53M U-Net of Fig. 5-1
+    # ours, ADM's design: for a laptop, Nano at the cost of DiT-Ti/4, and Ti-up, which needs no attention, as low says where what is
     "Nano": dict(dim=32, res_blocks=1, multipliers=(1, 1, 2), attention_ds=(4,), head_dim=32, **ADM),
     "Ti": dict(dim=32, res_blocks=1, multipliers=(1, 2, 2), attention_ds=(4,), head_dim=32, **ADM),
-    "Ti-up": dict(dim=32, res_blocks=1, multipliers=(1, 1, 2), attention_ds=(), head_dim=32, **ADM),    # low says where what is
+    "Ti-up": dict(dim=32, res_blocks=1, multipliers=(1, 1, 2), attention_ds=(), head_dim=32, **ADM),
     "S": dict(dim=128, res_blocks=2, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
     "B": dict(dim=192, res_blocks=3, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
-    "ldm-coco": dict(image_size=32, dim=128, attention_ds=(2, 4), context_dim=768),
+    "ldm-coco": dict(image_size=32, dim=128, attention_ds=(2, 4), context_dim=768),      # a guess at the 53M U-Net of Fig. 5-1
     # published, with the side of what they were trained on
     "ddpm-cifar10": dict(image_size=32, dim=128, dropout=0.1),
     "ddpm-256": dict(image_size=256, dim=128, multipliers=(1, 1, 2, 2, 4, 4), attention_ds=(16,)),

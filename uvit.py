@@ -1,11 +1,11 @@
 """U-ViT: a ViT for diffusion in which everything is a token, with long skip connections between its two halves.
 
 Report §3 and §4-1, Fig. 4-1. Paper: Bao et al. 2023, "All are Worth Words": time, condition and noisy patches enter one
-sequence; the k-th block from the end also sees what the k-th block put out; a 3 x 3 convolution may smooth the output.
+sequence; the k-th block from the end also sees what the k-th block put out; a 3 x 3 convolution may end the network.
 
-One signature with the other denoisers: model(x, t, y=None), see `vit.checked`. It predicts one quantity, like x: U-ViT learns
-no variance. State-dict names are those of the authors' release, which loads strictly; there t is a float on its own scale
-(released.py says which). Shapes: L patches, E extra tokens, D width, p patch, h heads.
+One signature with the other denoisers: model(x, t, y=None), see `vit.checked`. It returns one prediction like x: U-ViT learns
+no variance. State-dict names are those of the authors' release, which loads strictly; its networks count time in units of
+their own (`released.released_process`). Shapes: L patches, E extra tokens, D width, p patch.
 """
 import math
 
@@ -32,10 +32,9 @@ class UViTBlock(Block):
 class UViT(nn.Module):
     """Bao et al. 2023, figure 1: depth // 2 blocks down, one in the middle, depth // 2 up.
 
-    image_size is one number or (H, W) and counts what the network sees. num_classes=None builds no label token: y must then
-    be None; null_class adds the unconditional row. context_dim: the width of a text of exactly context_tokens tokens, which
-    takes the label's place. mlp_time_embed passes the time's embedding through an MLP. conv=False and skip=False leave out
-    the last convolution and the long skips, as in the paper's ablations.
+    image_size, num_classes and null_class: as in dit.py. context_dim: the width of a text of exactly context_tokens tokens,
+    which takes the label's place. mlp_time_embed passes the time's embedding through an MLP. conv=False and skip=False leave
+    out the last convolution and the long skips, as in the paper's ablations.
     ValueError on a size the patch does not divide, heads that do not divide the width, a y that does not fit.
     """
 
@@ -69,7 +68,7 @@ class UViT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """The authors': products normal with deviation 0.02, biases zero; convolutions and label table as PyTorch's."""
+        """The authors': weights normal with deviation 0.02, biases zero; convolutions and label table as PyTorch's."""
         nn.init.normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -98,16 +97,16 @@ class UViT(nn.Module):
             skips.append(x)
         x = run(self, self.mid_block, x)
         for block in self.out_blocks:
-            x = run(self, block, x, *([skips.pop()] if self.skip else []))               # the last one in is the first out
+            x = run(self, block, x, skips.pop() if self.skip else None)                  # the last one in is the first out
         x = self.decoder_pred(self.norm(x))[:, self.extras:]                             # (N, L, p p C): the extra tokens leave
         return self.final_layer(unpatchify(x, self.grid, self.patch_size))               # (N, C, H, W)
 
 
-SIZES = {                                # Bao et al. 2023, table 1 (whose layers count the middle one too); S-deep: MS-COCO
-    "Nano": dict(dim=192, depth=4, heads=4),             # ours, as Ti, for a laptop: at patch 4 it costs what DiT-Ti/4 does
-    "Ti": dict(dim=192, depth=6, heads=4),
+SIZES = {                                                # Bao et al. 2023, table 1, which counts the middle block too
+    "Nano": dict(dim=192, depth=4, heads=4),             # ours: at patch 4 it costs what DiT-Ti/4 does
+    "Ti": dict(dim=192, depth=6, heads=4),               # ours, for a laptop
     "S": dict(dim=512, depth=12, heads=8),
-    "S-deep": dict(dim=512, depth=16, heads=8),
+    "S-deep": dict(dim=512, depth=16, heads=8),          # of MS-COCO
     "M": dict(dim=768, depth=16, heads=12),
     "L": dict(dim=1024, depth=20, heads=16),
     "H": dict(dim=1152, depth=28, heads=16, conv=False),

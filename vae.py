@@ -1,12 +1,13 @@
 """The autoencoder of latent diffusion: an image becomes a smaller map, on which diffusion costs a fraction, and back.
 
 Report §2-5. Papers: Rombach et al. 2022 (LDM), section 3.1 and appendix G; Kingma & Welling 2014 (VAE). The encoder gives the
-mean and log variance of a Gaussian q(z | x) for each number of the latent z, the decoder draws the image from z. What is learned
-bounds the image's evidence: log p(x) >= E_q log p(x | z) - KL(q(z | x) || N(0, I)). Latent diffusion weighs the KL with 1e-6, so
-that z loses little: it only keeps latents from drifting apart, and their distribution is left to diffusion.
+mean and log variance of a Gaussian q(z | x) for each number of the latent z, the decoder draws the image from z. They learn a
+lower bound of the image's likelihood: log p(x) >= E_q log p(x | z) - KL(q(z | x) || N(0, I)). Latent diffusion weighs the KL with
+1e-6, so that z loses little: it only keeps latents from drifting apart, and their distribution is left to diffusion.
 
-Images are (N, C, H, W) in [-1, 1], any sides that the factor f divides; latents (N, c, H / f, W / f), not yet multiplied by
-`scale`; D is the width of a map. State-dict names are those of CompVis's releases; the diffusers library's are renamed.
+Images are (N, C, H, W) in [-1, 1], any sides that the factor f divides; latents (N, c, h, w), h = H / f, w = W / f, not yet
+multiplied by `scale`; D is the width of a map. State-dict names are those of CompVis's releases; the diffusers library's are
+renamed.
 """
 import re
 from collections import OrderedDict
@@ -38,13 +39,12 @@ def in_pieces(function, x, size):
     while len(x):
         try:
             pieces.append(function(x[:size]))
+            x = x[size:]
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
             size //= 2
             torch.cuda.empty_cache()
-            continue
-        x = x[size:]
     return torch.cat(pieces)
 
 
@@ -78,13 +78,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))   # (N, 1, H W, D)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))       # (N, 1, H W, D)
         out = attention(q, k, v).squeeze(1).transpose(1, 2)              # (N, D, H W)
         return x + self.proj_out(out.unflatten(2, x.shape[2:]))          # (N, D, H, W)
 
 
 def downsample(width):
-    """Halve even sides: (N, D, H, W) -> (N, D, H / 2, W / 2). Zeros lie right and below only, as in the released weights."""
+    """Halve even sides: (N, D, H, W) -> (N, D, H / 2, W / 2). Zeros stand right and below only, as for the released weights."""
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
 
 
@@ -94,12 +94,12 @@ def blocks(width, out_width, n):
 
 
 def middle(width):
-    """The layers between, on the smallest map, where every pixel sees every other."""
+    """The layers of the smallest map, between both paths; here every pixel sees every other."""
     return nn.ModuleDict({"block_1": ResBlock(width, width), "attn_1": AttentionBlock(width), "block_2": ResBlock(width, width)})
 
 
 class Encoder(nn.Module):
-    """An image (N, C, H, W) -> (N, 2 c, H / f, W / f), the moments of its latent. down.0 is of the image's size."""
+    """An image (N, C, H, W) -> (N, 2 c, h, w), the moments of its latent. down.0 is of the image's size."""
 
     def __init__(self, channels, dim, widths, res_blocks, latent_channels):
         super().__init__()
@@ -116,12 +116,12 @@ class Encoder(nn.Module):
         x = self.conv_in(x)                                              # (N, D, H, W)
         for level in (*self.down, self.mid):
             for layer in level.values():
-                x = layer(x)                                             # the last: (N, D, H / f, W / f)
+                x = layer(x)                                             # the last: (N, D, h, w)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """A latent (N, c, h, w) -> an image (N, C, f h, f w). up.0 is of the image's size and comes last."""
+    """A latent (N, c, h, w) -> an image (N, C, H, W). up.0 is of the image's size and comes last."""
 
     def __init__(self, channels, widths, res_blocks, latent_channels):
         super().__init__()
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)                                              # (N, D, h, w)
         for level in (self.mid, *reversed(self.up)):
             for layer in level.values():
-                x = layer(x)                                             # the last: (N, D, f h, f w)
+                x = layer(x)                                             # the last: (N, D, H, W)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -160,7 +160,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, channels=3, dim=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4):
         super().__init__()
-        if dim < 32 or dim % 32:
+        if dim == 0 or dim % 32:
             lower = max(32, dim // 32 * 32)
             raise ValueError(f"dim {dim} is not a multiple of 32, the groups of its norms: use {lower} or {lower + 32}")
         self.channels, self.latent_channels = channels, latent_channels
@@ -172,14 +172,14 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
     def encode(self, x):
-        """Mean and log variance of q(z | x), each (N, c, H / f, W / f), of images x (N, C, H, W); ValueError if x does not fit."""
+        """Mean and log variance of q(z | x), each (N, c, h, w), of images x (N, C, H, W); ValueError if x does not fit."""
         x = checked(x, self.channels, "images")
         divided(x.shape[2:], self.factor, "the autoencoder's factor")
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)             # CompVis's limits: the variance is 1e-13 … 5e8
 
     def decode(self, z):
-        """The images (N, C, f h, f w) of latents z (N, c, h, w)."""
+        """The images (N, C, H, W) of latents z (N, c, h, w); ValueError if z does not fit."""
         return self.decoder(self.post_quant_conv(checked(z, self.latent_channels, "latents")))
 
     def forward(self, x, noise):
@@ -188,7 +188,7 @@ class AutoencoderKL(nn.Module):
         return self.decode(sample_latent(mean, log_variance, noise)), mean, log_variance
 
 
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")      # a training checkpoint holds others: loss.*
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")      # a training checkpoint has more: loss.*
 RULES = [                              # a pattern in the diffusers library's names, old or new, and what CompVis calls it
     (r"mid_block\.resnets\.0\.", "mid.block_1."),
     (r"mid_block\.resnets\.1\.", "mid.block_2."),
@@ -208,7 +208,7 @@ RULES = [                              # a pattern in the diffusers library's na
 
 
 def counted(state, stem):
-    """How many modules of a list there are: the different numbers behind stem."""
+    """The length of a ModuleList of the name stem: how many different numbers stand behind it."""
     return len({name[len(stem) + 1:].split(".")[0] for name in state if name.startswith(f"{stem}.")})
 
 
@@ -238,7 +238,7 @@ def infer(state):
 
 
 def from_state(state):
-    """The autoencoder of a released state dict, whichever its names, in eval mode, in float32. ValueError if it is none."""
+    """The autoencoder of a released state dict, in either naming, in eval mode, in float32. ValueError if it is none."""
     try:
         state = names_of(state)
         with torch.device("meta"):                           # nothing is drawn that the file replaces

@@ -21,34 +21,39 @@ def pair(size):
 
 
 def divided(image_size, factor, what):
-    """Rows and columns left when both sides are divided by a factor, which is `what` of the network.
+    """Both sides of an image divided by a factor, which is called `what` in the message.
 
     ValueError, with the nearest sizes that work, where it does not divide a side.
     """
-    sides = pair(image_size)
-    for side in sides:
-        if side < factor or side % factor:
-            lower, upper = side // factor * factor, max(1, -(-side // factor)) * factor
-            nearest = f"{lower} or {upper}" if lower else upper
+    height, width = pair(image_size)
+    for side in (height, width):
+        if side == 0 or side % factor:
+            lower = side // factor * factor
+            nearest = f"{lower} or {lower + factor}" if lower else factor
             raise ValueError(f"image size {side} is not a multiple of {what} {factor}: use {nearest}")
-    return sides[0] // factor, sides[1] // factor
+    return height // factor, width // factor
 
 
 def token_grid(image_size, patch_size):
-    """Rows and columns of patches. ValueError, with the nearest sizes that work, where the patch does not divide a side."""
+    """Rows and columns of patches (§2-4-2). ValueError where the patch does not divide a side."""
     return divided(image_size, patch_size, "patch size")
 
 
-def checked(network, x, t, y):
-    """Check what a denoiser is given, at its door -> y, with the null label where it is None and there is one.
+def check_size(network, x):
+    """ValueError if x is not (N, C, H, W) of the network's channels and image_size."""
+    expected = (network.channels, *network.image_size)
+    if tuple(x.shape[1:]) != expected:
+        raise ValueError(f"input of shape {tuple(x.shape[1:])} where the network was built for {expected}")
 
-    x (N, C, H, W) must be of the size that network.channels and .image_size say, t (N,), and y labels (N,), a context
-    (N, M, context_dim) or None, as its .num_classes, .null_label and .context_dim ask. ValueError otherwise. Where a network
-    has a .text_encoder of its own, as `models.build` gives it, y may be a text's ids (N, M, W), which become its context here.
+
+def checked(network, x, t, y):
+    """Check what a denoiser is given, at its door -> y as it uses it: labels, a context or None.
+
+    x must be (N, channels, *image_size) of the network, t (N,). y: a context (N, M, context_dim) if it has a context_dim, or the
+    ids (N, M, W) of a text if it has a .text_encoder, which makes the context of them here; labels (N,) if it has classes, None
+    being the null label; None if it has neither. ValueError otherwise.
     """
-    if tuple(x.shape[1:]) != (network.channels, *network.image_size):
-        raise ValueError(f"input of shape {tuple(x.shape[1:])} where the network was built for "
-                         f"{(network.channels, *network.image_size)}")
+    check_size(network, x)
     if t.shape != x.shape[:1]:
         raise ValueError(f"t of shape {tuple(t.shape)} for {len(x)} images: it must be (N,)")
     if network.context_dim is not None:
@@ -69,15 +74,15 @@ def checked(network, x, t, y):
 
 
 def default_layout(x):
-    """x (N, C, H, W) in PyTorch's default memory layout, whatever it came in: see `unet.norm`.
+    """x (N, C, H, W) in PyTorch's default memory layout, whatever it came in: `unet.norm` says why.
 
-    A copy, because of one channel `.contiguous()` leaves the strides of NHWC bytes, from which convolutions take their layout.
+    A copy: with one channel `.contiguous()` would keep the strides of NHWC bytes, from which convolutions take their layout.
     """
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def run(network, block, *inputs):
-    """block(*inputs); recomputed in the backward pass where network.checkpointing is set: less memory, a third more work."""
+    """block(*inputs), recomputed in the backward pass if network.checkpointing: less memory for a third more work."""
     if network.checkpointing and network.training:
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
@@ -86,8 +91,8 @@ def run(network, block, *inputs):
 def timestep_embedding(t, dim):
     """Embed time as cosines, then sines, of geometrically falling frequencies.  Ho et al. 2020; the constants are DiT's.
 
-    t (N,), integer or not. Returns (N, dim) float32: cos(t w_k) for w_k = 10000^(-k / (dim // 2)), then the sines; an odd
-    dim ends in a column of zeros.
+    t (N,), whole or not. Returns (N, dim) float32: cos(t w_k) for w_k = 10000^(-k / (dim // 2)), then the sines; an odd dim
+    ends in a column of zeros.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -106,8 +111,8 @@ def sincos_position_embedding(dim, height, width):
         raise ValueError(f"width {dim} is not a multiple of 4, which two-dimensional sine-cosine positions need")
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [place.reshape(-1, 1) * frequencies for place in (column, row)]         # two of (L, dim / 4)
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+    column, row = (place.reshape(-1, 1) * frequencies for place in (column, row))            # angles, each (L, dim / 4)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()      # (L, dim)
 
 
 def unpatchify(tokens, grid, patch_size):
@@ -144,15 +149,13 @@ class PatchEmbed(nn.Module):
     def forward(self, x):
         rows, columns = token_grid(x.shape[2:], self.patch_size)
         p = self.patch_size
-        if x.shape[1] != self.proj.in_channels:
-            raise ValueError(f"images of {x.shape[1]} channels where the network takes {self.proj.in_channels}")
         patches = x.unflatten(3, (columns, p)).unflatten(2, (rows, p))        # (N, C, rows, p, columns, p)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, L, C p p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, L, C p p), the kernel's order
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (N, L, D): the convolution, as one product
 
 
 class Attention(nn.Module):
-    """Multi-head attention (§2-4-1) of tokens x (N, L, D) to themselves, or to a sequence context (N, M, D) if it is given."""
+    """Multi-head attention (§2-4-1) of tokens x (N, L, D) to themselves, or with cross to a context (N, M, D)."""
 
     def __init__(self, dim, heads, qkv_bias=True, cross=False):
         super().__init__()
@@ -166,8 +169,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, context=None):
-        projected = (self.q(x), *self.kv(context).chunk(2, dim=2)) if self.cross else self.qkv(x).chunk(3, dim=2)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in projected)    # each (N, h, L, d)
+        if self.cross:
+            projected = (self.q(x), *self.kv(context).chunk(2, dim=2))                           # (N, L, D), two of (N, M, D)
+        else:
+            projected = self.qkv(x).chunk(3, dim=2)                                              # three of (N, L, D)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in projected)    # (N, h, L or M, d)
         out = attention(q, k, v, self.fused)                                                     # (N, h, L, d)
         return self.proj(out.transpose(1, 2).flatten(2))                                         # (N, L, D)
 
@@ -189,12 +195,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block (§2-4-2): LayerNorm before self-attention and before the MLP, a residual around each.
+    """An encoder block (§2-4-2): LayerNorm before self-attention and before the MLP, a residual around each."""
 
-    eps is that of ViT's and DiT's released weights.
-    """
-
-    def __init__(self, dim, heads, approximate="none", eps=1e-6, qkv_bias=True):
+    def __init__(self, dim, heads, approximate="none", eps=1e-6, qkv_bias=True):     # eps of ViT's and DiT's released weights
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads, qkv_bias)
@@ -208,8 +211,6 @@ class Block(nn.Module):
 
 class ConvStem(nn.Sequential):
     """The hybrid's small CNN (§2-4-4): an image (N, C, H, W) becomes a feature map (N, D, H / 4, W / 4)."""
-
-    reduction = 4
 
     def __init__(self, channels, dim):
         layers = []
@@ -232,12 +233,13 @@ class ViT(nn.Module):
         self.image_size, self.channels = pair(image_size), channels
         self.patch_size, self.num_classes = patch_size, num_classes
         self.checkpointing = False         # see `run`
-        if hybrid and patch_size % ConvStem.reduction:
-            raise ValueError(f"the hybrid's feature map has a quarter of the image's sides: patch size {patch_size} is not a "
-                             f"multiple of {ConvStem.reduction}")
-        self.stem = ConvStem(channels, dim // 2) if hybrid else nn.Identity()
-        self.patch_embed = (PatchEmbed(patch_size // ConvStem.reduction, dim // 2, dim) if hybrid
-                            else PatchEmbed(patch_size, channels, dim))
+        if hybrid:
+            if patch_size % 4:
+                raise ValueError(f"the hybrid's feature map has a quarter of the image's sides: patch size {patch_size} is not a "
+                                 "multiple of 4")
+            self.stem, self.patch_embed = ConvStem(channels, dim // 2), PatchEmbed(patch_size // 4, dim // 2, dim)
+        else:
+            self.stem, self.patch_embed = nn.Identity(), PatchEmbed(patch_size, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))     # learned; row 0 is the class token's
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -255,9 +257,8 @@ class ViT(nn.Module):
 
     def tokens(self, x):
         """All tokens after the last norm (N, 1 + L, D), the class token first."""
-        if tuple(x.shape[2:]) != self.image_size:
-            raise ValueError(f"images of {tuple(x.shape[2:])} pixels where the network was built for {self.image_size}")
-        x = self.patch_embed(self.stem(default_layout(x)))                              # (N, L, D)
+        check_size(self, x)
+        x = self.patch_embed(self.stem(default_layout(x)))                               # (N, L, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)                 # (N, 1 + L, D)
         x = x + self.pos_embed
         for block in self.blocks:
@@ -268,9 +269,9 @@ class ViT(nn.Module):
         return self.head(self.tokens(x)[:, 0])                                           # (N, K)
 
 
-SIZES = {                          # Dosovitskiy et al. 2021, table 1; S: Touvron et al. 2021; Ti is ours, for a laptop, and
-    "Nano": dict(dim=64, depth=4, heads=4),        # Nano, which judges the digits: under a megabyte
-    "Ti": dict(dim=192, depth=6, heads=4),
+SIZES = {                                          # Dosovitskiy et al. 2021, table 1; S: Touvron et al. 2021
+    "Nano": dict(dim=64, depth=4, heads=4),        # ours, to judge drawn digits: under a megabyte
+    "Ti": dict(dim=192, depth=6, heads=4),         # ours, for a laptop
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),
     "L": dict(dim=1024, depth=24, heads=16),

@@ -845,7 +845,7 @@ def test_dpm_solver_has_its_order(order):
 def test_dpm_solver_of_first_order_is_ddim(steps, seed):
     diffusion = Diffusion(cosine_betas(100))
     respaced, model, x = diffusion.respaced(steps), denoiser(diffusion.betas, MIXTURE), normal(1, 1, 2, 3, seed=seed)
-    ddim = [x for _, x, _ in ddim_steps(respaced, model, x, None, 0.0, False)]
+    ddim = [x for _, x, _ in ddim_steps(respaced, model, x, None, clip=False)]
     solver = first_order_states(diffusion, model, x, respaced.timesteps[::-1].tolist(), to_zero=False)
     assert_close(torch.stack(solver), torch.stack(ddim[:-1]), **EXACT)
 
@@ -893,8 +893,8 @@ def test_ddim_with_eta_one_and_ddpm_draw_the_same_trajectory(betas, prediction, 
     diffusion, start = Diffusion(betas, prediction), normal(2, 1, 2, 3, seed=seed)
     model = lambda x, t: 0.8 * torch.sin(2 * x)              # any network
     noises = normal(len(betas), 2, 1, 2, 3, seed=seed + 1)
-    ddpm, ddim = (torch.stack([x for _, x, _ in steps(diffusion, model, start, iter(noises), 1.0, clip)])
-                  for steps in (ddpm_steps, ddim_steps))
+    ddpm, ddim = (torch.stack([x for _, x, _ in steps(diffusion, model, start, iter(noises), clip, **eta)])
+                  for steps, eta in ((ddpm_steps, {}), (ddim_steps, dict(eta=1.0))))
     assert_close(ddim, ddpm, rtol=1e-6, atol=1e-8)           # a fast step makes x0 of size 1e4 and more, then shrinks it back
 
 
@@ -904,7 +904,7 @@ def test_every_eta_keeps_the_marginals_of_a_known_image(betas, eta, x0):
     diffusion, T = Diffusion(betas, "x0"), len(betas)
     units = torch.eye(T + 1).double().reshape(T + 1, T + 1, 1, 1, 1)     # row k of the batch gets one unit of noise k alone
     start = diffusion.alpha_bars[-1] ** 0.5 * x0 + (1 - diffusion.alpha_bars[-1]) ** 0.5 * units[0]
-    trajectory = ddim_steps(diffusion, lambda x, t: torch.full_like(x, x0), start, iter(units[1:-1]), eta, False)
+    trajectory = ddim_steps(diffusion, lambda x, t: torch.full_like(x, x0), start, iter(units[1:-1]), False, eta=eta)
     xs = torch.stack([x.flatten() for _, x, _ in trajectory])            # (T, T + 1): the last row got none: it is the mean
     mean, variance = xs[:, -1], ((xs - xs[:, -1:]) ** 2).sum(dim=1)      # affine in independent noises: squares add up
     before = torch.from_numpy(np.append(diffusion.alpha_bars[:-1][::-1], 1.0))
