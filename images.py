@@ -80,19 +80,19 @@ def _image_files(folder):
 
 def side_of(folder):
     """The pixel side of a folder's images.  ValueError if they are not squares of one size."""
-    side, first = None, None
+    found = {}                                           # each size, and the first image that has it
     for path in _image_files(Path(folder)):
         try:
             with Image.open(path) as image:              # reads no further than its header
-                size = image.size
+                width, height = image.size
         except Exception as error:                       # decoders raise anything at all on a damaged file
             raise ValueError(f"cannot read the image {path}: {error}") from None
-        side, first = side or size, first or path
-        if size != side or size[0] != size[1]:
-            raise ValueError(f"the images of {folder} are not squares of one size: {path.name} has {size[0]}x{size[1]} pixels"
-                             + (f", {first.name} {side[0]}x{side[1]}" if size != side else "")
+        found.setdefault((width, height), path.name)
+        if len(found) > 1 or width != height:
+            raise ValueError(f"the images of {folder} are not squares of one size: "
+                             + ", ".join(f"{name} has {width}x{height} pixels" for (width, height), name in found.items())
                              + "; --image-size crops and scales them to one")
-    return side[0]
+    return width
 
 
 def captions_beside(files, skip_bad):
@@ -112,20 +112,20 @@ def captions_beside(files, skip_bad):
         if not skip_bad:
             raise ValueError(f"{message} (--skip-bad goes on without)")
         tqdm.write(f"left out: {message}")
-    files, captions = [path for path, has in zip(files, there) if has], []
-    for path, text in zip(files, (text for text in texts if text.is_file())):
+    captions = []
+    for text in (text for text, has in zip(texts, there) if has):
         try:
             captions.append([line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()] or [""])
         except ValueError as error:
             raise ValueError(f"{text} is not a text in UTF-8: {error}") from None
-    return files, captions
+    return [path for path, has in zip(files, there) if has], captions
 
 
 def coco_captions(annotations, skip_bad):
     """Image files and their captions, of a captions_*.json of MS-COCO.
 
-    The images lie in a folder of the json's name, as train2014, or where the json or its folder lies. ValueError, with their
-    number, if some are missing; with skip_bad they are left out.
+    The images lie beside the json or its folder, or there in a folder of its name, as train2014, in "images", or in both, one in
+    the other. ValueError, with their number, if some are missing; with skip_bad they are left out.
     """
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))

@@ -236,7 +236,7 @@ def test_the_side_of_a_folder_is_that_of_its_images(tmp_path):
 def test_a_folder_of_unequal_or_oblong_images_has_no_side(tmp_path):
     folder = photos(tmp_path / "photos", [1, 2])
     solid(folder / "03.png", 3, side=5)
-    with pytest.raises(ValueError, match=r"03\.png has 5x5 pixels, 00\.png 4x4; --image-size"):
+    with pytest.raises(ValueError, match=r"00\.png has 4x4 pixels, 03\.png has 5x5 pixels; --image-size"):
         image_files.side_of(folder)
     Image.new("L", (4, 6)).save(tmp_path / "photos" / "00.png")
     with pytest.raises(ValueError, match=r"00\.png has 4x6 pixels"):
