@@ -139,7 +139,7 @@ class Batches(torch.utils.data.Dataset):
         return self.dataset.batch(self.indices(step)[self.part], epochs[self.part])
 
 
-def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False, workers=None):
+def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False):
     """Load "mnist", "shapes" (10,000 images), "shapes:one" (one object each), "swissroll", "cifar10", "cifar10:DIR", "coco:DIR", a
     folder of images (class sub-folders, or flat and then without labels; perhaps with a .txt of captions beside each) or an .npz
     file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
@@ -165,12 +165,12 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif spec.endswith(".npz"):
         dataset = _resized(_npz(spec), image_size)
     elif name == "coco" and Path(argument).is_dir():
-        images, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad, workers)
+        images, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
         dataset = Dataset(spec, images, captions=captions)
         if own_split:
             return dataset
     elif Path(spec).is_dir():
-        images, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad, workers)
+        images, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad)
         dataset = Dataset(str(Path(spec)), images, labels, classes, captions=captions)
     else:
         raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, an "

@@ -4,7 +4,7 @@ Report §4-5: noise an image, tell the network the time and the class, let it pr
 §2-4: a ViT learns the labels. §2-5: an autoencoder learns to give images back. train.py's loop knows none of them. To it an
 objective is
 
-    groups, scores         names of the log's columns: the loss by group of samples, and what `report` measures
+    groups, scores         names of the log's columns: the loss by group of samples, and what `report` and `evaluate` measure
     draw(step, images, labels, part) -> batch      all of a step's randomness, drawn for the whole batch and cut to `part`
     loss(model, *batch) -> losses (n,), and the group (n,) of each sample, 0 .. len(groups) - 1
     report(network, path) -> {score: value}        at intervals, with the averaged weights; leaves a picture at path
@@ -12,8 +12,6 @@ objective is
     process                what run.pt says of the diffusion, or None
     autoencoder(network)   what it says of an autoencoder, or None
     flags                  of sample.py, after which a run's name stands, if there is a diffusion
-
-What a step draws depends on (seed, step) alone, so that a run resumes exactly and one process or eight train alike.
 """
 import math
 from functools import partial
@@ -72,7 +70,7 @@ def held_out(args):
 
 
 def save_rows(path, *sets):
-    """As picture: sets of as many images, uint8 (n, H, W, C), in rows of ten, below a row of the first those of the others."""
+    """Write a picture of sets of n images, uint8 (n, H, W, C), in rows of ten: below each row of the first set the others'."""
     n = len(sets[0]) // 10 * 10 or len(sets[0])          # whole rows
     rows = zip(*(images[:n].split(10) for images in sets))
     save_image(path, grid(torch.cat([row for group in rows for row in group]).numpy(), min(10, n)))

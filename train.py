@@ -92,7 +92,7 @@ def flags():
     add("--model", choices=TRAINABLE, help="default: dit, or mlp for swissroll")
     add("--size", help="Ti S B L XL … and the patch, as B/4; a U-Net's has no patch (default: Ti/8 or Ti, for a laptop; an unknown "
         "size gets the list)")
-    add("--conditioning", choices=dit.BLOCKS, help="how a DiT is told (default: adaln-zero, the best)")
+    add("--conditioning", choices=dit.BLOCKS, help="how a DiT is told (default: adaln-zero, the best; a text by cross-attention)")
     add("--hybrid", **switch, help="a ViT's patches are a small CNN's features")
     add("--schedule", choices=SCHEDULES, help=f"of the noise ({default('schedule')})")
     add("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
@@ -107,7 +107,7 @@ def flags():
     add("--text", **switch, help="learn from the data's captions, with a small text encoder that is trained too")
     add("--clip", metavar="DIR", help="with CLIP's text encoder instead, which stays as it is: a folder of Hugging Face's files")
     add("--flip", **switch, help="mirror half of the images; not for digits")
-    add("--shift", type=natural, help="move images by up to N pixels (default: 2 for vit Ti, else 0)")
+    add("--shift", type=natural, help="move images by up to N pixels (default: 2 for vit Ti and Nano, else 0)")
     add("--skip-bad", **switch, help="leave out image files that cannot be read")
     add("--cache", help="folder for decoded images and downloads (default: the user's cache)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -131,7 +131,7 @@ def flags():
     add("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
     add("--resume", **switch, help="go on with --out; flags left out are the run's own")
     add("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
-    add("--sample-every", type=positive, help=f"steps between pictures, or a ViT's held-out accuracy ({default('sample_every')})")
+    add("--sample-every", type=positive, help=f"steps between pictures and held-out scores ({default('sample_every')})")
     add("--eval-every", type=positive, help="steps between evaluate.py's scores in run.csv, of --eval-n samples (default: never)")
     add("--eval-n", type=positive, help="samples for them; papers take 50000 (default: 2000)")
     add("--features", help="as evaluate.py's: inception, or a file (default: the shipped ViT for the digits, else inception)")
@@ -206,7 +206,7 @@ def check(args, given):
         raise ValueError(f"--clip {args.clip}: there is no such folder")
     if max(args.ema, args.cfg_drop or 0) >= 1:
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
-    description(args, TEXT if args.text else {}, image_size=0, channels=1, num_classes=1)      # sizes, and options of one model
+    description(args, TEXT if args.text else {}, image_size=0, channels=1, num_classes=1)      # refuses what no data can mend
 
 
 def description(args, text, **data):
