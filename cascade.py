@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 import ddpm
 from checkpoint import build, load
+from drawing import STEPS
 from unet import SuperResUNet
 from vae import in_pieces
 
 MAX_SIGMA = 0.2                  # of low's noise in training; pixels lie in [-1, 1]
-STEPS = 20                       # of DPM-Solver++, as for the base
 UPSAMPLED = 1                    # in a key of noise: the upsampler's, which the base must not share
 
 
@@ -55,9 +55,11 @@ def load_upsampler(path, base, labelled, shape):
         raise ValueError(f"--cascade {path} enlarges {height}x{width} pixels of {network.channels} channels, and --ckpt draws "
                          "{}x{} of {}".format(*shape))
     if network.num_classes is not None:
-        names, own_names = (run["data"].get("classes") for run in (base, described))
-        unlike = labelled != network.num_classes or names and own_names and names != own_names
-        if unlike if labelled is not None else network.null_label is None:
+        names, own_names = (run["data"].get("classes") for run in (base, described))     # None where they are not known
+        fits = labelled == network.num_classes and (not names or not own_names or names == own_names)
+        if labelled is None:                             # then it is told its null class
+            fits = network.null_label is not None
+        if not fits:
             raise ValueError(f"--cascade {path} was trained with {network.num_classes} classes, which are not those of --ckpt")
     return network, diffusion
 

@@ -20,6 +20,7 @@ from points import POINTS, swiss_roll
 ASSETS = Path(__file__).parent / "assets"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_FOLDER = "cifar-10-batches-bin"                                  # in the archive
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPES = 10_000                  # images of `shapes`
 MAPPED = 2 ** 30                 # bytes of an .npz's images above which they stay in the file
@@ -124,13 +125,13 @@ class Batches(torch.utils.data.Dataset):
         self.order = (None, None)                # of the epoch read last
 
     def indices(self, step):
-        """Positions (batch_size,) in the data set, before `part`."""
-        positions = step * self.batch_size + np.arange(self.batch_size)
+        """Which images (batch_size,) of the data set a step reads, before `part`."""
+        epochs, positions = np.divmod(step * self.batch_size + np.arange(self.batch_size), len(self.dataset))
         pieces = []
-        for epoch in range(positions[0] // len(self.dataset), positions[-1] // len(self.dataset) + 1):
+        for epoch in range(epochs[0], epochs[-1] + 1):
             if self.order[0] != epoch:
                 self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
-            pieces.append(self.order[1][positions[positions // len(self.dataset) == epoch] % len(self.dataset)])
+            pieces.append(self.order[1][positions[epochs == epoch]])
         return np.concatenate(pieces)
 
     def __getitem__(self, step):
@@ -138,7 +139,7 @@ class Batches(torch.utils.data.Dataset):
         return self.dataset.batch(self.indices(step)[self.part], epochs[self.part])
 
 
-def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False, workers=None):
+def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False):
     """Load "mnist", "shapes" (10,000 images), "shapes:one" (one object each), "swissroll", "cifar10", "cifar10:DIR", "coco:DIR", a
     folder of images (class sub-folders, or flat and then without labels; perhaps with a .txt of captions beside each) or an .npz
     file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
@@ -164,12 +165,12 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif spec.endswith(".npz"):
         dataset = _resized(_npz(spec), image_size)
     elif name == "coco" and Path(argument).is_dir():
-        images, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad, workers)
+        images, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
         dataset = Dataset(spec, images, captions=captions)
         if own_split:
             return dataset
     elif Path(spec).is_dir():
-        images, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad, workers)
+        images, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad)
         dataset = Dataset(str(Path(spec)), images, labels, classes, captions=captions)
     else:
         raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, an "
@@ -188,10 +189,9 @@ def _mnist(image_size):
     """10,000 digits of MNIST's training set, 28 pixels padded to 32; 28 are given unpadded on demand."""
     with np.load(ASSETS / "mnist.npz") as archive:
         images, labels = archive["images"][..., None], archive["labels"]
-    dataset = Dataset("mnist", images, labels, [str(digit) for digit in range(10)])
     if image_size != 28:
-        dataset = Dataset("mnist", np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), labels, dataset.classes)
-    return _resized(dataset, image_size)
+        images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    return _resized(Dataset("mnist", images, labels, [str(digit) for digit in range(10)]), image_size)
 
 
 def _npz(path):
@@ -256,16 +256,14 @@ def _cifar10(folder, split, cache):
     if folder is None:
         folder = cache_folder(cache)
         download(CIFAR10_URL, CIFAR10_SHA256, folder, "CIFAR-10")
-    folder = Path(folder)
-    places = [folder, folder / "cifar-10-batches-bin"]
-    extracted = next((place for place in places if all((place / name).exists() for name in names)), None)
-    archive = folder / CIFAR10_URL.rsplit("/", 1)[-1]
+    archive = Path(folder, CIFAR10_URL.rsplit("/", 1)[-1])
+    places = [place for place in (Path(folder), Path(folder, CIFAR10_FOLDER)) if all((place / name).exists() for name in names)]
     try:
-        if extracted is not None:
-            parts = [(extracted / name).read_bytes() for name in names]
+        if places:
+            parts = [(places[0] / name).read_bytes() for name in names]
         elif archive.exists():
             with tarfile.open(archive, "r:gz") as tar:                   # members are read, never extracted to disk
-                parts = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
+                parts = [tar.extractfile(f"{CIFAR10_FOLDER}/{name}").read() for name in names]
         else:
             raise ValueError(f"it has neither {names[0]} nor {archive.name}")
         records = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)

@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from files import atomic_file, cache_folder
 
+FOR_A_WORKER = 256               # image files that are worth another process, which takes a second to start
+
 
 def center_crop(image, size):
     """A Pillow image as a size x size one: halve by boxes while twice too large, scale bicubically, crop the centre (ADM)."""
@@ -80,19 +82,19 @@ def _image_files(folder):
 
 def side_of(folder):
     """The pixel side of a folder's images.  ValueError if they are not squares of one size."""
-    side, first = None, None
+    found = {}                                           # each size, and the first image that has it
     for path in _image_files(Path(folder)):
         try:
             with Image.open(path) as image:              # reads no further than its header
-                size = image.size
+                width, height = image.size
         except Exception as error:                       # decoders raise anything at all on a damaged file
             raise ValueError(f"cannot read the image {path}: {error}") from None
-        side, first = side or size, first or path
-        if size != side or size[0] != size[1]:
-            raise ValueError(f"the images of {folder} are not squares of one size: {path.name} has {size[0]}x{size[1]} pixels"
-                             + (f", {first.name} {side[0]}x{side[1]}" if size != side else "")
+        found.setdefault((width, height), path.name)
+        if len(found) > 1 or width != height:
+            raise ValueError(f"the images of {folder} are not squares of one size: "
+                             + ", ".join(f"{name} has {width}x{height} pixels" for (width, height), name in found.items())
                              + "; --image-size crops and scales them to one")
-    return side[0]
+    return width
 
 
 def captions_beside(files, skip_bad):
@@ -112,20 +114,20 @@ def captions_beside(files, skip_bad):
         if not skip_bad:
             raise ValueError(f"{message} (--skip-bad goes on without)")
         tqdm.write(f"left out: {message}")
-    files, captions = [path for path, has in zip(files, there) if has], []
-    for path, text in zip(files, (text for text in texts if text.is_file())):
+    captions = []
+    for text in (text for text, has in zip(texts, there) if has):
         try:
             captions.append([line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()] or [""])
         except ValueError as error:
             raise ValueError(f"{text} is not a text in UTF-8: {error}") from None
-    return files, captions
+    return [path for path, has in zip(files, there) if has], captions
 
 
 def coco_captions(annotations, skip_bad):
     """Image files and their captions, of a captions_*.json of MS-COCO.
 
-    The images lie in a folder of the json's name, as train2014, or where the json or its folder lies. ValueError, with their
-    number, if some are missing; with skip_bad they are left out.
+    The images lie beside the json or its folder, or there in a folder of its name, as train2014, in "images", or in both, one in
+    the other. ValueError, with their number, if some are missing; with skip_bad they are left out.
     """
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
@@ -152,7 +154,7 @@ def coco_captions(annotations, skip_bad):
     return [path for path, _ in kept], [some for _, some in kept]
 
 
-def coco(folder, split, size, cache, skip_bad, workers):
+def coco(folder, split, size, cache, skip_bad):
     """Images and captions of MS-COCO in a folder, and whether it has a test split of its own, captions_val*.json beside a
     captions_train*.json. ValueError if there is no captions_*.json."""
     found = sorted(path for place in (folder, folder / "annotations") for path in place.glob("captions_*.json"))
@@ -164,11 +166,11 @@ def coco(folder, split, size, cache, skip_bad, workers):
     chosen = {"train": train, "test": val, "all": found}[split] if own else found
     files, captions = (sum(parts, []) for parts in zip(*(coco_captions(path, skip_bad) for path in chosen)))
     where = folder.resolve() / "+".join(path.stem for path in chosen)
-    images, kept = decoded(where, folder, files, size, cache, skip_bad, workers)
+    images, kept = decoded(where, folder, files, size, cache, skip_bad)
     return images, [captions[i] for i in kept], own
 
 
-def image_folder(folder, size, cache, skip_bad, workers):
+def image_folder(folder, size, cache, skip_bad):
     """Images, labels, class names and captions of a folder; labels and names are None without class sub-folders, captions without
     .txt files."""
     files, captions = captions_beside(_image_files(folder), skip_bad)
@@ -176,12 +178,12 @@ def image_folder(folder, size, cache, skip_bad, workers):
     if None in tops and len(set(tops)) > 1:
         raise ValueError(f"{folder} holds images beside class sub-folders: move {files[tops.index(None)].name} into one")
     classes = None if tops[0] is None else sorted(set(tops))
-    images, kept = decoded(folder.resolve(), folder, files, size, cache, skip_bad, workers)
+    images, kept = decoded(folder.resolve(), folder, files, size, cache, skip_bad)
     labels = None if classes is None else np.array([classes.index(tops[i]) for i in kept])
     return images, labels, classes, None if captions is None else [captions[i] for i in kept]
 
 
-def decoded(name, folder, files, size, cache, skip_bad, workers):
+def decoded(name, folder, files, size, cache, skip_bad):
     """Image files, decoded and cropped, from the cache if they are there unchanged -> uint8 (M, size, size, 1 or 3), and which
     of the files they are.  name: a path that tells this list of files of the folder from others."""
     if size is None:
@@ -198,15 +200,15 @@ def decoded(name, folder, files, size, cache, skip_bad, workers):
         usable = False
     if not usable:
         meta_file.unlink(missing_ok=True)                # a cut-off rebuild leaves no claim behind
-        meta = {"fingerprint": fingerprint, **_decode_all(files, size, pixels, skip_bad, workers)}
+        meta = {"fingerprint": fingerprint, **_decode_all(files, size, pixels, skip_bad)}
         with atomic_file(meta_file) as file:
             file.write(json.dumps(meta).encode())
     return np.memmap(pixels, np.uint8, "r", shape=tuple(meta["shape"])), meta["kept"]
 
 
-def _decode_all(files, size, target, skip_bad, workers):
+def _decode_all(files, size, target, skip_bad):
     """Decode files into one raw uint8 file -> {"shape", "kept": their indices}. Three channels unless all are grey."""
-    workers = min(os.cpu_count() or 1, len(files) // 256) if workers is None else workers    # a process costs a second to start
+    workers = min(os.cpu_count() or 1, len(files) // FOR_A_WORKER)
     kept, bad, all_grey = [], [], True
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         raw = Path(scratch) / "pixels"

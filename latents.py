@@ -8,6 +8,7 @@ Captions likewise (§4-1): a frozen encoder makes a context of each, once.
 """
 import hashlib
 import json
+import math
 import os
 
 import numpy as np
@@ -52,16 +53,12 @@ def fingerprint(dataset):
 def reserve(path, shape, dtype):
     """An .npy of zeros whose room on the disk is taken now, so that a full disk is an OSError and no crash later."""
     if not path.exists():
-        table = np.lib.format.open_memmap(path, "w+", dtype, shape)
-        size = table.nbytes + table.offset
-        del table
-        if hasattr(os, "posix_fallocate"):
-            try:
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, size)
-            except OSError:
-                path.unlink()                            # the next call must not take it for reserved
-                raise
+        with atomic_file(path) as file:
+            np.lib.format.write_array_header_1_0(file, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape))
+            size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):           # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
     return np.load(path, mmap_mode="r+")
 
 
@@ -77,8 +74,8 @@ def encode(autoencoder, images):
 def fill(name, about, shapes, compute, cache=None, dtype=np.float32):
     """Arrays in the cache, computed now as far as no earlier call, perhaps killed, has done it; each process does its share.
 
-    about: plain values that tell them from others, with their number of rows; shapes {file name: shape}; compute(start, stop) ->
-    these rows of each. Returns the folder, and the arrays, memory-mapped.
+    about: plain values that tell these arrays from others, with their number of rows; shapes {file name: shape};
+    compute(start, stop) -> these rows of each. Returns the folder, and the arrays, memory-mapped.
     """
     folder, rows = cache_folder(cache) / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}", about["rows"]
     with first_in_turn():
@@ -88,8 +85,9 @@ def fill(name, about, shapes, compute, cache=None, dtype=np.float32):
                 record.unlink()
         tables = [reserve(folder / file, shape, dtype) for file, shape in shapes.items()]
     mine, parts = share(rows), dist.get_world_size() if dist.is_initialized() else 1
-    record = folder / ("meta.json" if parts == 1 else f"meta-{mine.start}-{mine.stop}.json")
-    done = rows_done(folder / "meta.json", about, rows) and len(mine) or rows_done(record, about, 0)
+    whole = folder / "meta.json"
+    record = whole if parts == 1 else folder / f"meta-{mine.start}-{mine.stop}.json"
+    done = len(mine) if rows_done(whole, about) == rows else rows_done(record, about)
     with progress_bar("encoding", rows) as bar:
         bar.update(done)
         for i, start in enumerate(range(mine.start + done, mine.stop, BATCH), 1):
@@ -104,9 +102,9 @@ def fill(name, about, shapes, compute, cache=None, dtype=np.float32):
     if parts > 1:
         dist.barrier()
         if dist.get_rank() == 0:
-            write_record(folder / "meta.json", about, rows)
+            write_record(whole, about, rows)
         dist.barrier()
-        if not rows_done(folder / "meta.json", about, rows):
+        if rows_done(whole, about) != rows:
             raise ValueError(f"{folder} is not complete: all processes need one cache, --cache DIR")
     return folder, [np.load(folder / file, mmap_mode="r") for file in shapes]
 
@@ -160,11 +158,11 @@ def write_record(path, about, done):
         file.write(json.dumps({**about, "done": done}).encode())
 
 
-def rows_done(path, about, wanted):
-    """How many rows a record says are done, 0 if fewer than wanted; 0 without a record, or with one of something else."""
+def rows_done(path, about):
+    """How many rows a record says are done; 0 without a record, or with one of something else."""
     try:
         found = json.loads(path.read_text())
         done = found.pop("done")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return 0
-    return done if found == about and isinstance(done, int) and done >= wanted else 0
+    return done if found == about and isinstance(done, int) and done > 0 else 0

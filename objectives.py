@@ -4,16 +4,14 @@ Report §4-5: noise an image, tell the network the time and the class, let it pr
 §2-4: a ViT learns the labels. §2-5: an autoencoder learns to give images back. train.py's loop knows none of them. To it an
 objective is
 
-    groups, scores         names of the log's columns: the loss by group of samples, and what `report` measures
+    groups, scores         names of the log's columns: the loss by group of samples, and what `report` and `evaluate` measure
     draw(step, images, labels, part) -> batch      all of a step's randomness, drawn for the whole batch and cut to `part`
     loss(model, *batch) -> losses (n,), and the group (n,) of each sample, 0 .. len(groups) - 1
     report(network, path) -> {score: value}        at intervals, with the averaged weights; leaves a picture at path
     evaluate(network) -> {score: value}            every --eval-every steps, by all processes together; a classifier has none
-    description()          what run.pt says of the diffusion, or None
+    process                what run.pt says of the diffusion, or None
     autoencoder(network)   what it says of an autoencoder, or None
-    flags                  those of sample.py that a run's name follows, if there is a diffusion
-
-What a step draws depends on (seed, step) alone, so that a run resumes exactly and one process or eight train alike.
+    flags                  of sample.py, after which a run's name stands, if there is a diffusion
 """
 import math
 from functools import partial
@@ -38,33 +36,44 @@ KL_WEIGHT = 1e-6                                         # Rombach et al. 2022, 
 TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT, LATENT, LOW = range(8)  # what a generator draws, so that one use does not disturb another
 
 
-def generators(args, step, device):
-    """A function that makes the random generator of one use in one step."""
-    return lambda purpose: keyed_generator((args.seed, step, purpose), device)
+def source(args, step, purpose, device):
+    """The device, and the generator there of one use in one step, as torch.rand and its like take them."""
+    return dict(device=device, generator=keyed_generator((args.seed, step, purpose), device))
 
 
 def draw_images(step, images, part, args, device):
     """Images (n, H, W, C) uint8, this process's part of the batch -> (n, C, H, W) in [-1, 1], flipped and moved at random."""
-    N, generator, flip, offset = args.batch_size, generators(args, step, device), None, None
+    N, flip, offset = args.batch_size, None, None
     if args.flip:
-        flip = (torch.rand(N, generator=generator(FLIP), device=device) < 0.5)[part]
+        flip = (torch.rand(N, **source(args, step, FLIP, device)) < 0.5)[part]
     if args.shift:
-        offset = torch.randint(-args.shift, args.shift + 1, (N, 2), generator=generator(SHIFT), device=device)[part]
+        offset = torch.randint(-args.shift, args.shift + 1, (N, 2), **source(args, step, SHIFT, device))[part]
     return data.augment(data.to_float(images.to(device, non_blocking=True)), flip, offset)
 
 
 def draw_latents(step, moments, part, args, device, scale):
     """Moments (n, F, 2, c, h, w) of `latents.Latents`, this process's part -> scaled latents (n, c, h, w), sampled afresh."""
-    N, generator = args.batch_size, generators(args, step, device)
-    moments = moments.to(device, non_blocking=True)
+    N, moments = args.batch_size, moments.to(device, non_blocking=True)
+    chosen = moments[:, 0]                                                               # (n, 2, c, h, w)
     if args.flip:
-        flip = (torch.rand(N, generator=generator(FLIP), device=device) < 0.5)[part]
-        moments = torch.where(flip.reshape(-1, 1, 1, 1, 1), moments[:, 1], moments[:, 0])        # (n, 2, c, h, w)
-    else:
-        moments = moments[:, 0]
-    mean, std = moments.unbind(dim=1)                                                    # (n, c, h, w)
-    eps = torch.randn((N, *mean.shape[1:]), generator=generator(LATENT), device=device)[part]
+        flip = (torch.rand(N, **source(args, step, FLIP, device)) < 0.5)[part]
+        chosen = torch.where(flip.reshape(-1, 1, 1, 1, 1), moments[:, 1], chosen)        # of the mirror image
+    mean, std = chosen.unbind(dim=1)                                                     # (n, c, h, w)
+    eps = torch.randn((N, *mean.shape[1:]), **source(args, step, LATENT, device))[part]
     return scale * (mean + std * eps)
+
+
+def held_out(args):
+    """The held-out part of the data, which may lie in other files than the training part."""
+    with first_in_turn():
+        return data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
+
+
+def save_rows(path, *sets):
+    """Write a picture of sets of n images, uint8 (n, H, W, C), in rows of ten: below each row of the first set the others'."""
+    n = len(sets[0]) // 10 * 10 or len(sets[0])          # whole rows
+    rows = zip(*(images[:n].split(10) for images in sets))
+    save_image(path, grid(torch.cat([row for group in rows for row in group]).numpy(), min(10, n)))
 
 
 class Denoising:
@@ -80,6 +89,7 @@ class Denoising:
             self.y_null = self.y_null.to(device)
         self.vae = getattr(dataset, "autoencoder", None)
         self.diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
+        self.process = dict(schedule=args.schedule, T=self.diffusion.T, prediction=args.prediction, variance=args.variance)
         if args.eval_every:
             if min(args.eval_n, len(dataset)) < 4:
                 raise ValueError(f"--eval-every: precision and recall need at least 4 samples and images, not {args.eval_n} and "
@@ -89,11 +99,6 @@ class Denoising:
             self.real = measure_reference(dataset if self.vae is None else dataset.pixels, self.space, args.data).measured
             self.scores = tuple(map(self.space.title, possible(self.space, None if args.text else dataset.classes)))
 
-    def description(self):
-        """The process, for run.pt."""
-        args = self.args
-        return dict(schedule=args.schedule, T=self.diffusion.T, prediction=args.prediction, variance=args.variance)
-
     def autoencoder(self, network):
         """Where the autoencoder comes from, see `checkpoint.load_autoencoder`, and the scale of its latents; None on pixels."""
         return None if self.vae is None else {**self.vae.origin, "scale": self.vae.scale}
@@ -102,17 +107,16 @@ class Denoising:
         """x0 (n, C, H, W), t (n,), y, eps like x0: n of the batch's N samples.  y: labels (n,), a text's ids (n, L, W) or context
         (n, L, D), or None."""
         args, device, N = self.args, self.device, self.args.batch_size
-        generator = generators(args, step, device)
         x0 = (draw_images(step, images, part, args, device) if self.vae is None
               else draw_latents(step, images, part, args, device, self.vae.scale))
-        t = torch.randint(self.diffusion.T, (N,), generator=generator(TIME), device=device)[part]
-        eps = torch.randn((N, *x0.shape[1:]), generator=generator(NOISE), device=device)[part]
+        t = torch.randint(self.diffusion.T, (N,), **source(args, step, TIME, device))[part]
+        eps = torch.randn((N, *x0.shape[1:]), **source(args, step, NOISE, device))[part]
         if labels is None:
             return x0, t, None, eps
         y = labels.to(device, non_blocking=True)
         y = y.float() if y.is_floating_point() else y                    # contexts are kept in half precision
         if self.y_null is not None:                      # guidance (§3) needs both, Ho & Salimans 2022, algorithm 1
-            dropped = (torch.rand(N, generator=generator(DROP), device=device) < args.cfg_drop)[part]
+            dropped = (torch.rand(N, **source(args, step, DROP, device)) < args.cfg_drop)[part]
             y = torch.where(dropped.reshape(-1, *(1,) * (y.ndim - 1)), self.y_null, y)
         return x0, t, y, eps
 
@@ -153,15 +157,14 @@ class SuperResolution(Denoising):
     def __init__(self, args, dataset, network, device):
         super().__init__(args, dataset, network, device)
         self.low_size = divided(dataset.image_size, network.factor, "the upsampler's factor")
-        with first_in_turn():                            # it may be other files than the training part
-            self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
+        self.held_out = held_out(args)
 
     def draw(self, step, images, labels, part):
         """As of `Denoising`, and low (n, C, H / 4, W / 4)."""
         x0, t, y, eps = super().draw(step, images, labels, part)
-        N, generator = self.args.batch_size, generators(self.args, step, self.device)(LOW)
-        sigma = torch.rand(N, generator=generator, device=self.device)[part]
-        noise = torch.randn((N, x0.shape[1], *self.low_size), generator=generator, device=self.device)[part]
+        N, low = self.args.batch_size, source(self.args, step, LOW, self.device)
+        sigma = torch.rand(N, **low)[part]
+        noise = torch.randn((N, x0.shape[1], *self.low_size), **low)[part]
         return x0, t, y, eps, augmented(shrink(x0), sigma, noise)
 
     def loss(self, model, x0, t, y, eps, low):
@@ -169,14 +172,13 @@ class SuperResolution(Denoising):
         return super().loss(partial(model, low=low), x0, t, y, eps)
 
     def report(self, network, path):
-        """Three rows of up to ten images each, and so on."""
-        n = min(30, len(self.held_out) // 10 * 10 or len(self.held_out))
+        """Up to 30 images, in three rows for ten of them."""
+        n = min(30, len(self.held_out))
         images, labels = self.held_out.batch(np.arange(n))
         low = shrink(data.to_float(images.to(self.device)))
         drawn = data.to_uint8(enlarge(network, self.diffusion, low, labels, self.args.seed, range(n))).cpu()
         small = data.to_uint8(low).cpu().repeat_interleave(network.factor, dim=1).repeat_interleave(network.factor, dim=2)
-        rows = zip(small.split(10), drawn.split(10), images.split(10))
-        save_image(path, grid(torch.cat([row for three in rows for row in three]).numpy(), min(10, n)))
+        save_rows(path, small, drawn, images)
         return {}
 
 
@@ -197,15 +199,11 @@ class PointDenoising(Denoising):
 class Classification:
     """Cross-entropy of the labels (§2-4). The score is the accuracy on held-out images; the picture shows what is mistaken."""
 
-    groups, scores = (), ("accuracy",)
+    groups, scores, process = (), ("accuracy",), None
 
     def __init__(self, args, dataset, network, device):
         self.args, self.device = args, device
-        with first_in_turn():                            # it may be other files than the training part
-            self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
-
-    def description(self):
-        """No diffusion."""
+        self.held_out = held_out(args)
 
     def autoencoder(self, network):
         """No autoencoder."""
@@ -238,16 +236,12 @@ class Autoencoding:
     image. Rombach et al. 2022, appendix G; its perceptual and adversarial terms need other trained networks and are left out.
     The score is the held-out PSNR in dB; the picture shows held-out images above what becomes of them."""
 
-    groups, scores = (), ("psnr",)
+    groups, scores, process = (), ("psnr",), None
 
     def __init__(self, args, dataset, network, device):
         self.args, self.dataset, self.device = args, dataset, device
         self.latent_shape = (network.latent_channels, *divided(dataset.image_size, network.factor, "the autoencoder's factor"))
-        with first_in_turn():                            # it may be other files than the training part
-            self.held_out = data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
-
-    def description(self):
-        """No diffusion."""
+        self.held_out = held_out(args)
 
     @torch.no_grad()
     def autoencoder(self, network):
@@ -261,8 +255,8 @@ class Autoencoding:
 
     def draw(self, step, images, labels, part):
         """x (n, C, H, W), noise (n, c, H / f, W / f)."""
-        N, generator = self.args.batch_size, generators(self.args, step, self.device)
-        noise = torch.randn((N, *self.latent_shape), generator=generator(NOISE), device=self.device)[part]
+        shape = (self.args.batch_size, *self.latent_shape)
+        noise = torch.randn(shape, **source(self.args, step, NOISE, self.device))[part]
         return draw_images(step, images, part, self.args, self.device), noise
 
     def loss(self, model, x, noise):
@@ -282,9 +276,7 @@ class Autoencoding:
             decoded = network.decode(network.encode(x)[0]).clamp(-1, 1)
             error += (decoded - x).double().square().flatten(1).mean(dim=1).sum().item()
             shown.append(data.to_uint8(decoded).cpu())
-        n = min(40, len(images) // 10 * 10 or len(images))                               # whole rows, each above its own
-        pairs = zip(images[:n].split(10), torch.cat(shown)[:n].split(10))
-        save_image(path, grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(10, len(images))))
+        save_rows(path, images[:40], torch.cat(shown)[:40])
         return {"psnr": 10 * math.log10(4 * len(images) / error) if error else math.inf}
 
 

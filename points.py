@@ -73,9 +73,9 @@ class MLP(nn.Module):
 SIZES = {"Ti": dict(dim=128, depth=4)}           # ours: a minute on one core
 
 
-def panel(points, title="", colour=COLOURS[0], **options):
-    """A chart of points (n, 2), over the whole roll; options are Chart's."""
-    chart = Chart(WINDOW, WINDOW, title, **{"width": 460, "height": 460, **options})
+def panel(points, title="", colour=COLOURS[0], width=460, height=460):
+    """A chart of points (n, 2), over the whole roll."""
+    chart = Chart(WINDOW, WINDOW, title, width=width, height=height)
     chart.points(*points.T, colour, radius=1.5)
     return chart
 

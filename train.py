@@ -29,8 +29,8 @@ import checkpoint
 import data
 import dit
 import unet
-from cli import (Parser, first_in_turn, ignore_signals, not_negative, one_line_errors, parent_of, positive, processes, stop_signals,
-                 total)
+from cli import (Parser, first_in_turn, ignore_signals, natural, not_negative, one_line_errors, parent_of, positive, processes,
+                 stop_signals, total)
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
 from drawing import noted
 from files import atomic_file
@@ -86,61 +86,56 @@ def flags():
     """The command line; what it leaves out is None, and filled in by `settings`."""
     def default(key):
         return f"default: {LAPTOP[key]} for dit Ti, {DIT[key]} for dit B; others have their own"
+    switch = dict(action="store_true", default=None)
     parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, a ViT to classify, or an autoencoder. "
                     "Flags left out take the recipe of the model and its size.")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=TRAINABLE, help="default: dit, or mlp for swissroll")
-    model.add_argument("--size", help="Ti S B L XL … and the patch, as B/4; a U-Net's has no patch (default: Ti/8 or Ti, "
-                       "for a laptop; an unknown size gets the list)")
-    model.add_argument("--conditioning", choices=dit.BLOCKS, help="how a DiT is told (default: adaln-zero, the best)")
-    model.add_argument("--hybrid", action="store_true", default=None, help="a ViT's patches are a small CNN's features")
-    model.add_argument("--schedule", choices=SCHEDULES, help=f"of the noise ({default('schedule')})")
-    model.add_argument("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
-    model.add_argument("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
-    where = parser.add_argument_group("data")
-    where.add_argument("--data", help="mnist, shapes[:one], swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, or an "
-                       ".npz (default: mnist)")
-    where.add_argument("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
-    where.add_argument("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
-    where.add_argument("--latent-scale", type=not_negative, help="what latents are multiplied by (default: the autoencoder's: "
-                       "measured, or Stable Diffusion's 0.18215; U-ViT's on MS-COCO is 0.2301)")
-    where.add_argument("--text", action="store_true", default=None, help="learn from captions, which the data must have, with a "
-                       "small text encoder that is trained too")
-    where.add_argument("--clip", metavar="DIR", help="with CLIP's text encoder instead, which stays as it is: a folder of Hugging "
-                       "Face's files")
-    where.add_argument("--flip", action="store_true", default=None, help="mirror half of the images; not for digits")
-    where.add_argument("--shift", type=int, help="move images by up to N pixels (default: 2 for vit Ti, else 0)")
-    where.add_argument("--skip-bad", action="store_true", default=None, help="leave out image files that cannot be read")
-    where.add_argument("--cache", help="folder for decoded images and downloads (default: the user's cache)")
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--steps", type=positive, help=default('steps'))
-    optimisation.add_argument("--batch-size", type=positive, help=f"images a step, of all processes ({default('batch_size')})")
-    optimisation.add_argument("--lr", type=not_negative, help=f"AdamW's ({default('lr')})")
-    optimisation.add_argument("--warmup", type=int, help=f"steps in which the rate rises ({default('warmup')})")
-    optimisation.add_argument("--decay", choices=("none", "cosine"), help=f"of the rate, to 0 ({default('decay')})")
-    optimisation.add_argument("--weight-decay", type=not_negative, help=default('weight_decay'))
-    optimisation.add_argument("--clip-grad", type=not_negative, help=f"largest gradient norm; 0 is none ({default('clip_grad')})")
-    optimisation.add_argument("--ema", type=not_negative, help=f"decay of the averaged weights ({default('ema')})")
-    optimisation.add_argument("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
-    optimisation.add_argument("--accumulate", type=positive, help="micro-batches a step, to save memory (default: 1)")
-    optimisation.add_argument("--seed", type=int, help="default: 0")
-    machine = parser.add_argument_group("precision and devices")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
-    machine.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on CUDA, fp32 on the CPU")
-    machine.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
-    machine.add_argument("--checkpointing", action="store_true", default=None,
-                         help="recompute activations: less memory, a third more work")
-    saving = parser.add_argument_group("saving")
-    saving.add_argument("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
-    saving.add_argument("--resume", action="store_true", default=None, help="go on with --out; flags left out are the run's own")
-    saving.add_argument("--sample-every", type=positive, help=f"steps between pictures, or a ViT's held-out accuracy "
-                        f"({default('sample_every')})")
-    saving.add_argument("--eval-every", type=positive, help="steps between scores in run.csv, evaluate.py's: Fréchet distance, "
-                        "precision, recall and others, of --eval-n samples (default: never)")
-    saving.add_argument("--eval-n", type=positive, help="samples for them; papers take 50000 (default: 2000)")
-    saving.add_argument("--features", help="as evaluate.py's: inception, or a file (default: the shipped ViT for the embedded "
-                        "digits, else inception)")
-    saving.add_argument("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=TRAINABLE, help="default: dit, or mlp for swissroll")
+    add("--size", help="Ti S B L XL … and the patch, as B/4; a U-Net's has no patch (default: Ti/8 or Ti, for a laptop; an unknown "
+        "size gets the list)")
+    add("--conditioning", choices=dit.BLOCKS, help="how a DiT is told (default: adaln-zero, the best; a text by cross-attention)")
+    add("--hybrid", **switch, help="a ViT's patches are a small CNN's features")
+    add("--schedule", choices=SCHEDULES, help=f"of the noise ({default('schedule')})")
+    add("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
+    add("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="mnist, shapes[:one], swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, or an .npz (default: "
+        "mnist)")
+    add("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
+    add("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
+    add("--latent-scale", type=not_negative, help="what latents are multiplied by (default: the autoencoder's: measured, or Stable "
+        "Diffusion's 0.18215; U-ViT's on MS-COCO is 0.2301)")
+    add("--text", **switch, help="learn from the data's captions, with a small text encoder that is trained too")
+    add("--clip", metavar="DIR", help="with CLIP's text encoder instead, which stays as it is: a folder of Hugging Face's files")
+    add("--flip", **switch, help="mirror half of the images; not for digits")
+    add("--shift", type=natural, help="move images by up to N pixels (default: 2 for vit Ti and Nano, else 0)")
+    add("--skip-bad", **switch, help="leave out image files that cannot be read")
+    add("--cache", help="folder for decoded images and downloads (default: the user's cache)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=positive, help=default('steps'))
+    add("--batch-size", type=positive, help=f"images a step, of all processes ({default('batch_size')})")
+    add("--lr", type=not_negative, help=f"AdamW's ({default('lr')})")
+    add("--warmup", type=natural, help=f"steps in which the rate rises ({default('warmup')})")
+    add("--decay", choices=("none", "cosine"), help=f"of the rate, to 0 ({default('decay')})")
+    add("--weight-decay", type=not_negative, help=default('weight_decay'))
+    add("--clip-grad", type=not_negative, help=f"largest gradient norm; 0 is none ({default('clip_grad')})")
+    add("--ema", type=not_negative, help=f"decay of the averaged weights ({default('ema')})")
+    add("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
+    add("--accumulate", type=positive, help="micro-batches a step, to save memory (default: 1)")
+    add("--seed", type=natural, help="default: 0")
+    add = parser.add_argument_group("precision and devices").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on CUDA, fp32 on the CPU")
+    add("--compile", **switch, help="torch.compile the network")
+    add("--checkpointing", **switch, help="recompute activations: less memory, a third more work")
+    add = parser.add_argument_group("saving").add_argument
+    add("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
+    add("--resume", **switch, help="go on with --out; flags left out are the run's own")
+    add("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
+    add("--sample-every", type=positive, help=f"steps between pictures and held-out scores ({default('sample_every')})")
+    add("--eval-every", type=positive, help="steps between evaluate.py's scores in run.csv, of --eval-n samples (default: never)")
+    add("--eval-n", type=positive, help="samples for them; papers take 50000 (default: 2000)")
+    add("--features", help="as evaluate.py's: inception, or a file (default: the shipped ViT for the digits, else inception)")
     return parser
 
 
@@ -151,6 +146,11 @@ def recipe(chosen):
     recipes = RECIPES[model]
     found = {**recipes.get(re.split("[/-]", size)[0], recipes[None]), "size": size}
     return {**found, **dict.fromkeys(DENOISING)} if model in OTHERS else found
+
+
+def flag(key):
+    """A setting's name on the command line."""
+    return f"--{key.replace('_', '-')}"
 
 
 def settings(argv):
@@ -166,11 +166,12 @@ def settings(argv):
         run = checkpoint.load(out)
         if run["optimizer"] is None or not {"bad_steps", "log"} <= set(run):
             raise ValueError(f"--resume: {out} is not a run of train.py")
-        clashes = [f"--{key.replace('_', '-')} is {run['config'].get(key)} there, not {value}" for key, value in given.items()
-                   if key not in MAY_CHANGE and value != run["config"].get(key) and not run.get(MOVED.get(key))]
+        config = run["config"]
+        clashes = [f"{flag(key)} is {config.get(key)} there, not {value}" for key, value in given.items()
+                   if key not in MAY_CHANGE and value != config.get(key) and not run.get(MOVED.get(key))]
         if clashes:
             raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
-        chosen = {**COMMON, **recipe(run["config"]), **run["config"], **given, "out": str(out)}      # it may have been moved
+        chosen = {**COMMON, **recipe(config), **config, **given, "out": str(out)}        # it may have been moved
         if run["step"] >= chosen["steps"]:
             raise ValueError(f"--resume: {out} is at step {run['step']} of {chosen['steps']} already: --steps sets a later end")
     else:
@@ -178,38 +179,35 @@ def settings(argv):
             raise ValueError(f"{out} exists: --resume goes on with it, --out NAME.pt starts another")
         chosen = {**COMMON, **recipe(given), **given}
     args = argparse.Namespace(**chosen)
-    useless = [f"--{key.replace('_', '-')}" for key in DENOISING if args.model in OTHERS and key in given]
-    if useless:
-        raise ValueError(f"{useless[0]}: {OTHERS[args.model]}, it does not denoise")
+    args.text = args.text or args.clip is not None
+    check(args, given)
+    return args, run
+
+
+def check(args, given):
+    """ValueError, before anything is read, on settings that do not go together; given: those on the command line."""
+    for keys, useless, why in (
+            (DENOISING, args.model in OTHERS, f"{OTHERS.get(args.model)}, it does not denoise"),
+            (OF_IMAGES, args.model == "mlp", "points have no use for it"),
+            (("checkpointing",), args.model == "vae", "an autoencoder keeps its activations; use --accumulate to save memory"),
+            (("eval_n", "features"), not args.eval_every, "it says how to score, which only --eval-every does"),
+            (("latent_scale",), not (args.vae and args.latent_scale), "it is a number above 0, of the latents of --vae"),
+            (("shift",), args.vae and args.shift, "it moves pixels, and --vae encodes them once: leave one out"),
+            (("vae", "text", "clip", "eval_every"), args.size in unet.UPSAMPLERS,
+             f"--size {args.size} enlarges the pixels that another network draws; python sample.py --cascade runs both, and "
+             "evaluate.py --samples scores what they draw")):
+        for key in keys:
+            if useless and key in given:
+                raise ValueError(f"{flag(key)}: {why}")
     if (args.model == "mlp") != (args.data == "swissroll"):
         raise ValueError(f"--model {args.model} --data {args.data}: mlp learns points, which swissroll has, and all others images")
-    of_images = [key for key in OF_IMAGES if args.model == "mlp" and getattr(args, key)]
-    if of_images:
-        raise ValueError(f"--{of_images[0].replace('_', '-')} has no use for points")
     if args.vae and not Path(args.vae).is_file():
         raise ValueError(f"--vae {args.vae}: there is no such file")
-    args.text = args.text or args.clip is not None
     if args.clip and not Path(args.clip).exists():
         raise ValueError(f"--clip {args.clip}: there is no such folder")
-    if args.model == "vae" and args.checkpointing:
-        raise ValueError("--checkpointing: an autoencoder keeps its activations; use --accumulate to save memory")
-    if args.latent_scale is not None and not (args.vae and args.latent_scale):
-        raise ValueError("--latent-scale is a number above 0, of the latents of --vae")
-    if args.vae and args.shift:
-        raise ValueError("--shift moves pixels, and --vae encodes them once: leave one out")
-    unused = [name for name in ("eval_n", "features") if name in given and not args.eval_every]
-    if unused:
-        raise ValueError(f"--{unused[0].replace('_', '-')} says how to score, which only --eval-every does")
-    if not 0 <= args.ema < 1 or not 0 <= (args.cfg_drop or 0) < 1:
+    if max(args.ema, args.cfg_drop or 0) >= 1:
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
-    if min(args.shift, args.warmup, args.seed) < 0:
-        raise ValueError("--shift, --warmup and --seed must not be negative")
-    unfit = [name for name in ("vae", "text", "eval_every") if args.size in unet.UPSAMPLERS and getattr(args, name)]
-    if unfit:
-        raise ValueError(f"--{unfit[0].replace('_', '-')}: --size {args.size} enlarges the pixels that another network draws; "
-                         "python sample.py --cascade runs both, and evaluate.py --samples scores what they draw")
-    description(args, TEXT if args.text else {}, image_size=0, channels=1, num_classes=1)      # refuse now what no data can mend
-    return args, run
+    description(args, TEXT if args.text else {}, image_size=0, channels=1, num_classes=1)      # refuses what no data can mend
 
 
 def description(args, text, **data):
@@ -252,6 +250,12 @@ def update_ema(ema, network, step, decay, finite):
         average.copy_(buffer)                            # tables and statistics are no weights: copied, not averaged
 
 
+def say(line):
+    """Print a line above the bar, at once."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
 class Log:
     """run.csv and the line or bar on the terminal. Losses are summed on the device and read once a row."""
 
@@ -271,9 +275,9 @@ class Log:
                 rows = [row for row in old if None not in (*row, *row.values()) and row.get("step", "").isdigit()
                         and int(row["step"]) <= start]
                 self.columns += tuple(name for name in old.fieldnames or () if name not in self.columns)    # scores given up since
+        lines = [self.columns, *([row.get(name, "") for name in self.columns] for row in rows)]
         with atomic_file(path) as file:
-            file.write("".join(",".join(row) + "\n" for row in
-                               (self.columns, *([row.get(name, "") for name in self.columns] for row in rows))).encode())
+            file.write("".join(",".join(line) + "\n" for line in lines).encode())
 
     def add(self, losses, groups):
         """Sum losses (n,) of samples that belong to groups (n,)."""
@@ -302,8 +306,7 @@ class Log:
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
         if self.bar.disable or said:
             left = (self.args.steps - step) * self.args.batch_size / rate / 60
-            tqdm.write(f"step {step}: loss {mean:.4f}{said}, {rate:.0f} images/s, {left:.1f} minutes left")
-            sys.stdout.flush()
+            say(f"step {step}: loss {mean:.4f}{said}, {rate:.0f} images/s, {left:.1f} minutes left")
 
 
 def guarded_step(optimizer, parameters, clip):
@@ -413,16 +416,12 @@ def train(args, run, device, rank, world):
             model = DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    def loss(batch):
-        with autocast:
-            return objective.loss(model, *batch)                                     # of (n,) samples, and their groups (n,)
-
     def save(step):
         sums = total(log.sums, world)
         if rank == 0:
             checkpoint.save(out, dict(
                 version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=described,
-                diffusion=objective.description(),
+                diffusion=objective.process,
                 data=dict(spec=args.data, classes=dataset.classes, num_classes=dataset.num_classes, channels=dataset.channels,
                           image_size=list(dataset.image_size)), vae=objective.autoencoder(ema), text=dataset.text,
                 model=network.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
@@ -431,9 +430,9 @@ def train(args, run, device, rank, world):
     if rank == 0:
         count = sum(value.numel() for value in network.state_dict().values())
         size = "x".join(map(str, dataset.image_size)) + (" latents" if args.vae else " pixels")
-        print(f"{described['class']} {args.size}, {count:,} parameters, on {len(dataset):,} images of {args.data}, {size}, "
-              f"{dataset.channels} channel{'s' * (dataset.channels > 1)}; {device}, {args.precision}, {world} "
-              f"process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images", flush=True)
+        say(f"{described['class']} {args.size}, {count:,} parameters, on {len(dataset):,} images of {args.data}, {size}, "
+            f"{dataset.channels} channel{'s' * (dataset.channels > 1)}; {device}, {args.precision}, {world} "
+            f"process{'es' * (world > 1)}; steps {start} to {args.steps} of {args.batch_size} images")
     began = time.perf_counter()
     with stop_signals() as stop, log.bar:
         for step, (images, labels) in zip(range(start, args.steps), loader):
@@ -442,7 +441,9 @@ def train(args, run, device, rank, world):
                 torch.manual_seed(key_seed((args.seed, step, DROPOUT, i, rank)))     # of dropout, which draws globally
                 last = world == 1 or i + 1 == args.accumulate
                 with contextlib.nullcontext() if last else model.no_sync():          # exchange gradients once a step
-                    losses, groups = loss([None if z is None else z[i * micro:(i + 1) * micro] for z in batch])
+                    some = [None if z is None else z[i * micro:(i + 1) * micro] for z in batch]
+                    with autocast:
+                        losses, groups = objective.loss(model, *some)                # of (n,) samples, and their groups (n,)
                     (losses.mean() / args.accumulate).backward()
                 log.add(losses, groups)
             for parameter_group in optimizer.param_groups:
@@ -454,14 +455,12 @@ def train(args, run, device, rank, world):
 
             done = step + 1
             ended, stopping = done == args.steps, world == 1 and bool(stop)
-            if done - start in (5, 10) and rank == 0:    # the first steps compile and warm up
+            if done == start + 5:                        # the first steps compile and warm up
                 norm.item()                              # waits for the device
-                if done - start == 5:
-                    fifth = time.perf_counter()
-                else:
-                    minutes = (time.perf_counter() - fifth) / 5 * (args.steps - done) / 60
-                    tqdm.write(f"about {minutes:.1f} minutes to go")
-                    sys.stdout.flush()
+                fifth = time.perf_counter()
+            if done == start + 10 and rank == 0:
+                norm.item()
+                say(f"about {(time.perf_counter() - fifth) / 5 * (args.steps - done) / 60:.1f} minutes to go")
             reporting = done % args.sample_every == 0 or ended
             evaluating = bool(args.eval_every) and (done % args.eval_every == 0 or ended)
             if rank == 0 and reporting:
@@ -480,12 +479,14 @@ def train(args, run, device, rank, world):
             if stopping:
                 break
     if rank == 0:
-        minutes = (time.perf_counter() - began) / 60
-        print(f"{done - start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}" +
-              (f", {out.with_suffix('.png')}" +
-               (f"; python sample.py {objective.flags} {out}{' --prompt TEXT' * bool(args.text)} draws more"
-                if objective.description() else "") if ended else
-               f" at step {done}; python train.py --resume --out {out} goes on"))
+        said = f"{done - start} steps in {(time.perf_counter() - began) / 60:.1f} minutes: saved {out}, {out.with_suffix('.csv')}"
+        if ended:
+            said += f", {out.with_suffix('.png')}"
+            if objective.process:                        # it draws
+                said += f"; python sample.py {objective.flags} {out}{' --prompt TEXT' * bool(args.text)} draws more"
+        else:
+            said += f" at step {done}; python train.py --resume --out {out} goes on"
+        say(said)
 
 
 def main(argv=None):

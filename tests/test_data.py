@@ -236,7 +236,7 @@ def test_the_side_of_a_folder_is_that_of_its_images(tmp_path):
 def test_a_folder_of_unequal_or_oblong_images_has_no_side(tmp_path):
     folder = photos(tmp_path / "photos", [1, 2])
     solid(folder / "03.png", 3, side=5)
-    with pytest.raises(ValueError, match=r"03\.png has 5x5 pixels, 00\.png 4x4; --image-size"):
+    with pytest.raises(ValueError, match=r"00\.png has 4x4 pixels, 03\.png has 5x5 pixels; --image-size"):
         image_files.side_of(folder)
     Image.new("L", (4, 6)).save(tmp_path / "photos" / "00.png")
     with pytest.raises(ValueError, match=r"00\.png has 4x6 pixels"):
@@ -512,12 +512,15 @@ def test_folders_of_one_name_have_caches_of_their_own(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
-def test_worker_processes_decode_the_same_bytes(tmp_path):
+def test_worker_processes_decode_the_same_bytes(tmp_path, monkeypatch):
     for i in range(70):                                                  # more than one chunk for each of two workers
         path = tmp_path / "photos" / f"class {i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(5 + i % 4, 6, 3, seed=i) if i % 2 else noise(9, 5, seed=i)).save(path)
-    alone, together = (load(str(tmp_path / "photos"), 4, cache=tmp_path / str(n), workers=n) for n in (0, 2))
+    alone = load(str(tmp_path / "photos"), 4, cache=tmp_path / "alone")
+    monkeypatch.setattr(image_files, "FOR_A_WORKER", 35)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    together = load(str(tmp_path / "photos"), 4, cache=tmp_path / "together")
     np.testing.assert_array_equal(alone.images, together.images)
     np.testing.assert_array_equal(alone.labels, together.labels)
 

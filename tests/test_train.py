@@ -571,7 +571,7 @@ def test_another_autoencoder_is_refused_on_resuming(tmp_path, latent, capsys):
 
 def test_what_does_not_go_with_latents_is_refused(tmp_path, latent, tiny_run, capsys):
     out = ["--out", tmp_path / "run.pt"]
-    assert "--shift moves pixels, and --vae encodes them once" in refused(capsys, *latent, "--shift", 2, *out)
+    assert "--shift: it moves pixels, and --vae encodes them once" in refused(capsys, *latent, "--shift", 2, *out)
     for model in ("vit", "vae"):
         assert "--vae: " in refused(capsys, *latent, "--model", model, *out)
     assert ("image size 4 is not a multiple of patch size 3: use 3 or 6; of latents: an image's side is 2 times that"
