@@ -288,7 +288,7 @@ def test_statistics_of_another_space_or_other_weights_are_refused_with_both_name
 def test_tables_that_do_not_fit_are_refused(tmp_path, judge, space, changes):
     path = statistics_file(tmp_path / "odd.npz", **changes)
     for named in (judge, space):
-        with pytest.raises(ValueError, match="cannot use the statistics in .*odd.npz"):
+        with pytest.raises(ValueError, match="cannot use .*odd.npz: "):
             features.read_statistics(path, named)
 
 
@@ -304,7 +304,7 @@ def test_a_damaged_file_of_statistics_is_refused_and_a_missing_one_is_missing(tm
             middle = archive.getinfo("sigma.npy").header_offset + 1000
         path.write_bytes({"text": b"hello", "cut off": whole[:middle],
                           "a flipped byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]}[damage])
-    with pytest.raises(ValueError, match="cannot use the statistics in .*bad.npz"):
+    with pytest.raises(ValueError, match="cannot use .*bad.npz: "):
         features.read_statistics(str(path), judge)
     with pytest.raises(FileNotFoundError):
         features.read_statistics(str(tmp_path / "none.npz"), judge)
