@@ -42,13 +42,12 @@ COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "feat
 
 
 class Reference(NamedTuple):
-    """Real images, measured, and {"FD": …, "sFD": …} between two halves of them: what real images score themselves."""
+    """Real images, measured."""
 
     name: str
     measured: Measured
-    floor: dict
-    dataset: data.Dataset | None = None
-    order: np.ndarray | None = None    # of its images, in which they were measured
+    floor: dict                        # {"FD": …, "sFD": …} between two halves of them: what real images score themselves
+    order: np.ndarray | None = None    # of the images, in which they were measured; None of a file without images
 
 
 # Scores
@@ -61,8 +60,8 @@ def count(n):
 def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
     """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
 
-    What the reference and the samples lack: "images", "spatial" where a file has statistics without these. fewest: images of the
-    side that has fewer.
+    real_lacks, fake_lacks: what the reference and the samples come without, see `lacks`. fewest: images of the side that has
+    fewer.
     """
     spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks        # a classifier has none
     pairs = ("the reference is statistics without images" if "images" in real_lacks else
@@ -104,8 +103,10 @@ def scores(fake, real, wanted):
 
 
 def measure_reference(dataset, space, name, file=None):
-    """The Reference of a data set, read in a fixed random order, half by half, with the statistics of a file if it has some;
-    or, without a data set, of these alone."""
+    """The Reference of a data set, read in a fixed random order, half by half, with a file's statistics if it has some.
+
+    Without a data set: of the file's statistics alone.
+    """
     if dataset is None:
         return Reference(name, with_statistics(None, file, space), {})
     order = np.random.default_rng(0).permutation(len(dataset))
@@ -118,11 +119,14 @@ def measure_reference(dataset, space, name, file=None):
         floor["FD"] = distance(first.pool, second.pool)
         if first.spatial:
             floor["sFD"] = distance(first.spatial, second.spatial)
-    return Reference(name, with_statistics(first.merge(second), file, space), floor, dataset, order)
+    return Reference(name, with_statistics(first.merge(second), file, space), floor, order)
 
 
 def measure_samples(dataset, n, space, file=None):
-    """The Measured of the first n samples of a data set, all if n is None; or of the statistics in a file, or with them."""
+    """The Measured of the first n samples of a data set; of all if n is None, then with a file's statistics if it has some.
+
+    Without a data set: of the file's statistics alone.
+    """
     if dataset is None:
         return with_statistics(None, file, space)
     order = np.arange(len(dataset))
@@ -133,19 +137,13 @@ def measure_samples(dataset, n, space, file=None):
     return measured if n else with_statistics(measured, file, space)
 
 
-def save_reference(path, reference, space):
-    """Write a reference that has images in ADM's layout."""
-    images, _ = reference.dataset.batch(reference.order[:REFERENCE_IMAGES])
-    save_statistics(path, reference.measured, images, space)
-    print(f"wrote {path}: {count(reference.measured.n)} of {reference.name}, features {space.name}")
-
-
 def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None, contexts=None,
                   y_null=None):
     """The scores of n samples, drawn by `sample.py`'s defaults, against real, Measured; each process draws its share.
 
-    autoencoder: decodes a latent network's samples. classes: their names, which the samples take in turn; None without. contexts,
-    y_null: of captions in turn, and of the empty one. Only the first process gets the scores, the others {}.
+    classes: their names, which the samples take in turn, or None. contexts: of captions, which the samples of a text network take
+    in turn; y_null: of the empty caption. autoencoder: decodes a latent network's samples. Only the first process gets the
+    scores, the others {}.
     """
     numbers = None if classes is None else list(range(len(classes)))
     drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
@@ -181,8 +179,8 @@ def images_of(spec, split, args):
 
 
 def captioned(images, tokenizer, encoder, n, cache):
-    """Contexts of n captions of the reference, drawn at random, after which a text network's samples are drawn; and a hash of what
-    they depend on, but for n: more begin with the same.
+    """The contexts of n captions of the reference, in a fixed random order, for a text network to draw, and a hash of what they
+    depend on besides n (of a larger n, the first n are the same).
 
     tokenizer, encoder: `drawing.reader`'s. ValueError if there are no captions.
     """
@@ -382,11 +380,13 @@ def run(args):
         contexts, how["captions"] = captioned(real_images, tokenizer, encoder and encoder.to(device), n, args.cache)
     reference = measure_reference(real_images, space, name, args.reference)
     if args.save_reference and rank == 0:
-        save_reference(args.save_reference, reference, space)
+        images, _ = real_images.batch(reference.order[:REFERENCE_IMAGES])
+        save_statistics(args.save_reference, reference.measured, images, space)
+        print(f"wrote {args.save_reference}: {count(reference.measured.n)} of {name}, features {space.name}")
     if how:
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
                                 autoencoder and autoencoder.to(device), contexts, y_null)
-        how["step"] = described["step"]
+        how["step"] = described["step"]                  # for the row; what the samples are is known by the weights themselves
     elif not args.samples:
         return
     fake = measure_samples(fake_images, args.n, space, args.samples)

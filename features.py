@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data
 import inception
 from checkpoint import build, load, read
-from cli import share
+from cli import gathered, share
 from files import atomic_file, sha256_of
 from metrics import Statistics
 
@@ -156,12 +155,8 @@ def measure(batches, space, keep=None):
         if "spatial" in found:
             measured.spatial = (measured.spatial or Statistics()).add(found["spatial"])
     measured.rows, measured.probabilities = (torch.cat(parts) if parts else None for parts in (rows, probabilities))
-    if not dist.is_initialized():
-        return measured
-    everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(_moved(measured, "cpu"), everyone)
     whole = Measured()
-    for part in everyone or ():
+    for part in gathered(_moved(measured, "cpu")):
         whole.merge(_moved(part, space.device))
     return whole
 

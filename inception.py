@@ -55,13 +55,13 @@ class Conv(nn.Module):
 class Mixed(nn.Module):
     """Branches side by side, joined by channels; the last one begins with a pooling, or is nothing but one.
 
-    branches: name -> steps (outputs, kernel[, stride]); a pair of steps at the end sees the same input twice. pool: how many
-    outputs the pooled branch has, None if it strides and is passed on as it is; average: mean or maximum.
+    branches: name -> steps (outputs, kernel[, stride]); the last step may be a pair, whose two see the same input and are joined.
+    pool: how many outputs the pooled branch has, None if it strides and is passed on as it is; average: by mean or by maximum.
     """
 
     def __init__(self, inputs, branches, pool=None, average=True):
         super().__init__()
-        self.paths, self.outputs, self.average = [], 0, average
+        self.paths, self.outputs, self.average = [], 0, average          # a path: of each step, the name or names
         for name, steps in branches.items():
             path, width = [], inputs
             for i, step in enumerate(steps, 1):
@@ -95,7 +95,7 @@ class Mixed(nn.Module):
 
 
 def squares(pool):
-    """35 x 35 pixels: 1x1, 5x5, twice 3x3.  Szegedy et al. 2016, Fig. 5."""
+    """35 x 35 pixels: 1x1, 5x5, twice 3x3.  Szegedy et al. 2016, Fig. 5, where the 5x5 is a 3x3."""
     return dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)]), pool
 
 

@@ -114,10 +114,11 @@ def squared_radii(features, k):
 
 
 def precision_recall(real, fake, k=3):
-    """Precision, the share of fakes within the manifold of the real, and recall, the converse.  Kynkäänniemi et al. 2019, Eq. 1, 2.
+    """Precision, the share of fakes within the manifold of the real, and recall, the converse.
 
-    real (M, D), fake (n, D). A set's manifold is the union of balls around its rows, each out to its k-th nearest neighbour in
-    the set. All pairs are looked at, in blocks of fixed memory. ValueError if a set has no k-th neighbour.
+    Kynkäänniemi et al. 2019, Eq. 1, 2. real (M, D), fake (n, D). A set's manifold is the union of balls around its rows, each out
+    to its k-th nearest neighbour in the set. All pairs are looked at, in blocks of fixed memory. ValueError if a set has no k-th
+    neighbour.
     """
     real, fake = checked(real, "real features"), checked(fake, "features of the samples")
     if real.shape[1] != fake.shape[1]:

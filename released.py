@@ -135,6 +135,25 @@ def released_scale(network):
     return COCO_SCALE if kind == "UViT" and "context_dim" in arguments else SD_SCALE
 
 
+def released_run(content, config=None):
+    """What a run.pt would hold of released weights, but its version.  ValueError if the content of their file is none of a
+    network known here; config: see `infer`."""
+    if isinstance(content, dict):                        # training code wraps its state dicts
+        content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)), content)
+        if any(key.startswith(LDM_PREFIX) for key in content if isinstance(key, str)):
+            def average(key):
+                return "model_ema." + key.removeprefix("model.").replace(".", "")
+            content = {key.removeprefix(LDM_PREFIX): content.get(average(key), value)    # the averaged weights, if there
+                       for key, value in content.items() if key.startswith(LDM_PREFIX)}
+    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+        raise ValueError("it holds no state dict")
+    network = infer(content, config)
+    scale = released_scale(network)
+    data = dict(spec=None, classes=None, **{key: network["arguments"][key] for key in ("num_classes", "channels", "image_size")})
+    return dict(step=None, config={}, network=network, diffusion=released_process(network), data=data,
+                vae=None if scale is None else dict(scale=scale), text=None, model=content, ema=content, optimizer=None)
+
+
 def clip_encoder(tensors, heads=None):
     """The text.CLIPTextEncoder in a dict of tensors, which may also hold the rest of CLIP; its sizes follow from their shapes."""
     prefix = next((name for name in tensors if name.endswith(text.TABLE)), text.TABLE).removesuffix(text.TABLE)
