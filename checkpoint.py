@@ -171,9 +171,8 @@ def load_network(path, config=None):
 def load_autoencoder(path):
     """The autoencoder of a run, or of a released file, .safetensors or a .pt, .bin or .ckpt of plain tensors, in eval mode.
 
-    Its scale is the run's, or Stable Diffusion's. Its origin is what a run that is trained on its latents notes of it: path,
-    sha256, and network and model if it is one of ours and small. ValueError or OSError, in one line, if there is none that can
-    be read.
+    Its scale is the run's, or Stable Diffusion's. Its `origin` is what a run notes of it that is trained on its latents: path,
+    sha256, and network and model if it is one of ours and small. ValueError or OSError if there is none that can be read.
     """
     content = read(path)
     try:
@@ -195,12 +194,12 @@ def load_autoencoder(path):
     return network
 
 
-def load_clip(path, heads=None):
+def load_clip(path):
     """CLIP's text encoder, in eval mode, and its tokenizer -> (CLIPTextEncoder, Tokenizer).
 
-    path: a folder of Hugging Face's files, or the weights, whose folder then holds the vocabulary; heads=None: one for 64
-    columns. The encoder's origin is what a run that is told its contexts notes of it: path and sha256. ValueError or OSError if a
-    file is missing, damaged or of another network.
+    path: a folder of Hugging Face's files, or the weights, whose folder then holds the vocabulary. The encoder's `origin`, path
+    and sha256, is what a run notes of it that was trained with its contexts. ValueError or OSError if a file is missing, damaged
+    or of another network.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -208,7 +207,7 @@ def load_clip(path, heads=None):
         path = next(filter(Path.is_file, (folder / name for name in CLIP_WEIGHTS)), folder / CLIP_WEIGHTS[0])
     tensors = read(path)
     try:
-        encoder = clip_encoder(tensors, heads)
+        encoder = clip_encoder(tensors)
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
@@ -225,24 +224,24 @@ def load_clip(path, heads=None):
 
 def describe(path):
     """What a checkpoint holds, as lines of text."""
+    def listed(settings):
+        return ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
+
     run = load(path)
-    network = run["network"]
     try:
-        lines = [f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}"),
-                 f"network    {network['class']} " + ", ".join(f"{k}={v}" for k, v in network["arguments"].items()),
-                 f"parameters {sum(value.numel() for value in run['model'].values()):,}",
-                 "data       " + ", ".join(f"{k}={v}" for k, v in run["data"].items() if v is not None)]
-        if run["diffusion"]:
-            lines.insert(3, "diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items()))
-        if run["vae"]:
-            lines.append(f"latents    of an autoencoder, scaled by {run['vae']['scale']}")
-        flags = {key: value for key, value in run["config"].items() if value is not None and value is not False}
-        if flags:
-            lines.append("flags      " + " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
-                                                  for key, value in flags.items()))
+        rows = {
+            "network": f"{run['network']['class']} {listed(run['network']['arguments'])}",
+            "parameters": f"{sum(value.numel() for value in run['model'].values()):,}",
+            "diffusion": listed(run["diffusion"] or {}),
+            "data": listed(run["data"]),
+            "latents": run["vae"] and f"of an autoencoder, scaled by {run['vae']['scale']}",
+            "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
+                              for key, value in run["config"].items() if value is not None and value is not False),
+        }
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe its network: {error}") from None
-    return lines
+    title = f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}")
+    return [title, *(f"{name:10} {value}" for name, value in rows.items() if value)]
 
 
 def slim(run):

@@ -154,7 +154,7 @@ def parent_of(path):
 
 
 def grid(images, columns, gap=2):
-    """Tile uint8 images (n, H, W, C) into one (H', W', C), row by row on grey, each magnified to at least 64 pixels."""
+    """Tile uint8 images (n, H, W, C) into one (H', W', C), row by row on grey, small ones magnified to a height of up to 64."""
     zoom = max(1, 64 // images.shape[1])
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     n, height, width, channels = images.shape

@@ -28,7 +28,7 @@ STEPS = 20                       # of DPM-Solver++; more barely change the pictu
 
 
 def labels_of(indices, classes):
-    """The condition of each image of a run: classes, numbers or a text's rows (K, …), in turn; None without."""
+    """The conditions (n, …) of images number `indices`: of classes, K numbers or the rows (K, …) of a text, in turn; or None."""
     return None if classes is None else torch.from_numpy(np.asarray(classes)[[i % len(classes) for i in indices]])
 
 
@@ -44,7 +44,7 @@ def told(network, y):
 
 
 def unconditional(network, text, config):
-    """The unconditional input of guidance: a null label, or the empty caption's ids or context (L, D); None if not learned.
+    """The unconditional input of guidance: a null label, or the empty caption's ids or context (L, D); None if it was not learned.
 
     text: what a run notes of CLIP, or None; config: its flags.
     """
@@ -105,7 +105,8 @@ def noted(encoder, tokenizer):
 def reader(described, network, clip=None):
     """What reads a text network's captions -> a tokenizer, and CLIP's encoder, or None where the network has one of its own.
 
-    clip: where CLIP is, if not where it was in training. ValueError without one, or if it is another than in training.
+    clip: where CLIP is, if not where it was in training. Released weights know nothing of it: what a run notes of CLIP is added
+    to what is described. ValueError without CLIP, or if it is another than in training.
     """
     if hasattr(network, "text_encoder"):
         if clip is not None:

@@ -220,8 +220,6 @@ def read_tables(path):
             return dict(found, n=n, images="arr_0" in archive or "images" in archive,
                         features=str(archive["features"]) if "features" in archive else unnamed,
                         features_sha256=str(archive["features_sha256"]) if "features_sha256" in archive else inception.SHA256)
-    except FileNotFoundError:
-        raise
     except Exception as error:                           # zipfile and numpy raise anything at all on a damaged file
         raise ValueError(f"cannot use {path}: {error}") from None
 

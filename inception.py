@@ -61,21 +61,19 @@ class Mixed(nn.Module):
 
     def __init__(self, inputs, branches, pool=None, average=True):
         super().__init__()
-        self.paths, self.outputs, self.average = [], 0, average          # a path: of each step, the name or names
+        self.paths, self.outputs, self.average = [], pool or inputs, average             # a path: the convolutions of each step
         for name, steps in branches.items():
             path, width = [], inputs
             for i, step in enumerate(steps, 1):
                 pair = step if isinstance(step[0], tuple) else (step,)
-                numbered = f"{name}_{i}" if len(steps) > 1 else name
-                names = [numbered + letter for letter in ("ab" if len(pair) > 1 else [""])]
-                for key, shape in zip(names, pair):
-                    self.add_module(key, Conv(width, *shape))
-                path.append(names)
+                path.append([Conv(width, *shape) for shape in pair])
+                numbered = f"{name}_{i}" if len(steps) > 1 else name     # branch1x1; branch5x5_1; of a pair, branch3x3_2a
+                for letter, conv in zip("ab" if len(pair) > 1 else [""], path[-1]):
+                    self.add_module(numbered + letter, conv)
                 width = sum(shape[0] for shape in pair)
             self.paths.append(path)
             self.outputs += width
         self.branch_pool = Conv(inputs, pool, 1) if pool else None
-        self.outputs += pool or inputs
 
     def pooled(self, x):
         if self.branch_pool is None:
@@ -86,11 +84,11 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         ends = []
-        for path in self.paths:
+        for *steps, last in self.paths:
             y = x
-            for names in path[:-1]:
-                y = self.get_submodule(names[0])(y)
-            ends += [self.get_submodule(name)(y) for name in path[-1]]
+            for (conv,) in steps:
+                y = conv(y)
+            ends += [conv(y) for conv in last]
         return torch.cat([*ends, self.pooled(x)], dim=1)
 
 

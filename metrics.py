@@ -8,7 +8,7 @@ where papers differ in a detail, this follows ADM's evaluator (Dhariwal & Nichol
 import torch
 
 BLOCK = 2 ** 25                        # distances held at once: 128 MB in float32
-ROUNDING = 2e-6                        # of a squared distance in float32, relative to squared norm and radius: ties are inside
+ROUNDING = 2e-6                        # of a squared distance in float32, relative to the squared norms: so near is inside a radius
 
 
 def checked(features, name="features"):

@@ -154,13 +154,13 @@ def released_run(content, config=None):
                 vae=None if scale is None else dict(scale=scale), text=None, model=content, ema=content, optimizer=None)
 
 
-def clip_encoder(tensors, heads=None):
+def clip_encoder(tensors):
     """The text.CLIPTextEncoder in a dict of tensors, which may also hold the rest of CLIP; its sizes follow from their shapes."""
     prefix = next((name for name in tensors if name.endswith(text.TABLE)), text.TABLE).removesuffix(text.TABLE)
     state = {text.PREFIX + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     (vocab, dim), length = state[text.PREFIX + text.TABLE].shape, len(state[f"{text.PREFIX}embeddings.position_embedding.weight"])
     hidden = len(state[f"{text.PREFIX}encoder.layers.0.mlp.fc1.weight"])
     depth = len({name.split(".")[3] for name in state if name.startswith(f"{text.PREFIX}encoder.layers.")})
-    encoder = text.CLIPTextEncoder(vocab, length, dim, depth, heads or max(1, dim // 64), hidden)       # CLIP's heads are 64 wide
+    encoder = text.CLIPTextEncoder(vocab, length, dim, depth, max(1, dim // 64), hidden)     # CLIP's heads are 64 wide
     encoder.load_state_dict(state, strict=True)
     return encoder.eval()

@@ -25,7 +25,7 @@ from cli import not_negative, positive, processes
 from images import center_crop, open_image
 from vae import in_pieces
 
-STEPS, REPEATS = 20, 5           # 100 evaluations an image; 50 steps repeated twice keep as many digits
+STEPS, REPEATS = 20, 5           # 100 evaluations an image; as many digits stay what they were with 50 steps repeated twice
 
 
 def masked(hidden):
@@ -99,7 +99,7 @@ def add_flags(parser):
 
 
 def task_of(args):
-    """"inpaint", "upscale", "denoise", or None.  ValueError on flags that do not belong together."""
+    """The task, "inpaint", "upscale" or "denoise"; None if none is asked for.  ValueError on flags that do not go together."""
     task = next((name for name in ("inpaint", "upscale", "denoise") if getattr(args, name)), None)
     for name, setting in (("inpaint", "mask"), ("upscale", "factor"), ("denoise", "sigma")):
         if task == name and getattr(args, setting) is None:
@@ -149,7 +149,7 @@ def hidden_of(path, image_path, size):
 
 
 def measured(args, task, size, channels, device):
-    """What an image file and the flags say -> y, and A and A+; for --denoise y and None.  ValueError if they do not fit."""
+    """What is known of the image in a file -> y, and A and A+; for --denoise y and None.  ValueError if it does not fit."""
     if task == "denoise":
         return pixels_of(args.denoise, size, channels).to(device), None
     if task == "upscale":
@@ -183,9 +183,9 @@ def check(args, task, network, latent, autoencoder, classes):
 
 @torch.no_grad()
 def restore_image(args, task, network, diffusion, autoencoder=None, classes=None):
-    """What the command shows, uint8 (1 + n, H, W, C): what is known of the image, and n restored ones; and how, in words.
+    """What the command shows, uint8 (1 + n, H, W, C), what is known of the image and n restored ones; and how, in words.
 
-    args are sample.py's, task `task_of` them; classes are those that the images cycle through, None for the null class.
+    args: sample.py's; task: `task_of` them; classes: those that the images cycle through, None for the null class.
     """
     device, _, world = processes(args.device)
     if world > 1:

@@ -681,7 +681,7 @@ SMALL_UNETS = {"ddpm-cifar10": FEW, "iddpm-cifar10": FEW | dict(scale_shift=True
 @pytest.fixture
 def small_unets(monkeypatch):
     """Released U-Nets have hundreds of megabytes: here are all configurations, under their names, with half a megabyte each."""
-    for name in list(unet.SIZES):
+    for name in list(reversed(unet.SIZES)):              # put back in their order afterwards
         monkeypatch.delitem(unet.SIZES, name)
     for name, size in SMALL_UNETS.items():
         monkeypatch.setitem(unet.SIZES, name, size)
