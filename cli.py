@@ -43,25 +43,16 @@ def one_line_errors(command):
             dist.destroy_process_group()
 
 
-def positive(text):
-    """argparse type: a whole number from 1 on."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return int(text)
+def at_least(least, kind):
+    """An argparse type: a finite number of a kind, int or float, from `least` on."""
+    def number(text):
+        if not least <= kind(text) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {least} on")
+        return kind(text)
+    return number
 
 
-def natural(text):
-    """argparse type: a whole number from 0 on."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
-    return int(text)
-
-
-def not_negative(text):
-    """argparse type: a finite number from 0 on."""
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return float(text)
+positive, natural, not_negative = at_least(1, int), at_least(0, int), at_least(0, float)
 
 
 def processes(device="auto"):

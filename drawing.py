@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import ddpm
 from checkpoint import build, load, load_autoencoder, load_clip
-from cli import first_in_turn, progress_bar, share
+from cli import first_in_turn, natural, not_negative, positive, progress_bar, share
 from data import Dataset, to_uint8
 from files import cache_folder, sha256_of
 from vae import in_pieces, pieces
@@ -274,3 +274,17 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
         raise ValueError(f"{pixels} is not complete: all processes need one cache, --cache DIR")
     labels = None if names is None else labels_of(range(n), classes).numpy()             # released weights have no names
     return Dataset(path, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
+
+
+def add_flags(parser):
+    """The flags of sample.py and evaluate.py that say how samples are drawn."""
+    parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
+    parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
+                        "with it (default: where it was then)")
+    parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
+    parser.add_argument("--cfg-scale", type=not_negative, help=f"guidance; 1 is none (default: {CFG_SCALE} if the run has a null "
+                        "class, but 1 to restore)")
+    parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++; ddpm to restore")
+    parser.add_argument("--steps", type=positive, help=f"evaluations along the trajectory (default: {STEPS}; 250 for ddpm)")
+    parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
+    parser.add_argument("--seed", type=natural, default=0, help="default: 0")

@@ -21,10 +21,8 @@ import numpy as np
 import torch
 
 import data
-from cli import (Parser, first_in_turn, natural, not_negative, one_line_errors, parent_of, positive, processes, progress_bar,
-                 share)
-from ddpm import SAMPLERS
-from drawing import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
+from cli import Parser, first_in_turn, one_line_errors, parent_of, positive, processes, progress_bar, share
+from drawing import (add_flags, decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
                      reader, unconditional)
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
@@ -178,6 +176,31 @@ def images_of(spec, split, args):
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
+def read_images(args, described, shape):
+    """The data sets of the reference and of --samples, each None if there is none.  ValueError on what cannot be compared.
+
+    described: the run of --ckpt, whose training part is the reference if none is given; shape: (H, W, C) of what it draws.
+    """
+    if args.reference:
+        real = images_of(args.reference, "train", args)
+    else:
+        config = described["config"]
+        with first_in_turn():
+            real = data.load(described["data"]["spec"], config["image_size"], "train", args.cache or config["cache"],
+                             config["skip_bad"])
+    if args.save_reference and real is None:
+        raise ValueError(f"--save-reference: {args.reference} holds no images, which the file should show")
+    fake = images_of(args.samples, "test", args) if args.samples else None
+    there = len(fake) if fake else 0
+    if args.samples and (args.n or 0) > there:
+        raise ValueError(f"--n {args.n}: {args.samples} has {there} images")
+    shape = fake.images.shape[1:] if fake else shape
+    if real and shape and tuple(real.image_size) != tuple(shape[:2]):
+        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(
+            *shape[:2], *real.image_size))
+    return real, fake
+
+
 def captioned(images, tokenizer, encoder, n, cache):
     """The contexts of n captions of the reference, in a fixed random order, for a text network to draw, and a hash of what they
     depend on besides n (of a larger n, the first n are the same).
@@ -213,16 +236,8 @@ def flags():
     parser.add_argument("--image-size", type=positive, help="crop and scale the images to this side (default: as they are)")
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
-    drawn = parser.add_argument_group("drawing the samples of --ckpt, as in sample.py")
-    drawn.add_argument("--vae", help="the autoencoder of a latent model, which decodes what it draws")
-    drawn.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, for models trained with it; the captions are those "
-                         "of the reference")
-    drawn.add_argument("--classes", help="numbers or names, as 3,5 (default: all)")
-    drawn.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
-    drawn.add_argument("--sampler", default="dpm++", choices=SAMPLERS, help="default: dpm++")
-    drawn.add_argument("--steps", type=positive, help="evaluations along the trajectory (default: 20; 250 for ddpm)")
-    drawn.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
-    drawn.add_argument("--seed", type=natural, default=0, help="default: 0")
+    add_flags(parser.add_argument_group("drawing the samples of --ckpt, as in sample.py", "(a text model draws what the reference's "
+                                        "captions say)"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--cache", help="folder for samples, decoded images and downloads (default: the user's cache)")
     return parser
@@ -255,14 +270,6 @@ def validate(args):
             if next(csv.reader(file), None) not in (None, list(COLUMNS)):
                 raise ValueError(f"--results {results} has other columns: choose another file")
     return wanted
-
-
-def training_data(args, described):
-    """The training part of the data set that a run was trained on."""
-    config = described["config"]
-    with first_in_turn():
-        return data.load(described["data"]["spec"], config["image_size"], "train", args.cache or config["cache"],
-                         config["skip_bad"])
 
 
 def suited(args, images):
@@ -332,36 +339,26 @@ def report(args, found, reference, fake, space, how):
 
 def run(args):
     """Measure the reference and the samples, score, print a table and add a row."""
-    wanted, how = validate(args), {}
-    fake_images, names, shape, contexts = None, None, None, None
+    wanted, how, described = validate(args), {}, None
+    names, shape, contexts = None, None, None            # of the samples
     if args.ckpt:
         described, network, diffusion, autoencoder = open_run(args)
         told = network.context_dim is not None                           # a text: what its samples show is no class
         tokenizer, encoder = reader(described, network, args.clip) if told else (None, None)
-        y_null = unconditional(network, described["text"], described["config"])
+        y_null, sampler = unconditional(network, described["text"], described["config"]), args.sampler or "dpm++"
         names, shape = None if told else described["data"]["classes"], pixel_shape(network, autoencoder)
         how = dict(vae=args.vae and sha256_of(args.vae), classes=parse_classes(args.classes, names, network.num_classes),
-                   cfg_scale=guidance(network, args.cfg_scale, y_null), sampler=args.sampler,
-                   steps=evaluations(args.steps, args.sampler, diffusion), seed=args.seed)
+                   cfg_scale=guidance(network, args.cfg_scale, y_null), sampler=sampler,
+                   steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
     name = args.reference or described["data"]["spec"]
     for path in filter(None, (args.ckpt, args.samples, name)):
         if args.save_reference and os.path.realpath(path) == os.path.realpath(args.save_reference):
             raise ValueError(f"--save-reference {args.save_reference} would replace what is measured")
     device, rank, _ = processes(args.device)
 
-    real_images = images_of(args.reference, "train", args) if args.reference else training_data(args, described)
-    if args.save_reference and real_images is None:
-        raise ValueError(f"--save-reference: {name} holds no images, which the file should show")
-    if args.samples:
-        fake_images = images_of(args.samples, "test", args)
-        there = 0 if fake_images is None else len(fake_images)
-        if (args.n or 0) > there:
-            raise ValueError(f"--n {args.n}: {args.samples} has {there} images")
+    real_images, fake_images = read_images(args, described, shape)
     if fake_images:
         names, shape = fake_images.classes, fake_images.images.shape[1:]
-    if real_images and shape and tuple(real_images.image_size) != tuple(shape[:2]):
-        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(
-            *shape[:2], *real_images.image_size))
     with first_in_turn():
         space = space_of(args.features or suited(args, real_images or fake_images), device, args.cache, args.resize == "tf1")
     n = args.n or (len(fake_images) if fake_images else FULL if space.name.startswith("inception") else QUICK)
@@ -386,7 +383,7 @@ def run(args):
     if how:
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
                                 autoencoder and autoencoder.to(device), contexts, y_null)
-        how["step"] = described["step"]                  # for the row; what the samples are is known by the weights themselves
+        how["step"] = described["step"]                  # for the row alone: the cache knows the samples by the file's hash
     elif not args.samples:
         return
     fake = measure_samples(fake_images, args.n, space, args.samples)

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-import ddpm
 import restoration
 from cascade import enlarge, load_upsampler
-from cli import (Parser, gathered, grid, natural, not_negative, one_line_errors, parent_of, positive, processes, progress_bar,
+from cli import (Parser, gathered, grid, not_negative, one_line_errors, parent_of, positive, processes, progress_bar,
                  save_image, share, write_gif)
 from data import to_uint8
-from drawing import (SCATTERED, decode, decoder, draw, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
+from drawing import (SCATTERED, add_flags, decode, decoder, draw, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
                      read_prompts, unconditional)
 from files import atomic_file
 from points import MLP, picture
@@ -53,23 +52,14 @@ def flags():
                         f"{SCATTERED} points)")
     parser.add_argument("--out", default="samples.png", help="a .png for one grid, or for points a scatter; or a folder, with a "
                         "slash at its end")
-    parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
+    add_flags(parser)
     parser.add_argument("--cascade", help="an upsampler of train.py or a released one: enlarges what --ckpt draws four times")
     parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels; points: arr_0 (N, 2)")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
     parser.add_argument("--prompt", nargs="+", help="what a text model shall draw; several prompts take turns")
-    parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
-                        "with it (default: where it was then)")
-    parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
-    parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class, "
-                        "but 1 to restore)")
     parser.add_argument("--cfg-channels", type=positive, help="guide the first channels only; 3 repeats DiT's published numbers")
     parser.add_argument("--cfg-interval", type=interval, help="LOW,HIGH: guide between these steps of 0 … T-1 only")
-    parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++; ddpm to restore")
-    parser.add_argument("--steps", type=positive, help="evaluations along the trajectory (default: 20; 250 for ddpm)")
     parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
-    parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
-    parser.add_argument("--seed", type=natural, default=0, help="default: 0")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     restoration.add_flags(parser)
     return parser
