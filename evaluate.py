@@ -22,8 +22,8 @@ import torch
 
 import data
 from cli import Parser, first_in_turn, one_line_errors, parent_of, positive, processes, progress_bar, share
-from drawing import (add_flags, decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
-                     reader, unconditional)
+from drawing import (add_flags, decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parse_classes,
+                     pixel_shape, reader, unconditional)
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
 from files import sha256_of
@@ -236,8 +236,8 @@ def flags():
     parser.add_argument("--image-size", type=positive, help="crop and scale the images to this side (default: as they are)")
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
-    add_flags(parser.add_argument_group("drawing the samples of --ckpt, as in sample.py", "(a text model draws what the reference's "
-                                        "captions say)"))
+    add_flags(parser.add_argument_group("drawing the samples of --ckpt, as in sample.py",
+                                        "(a text model draws what the reference's captions say)"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--cache", help="folder for samples, decoded images and downloads (default: the user's cache)")
     return parser

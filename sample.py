@@ -22,8 +22,8 @@ from cascade import enlarge, load_upsampler
 from cli import (Parser, gathered, grid, not_negative, one_line_errors, parent_of, positive, processes, progress_bar,
                  save_image, share, write_gif)
 from data import to_uint8
-from drawing import (SCATTERED, add_flags, decode, decoder, draw, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
-                     read_prompts, unconditional)
+from drawing import (SCATTERED, add_flags, decode, decoder, draw, drawable, evaluations, guidance, labels_of, parse_classes,
+                     pixel_shape, read_prompts, unconditional)
 from files import atomic_file
 from points import MLP, picture
 
