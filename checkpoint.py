@@ -28,7 +28,7 @@ import vae
 from cli import Parser, one_line_errors
 from ddpm import SCHEDULES, Diffusion
 from files import atomic_file, sha256_of
-from released import LDM_PREFIX, clip_encoder, infer, released_process, released_scale
+from released import clip_encoder, released_run
 
 VERSION = 1
 EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
@@ -79,8 +79,8 @@ def read(path):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception:                                # torch raises anything at all on a damaged file
-            raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off, or holds Python "
-                             "objects, which could run code and are not loaded") from None
+            raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off, or holds Python objects, "
+                             "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
 
 
 def read_safetensors(path):
@@ -91,29 +91,20 @@ def read_safetensors(path):
     def refuse(reason):
         raise ValueError(f"{path} is not a valid safetensors file: {reason}")
 
-    def unique(pairs):
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError("a name appears twice")
-        return dict(pairs)
-
-    def whole(number):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"{number!r} is not a whole number from 0 on")
-        return number
-
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             refuse("it ends before its header does")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=unique)
+            header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = []
             for name, entry in header.items():
-                begin, end = map(whole, entry["data_offsets"])
-                entries.append((begin, end, name, DTYPES[entry["dtype"]], list(map(whole, entry["shape"]))))
+                (begin, end), shape = entry["data_offsets"], entry["shape"]
+                if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+                    raise ValueError(f"{name} has other than whole numbers from 0 on: {[begin, end]}, {shape}")
+                entries.append((begin, end, name, DTYPES[entry["dtype"]], shape))
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             refuse(f"its header is not understood ({type(error).__name__}: {error})")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)   # read when touched, writable without the file
@@ -137,37 +128,24 @@ def read_safetensors(path):
 
 
 def load(path, config=None):
-    """A run from run.pt, or one made up around an official state dict (then without optimizer; config: see `released.infer`)."""
+    """The run in a run.pt, or one made up around official weights (then without optimizer; config: see `released.infer`).
+
+    ValueError or OSError if there is none that can be read.
+    """
     content = read(path)
     try:
-        if isinstance(content, dict) and "version" in content and "network" in content:
-            if content["version"] != VERSION:
-                raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
-            content.setdefault("text", None)             # runs of before there was text lack it
-            for key, kind in FIELDS.items():
-                if not isinstance(content[key], kind):
-                    raise ValueError(f"its {key} is a {type(content[key]).__name__}")
-            return content
-        if isinstance(content, dict):                    # training code wraps its state dicts
-            content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)),
-                           content)
-            if any(key.startswith(LDM_PREFIX) for key in content if isinstance(key, str)):
-                def average(key):
-                    return "model_ema." + key.removeprefix("model.").replace(".", "")
-                content = {key.removeprefix(LDM_PREFIX): content.get(average(key), value) for key, value in content.items()
-                           if key.startswith(LDM_PREFIX)}                # the averaged weights, if there
-        if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
-            raise ValueError("it holds no state dict")
-        network = infer(content, config)
+        if not (isinstance(content, dict) and "version" in content and "network" in content):
+            return {"version": VERSION, **released_run(content, config)}
+        if content["version"] != VERSION:
+            raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
+        content.setdefault("text", None)                 # runs of before there was text lack it
+        for key, kind in FIELDS.items():
+            if not isinstance(content[key], kind):
+                raise ValueError(f"its {key} is a {type(content[key]).__name__}")
+        return content
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {path}: {reason}") from None
-    arguments = network["arguments"]
-    scale = released_scale(network)
-    data = dict(spec=None, classes=None, num_classes=arguments["num_classes"], channels=arguments["channels"],
-                image_size=arguments["image_size"])
-    return dict(version=VERSION, step=None, config={}, network=network, diffusion=released_process(network), data=data,
-                vae=None if scale is None else dict(scale=scale), text=None, model=content, ema=content, optimizer=None)
 
 
 def build(run, weights="ema"):
@@ -193,15 +171,10 @@ def load_network(path, config=None):
 def load_autoencoder(path):
     """The autoencoder of a run, or of a released file, .safetensors or a .pt, .bin or .ckpt of plain tensors, in eval mode.
 
-    Its scale is the run's, or Stable Diffusion's. Its origin is what a run that is trained on its latents notes of it: path,
-    sha256, and network and model if it is one of ours and small. ValueError or OSError, in one line, if there is none that can
-    be read.
+    Its scale is the run's, or Stable Diffusion's. Its `origin` is what a run notes of it that is trained on its latents: path,
+    sha256, and network and model if it is one of ours and small. ValueError or OSError if there is none that can be read.
     """
-    try:
-        content = read(path)
-    except ValueError as error:
-        remedy = "" if str(path).endswith(".safetensors") else "; use the .safetensors file of the same weights"
-        raise ValueError(f"{error}{remedy}") from None
+    content = read(path)
     try:
         if isinstance(content, dict) and "network" in content:
             run = load(path)
@@ -221,12 +194,12 @@ def load_autoencoder(path):
     return network
 
 
-def load_clip(path, heads=None):
+def load_clip(path):
     """CLIP's text encoder, in eval mode, and its tokenizer -> (CLIPTextEncoder, Tokenizer).
 
-    path: a folder of Hugging Face's files, or the weights, whose folder then holds the vocabulary; heads=None: one for 64
-    columns. The encoder's origin is what a run that is told its contexts notes of it: path and sha256. ValueError or OSError if a
-    file is missing, damaged or of another network.
+    path: a folder of Hugging Face's files, or the weights, whose folder then holds the vocabulary. The encoder's `origin`, path
+    and sha256, is what a run notes of it that was trained with its contexts. ValueError or OSError if a file is missing, damaged
+    or of another network.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -234,7 +207,7 @@ def load_clip(path, heads=None):
         path = next(filter(Path.is_file, (folder / name for name in CLIP_WEIGHTS)), folder / CLIP_WEIGHTS[0])
     tensors = read(path)
     try:
-        encoder = clip_encoder(tensors, heads)
+        encoder = clip_encoder(tensors)
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
@@ -251,24 +224,24 @@ def load_clip(path, heads=None):
 
 def describe(path):
     """What a checkpoint holds, as lines of text."""
+    def listed(settings):
+        return ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
+
     run = load(path)
-    network = run["network"]
     try:
-        lines = [f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}"),
-                 f"network    {network['class']} " + ", ".join(f"{k}={v}" for k, v in network["arguments"].items()),
-                 f"parameters {sum(value.numel() for value in run['model'].values()):,}",
-                 "data       " + ", ".join(f"{k}={v}" for k, v in run["data"].items() if v is not None)]
-        if run["diffusion"]:
-            lines.insert(3, "diffusion  " + ", ".join(f"{k}={v}" for k, v in run["diffusion"].items()))
-        if run["vae"]:
-            lines.append(f"latents    of an autoencoder, scaled by {run['vae']['scale']}")
-        flags = {key: value for key, value in run["config"].items() if value is not None and value is not False}
-        if flags:
-            lines.append("flags      " + " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
-                                                  for key, value in flags.items()))
+        rows = {
+            "network": f"{run['network']['class']} {listed(run['network']['arguments'])}",
+            "parameters": f"{sum(value.numel() for value in run['model'].values()):,}",
+            "diffusion": listed(run["diffusion"] or {}),
+            "data": listed(run["data"]),
+            "latents": run["vae"] and f"of an autoencoder, scaled by {run['vae']['scale']}",
+            "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
+                              for key, value in run["config"].items() if value is not None and value is not False),
+        }
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not describe its network: {error}") from None
-    return lines
+    title = f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}")
+    return [title, *(f"{name:10} {value}" for name, value in rows.items() if value)]
 
 
 def slim(run):

@@ -29,46 +29,30 @@ def one_line_errors(command):
     on stderr and exit status 2; anything else keeps its traceback."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        sys.exit(_report(command, "out of memory on the device: lower the batch size, or raise --accumulate"))
-    except (ValueError, OSError) as error:
-        sys.exit(_report(command, error))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        message = "out of memory on the device: lower --batch-size, or raise train.py's --accumulate" if full else str(error)
+        print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
     else:
         if dist.is_initialized() and dist.get_rank() > 0:
-            sys.stdout.flush()                           # now and then torch 2.13 aborts while such a process's interpreter ends,
-            os._exit(0)                                  # after all work is done, and torchrun reports a failure: do not let it
+            sys.stdout.flush()                           # torch 2.13 now and then aborts while such a process ends, its work
+            os._exit(0)                                  # done, and torchrun would report a failure: end without it
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _report(command, message):
-    print(f"{command}: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
-
-
-def positive(text):
-    """argparse type: a whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+def at_least(least, kind):
+    """An argparse type: a finite number of a kind, int or float, from `least` on."""
+    def number(text):
+        if not least <= kind(text) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {least} on")
+        return kind(text)
     return number
 
 
-def natural(text):
-    """argparse type: a whole number from 0 on."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
-    return number
-
-
-def not_negative(text):
-    """argparse type: a finite number from 0 on."""
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return number
+positive, natural, not_negative = at_least(1, int), at_least(0, int), at_least(0, float)
 
 
 def processes(device="auto"):
@@ -77,7 +61,7 @@ def processes(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
-    world, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     backend = "gloo"
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -87,13 +71,18 @@ def processes(device="auto"):
         torch.cuda.set_device(device)
     if world > 1:                                        # others may wait for hours while the first decodes a data set
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    return torch.device(device), dist.get_rank() if world > 1 else 0, world
+    return torch.device(device), *place()
+
+
+def place():
+    """The rank of this process, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextmanager
 def first_in_turn():
-    """The first process does what is inside alone, as to download and decode; then the others, who find its cache."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """The first process runs what is inside, such as a download, before all others, who then find its result in the cache."""
+    rank, world = place()
     if rank > 0:
         dist.barrier()
     yield
@@ -103,8 +92,18 @@ def first_in_turn():
 
 def share(n):
     """This process's part of n things, a range."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = place()
     return range(rank * n // world, (rank + 1) * n // world)
+
+
+def gathered(value):
+    """The values of all processes, a list in the order of their ranks, on the first process; [] on the others."""
+    rank, world = place()
+    if world == 1:
+        return [value]
+    everyone = [None] * world if rank == 0 else None
+    dist.gather_object(value, everyone)
+    return everyone or []
 
 
 def progress_bar(name, n):
@@ -146,7 +145,7 @@ def parent_of(path):
 
 
 def grid(images, columns, gap=2):
-    """Tile uint8 images (n, H, W, C) into one (H', W', C), row by row on grey, each magnified to at least 64 pixels."""
+    """Tile uint8 images (n, H, W, C) into one (H', W', C), row by row on grey, small ones magnified to a height of up to 64."""
     zoom = max(1, 64 // images.shape[1])
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     n, height, width, channels = images.shape

@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 import ddpm
 from checkpoint import build, load, load_autoencoder, load_clip
-from cli import first_in_turn, progress_bar, share
+from cli import first_in_turn, natural, not_negative, positive, progress_bar, share
 from data import Dataset, to_uint8
 from files import cache_folder, sha256_of
-from vae import in_pieces
+from vae import in_pieces, pieces
 
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
 SCATTERED = 2000                 # samples of a run on points
@@ -28,7 +28,7 @@ STEPS = 20                       # of DPM-Solver++; more barely change the pictu
 
 
 def labels_of(indices, classes):
-    """The condition of each image of a run: classes, numbers or a text's rows (K, …), in turn; None without."""
+    """The conditions (n, …) of images number `indices`: of classes, K numbers or the rows (K, …) of a text, in turn; or None."""
     return None if classes is None else torch.from_numpy(np.asarray(classes)[[i % len(classes) for i in indices]])
 
 
@@ -44,7 +44,7 @@ def told(network, y):
 
 
 def unconditional(network, text, config):
-    """The unconditional input of guidance: a null label, or the empty caption's ids or context (L, D); None if not learned.
+    """The unconditional input of guidance: a null label, or the empty caption's ids or context (L, D); None if it was not learned.
 
     text: what a run notes of CLIP, or None; config: its flags.
     """
@@ -55,8 +55,8 @@ def unconditional(network, text, config):
     return text["empty"] if text else network.text_encoder.tokenize([""])[0]
 
 
-def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar=None, **options):
-    """Yield (indices, x (n, C, H, W) on the network's device) for images number `indices`, batch by batch.
+def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, **options):
+    """Images number `indices` of a seed: an iterator of (indices, x (n, C, H, W) on the network's device), batch by batch.
 
     classes: a list of numbers, or the ids (K, …) or contexts (K, L, D) of captions, in turn. options are `ddpm.sample`'s. The
     batch is halved where the device's memory does not hold it.
@@ -66,23 +66,11 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, bar
     options = {"sampler": "dpm++", "steps": STEPS, **options}
     if network.context_dim is not None and options.get("y_null") is not None:
         options["y_null"] = told(network, options["y_null"][None])[0]
-    start = 0
-    while start < len(indices):
-        part = indices[start:start + batch_size]
-        y = told(network, labels_of(part, classes))
-        try:
-            x = ddpm.sample(diffusion, network, (len(part), network.channels, *network.image_size), y,
-                            seeds=[(seed, i) for i in part], **options)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise
-            batch_size = len(part) // 2
-            torch.cuda.empty_cache()
-            continue
-        start += len(part)
-        if bar is not None:
-            bar.update(len(part))
-        yield part, x
+
+    def some(part):
+        return part, ddpm.sample(diffusion, network, (len(part), network.channels, *network.image_size),
+                                 told(network, labels_of(part, classes)), seeds=[(seed, i) for i in part], **options)
+    return pieces(some, indices, batch_size)
 
 
 def draw_points(network, diffusion, n, seed=0):
@@ -101,7 +89,7 @@ def drawable(path):
             "AutoencoderKL": "encodes and decodes: a network trained on its latents samples",
             "SuperResUNet": f"enlarges images: it needs small ones to start from, as --ckpt BASE.pt --cascade {path} draws",
         }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
-    if network.context_dim is not None and described["step"] is None and described["network"]["class"] == "UNet":
+    if network.context_dim is not None and described["step"] is None and kind == "UNet":
         raise ValueError(f"{path} is told LDM's class as a token, which nothing here encodes: it can be loaded and counted, but "
                          "not sampled")
     return described, network, diffusion
@@ -117,7 +105,8 @@ def noted(encoder, tokenizer):
 def reader(described, network, clip=None):
     """What reads a text network's captions -> a tokenizer, and CLIP's encoder, or None where the network has one of its own.
 
-    clip: where CLIP is, if not where it was in training. ValueError without one, or if it is another than in training.
+    clip: where CLIP is, if not where it was in training. Released weights know nothing of it: what a run notes of CLIP is added
+    to what is described. ValueError without CLIP, or if it is another than in training.
     """
     if hasattr(network, "text_encoder"):
         if clip is not None:
@@ -154,8 +143,7 @@ def read_prompts(prompts, clip, described, network):
     tokenizer, encoder = reader(described, network, clip)
     for prompt in prompts:
         if lost := tokenizer.cut(prompt):
-            print(f"warning: the prompt is too long for {tokenizer.length} tokens; this is cut off: {lost!r}",
-                  file=sys.stderr)
+            print(f"warning: the prompt is too long for {tokenizer.length} tokens; this is cut off: {lost!r}", file=sys.stderr)
     ids = tokenizer.tokenize(prompts)                                                    # (K, L, W) of ours, (K, L) of CLIP's
     return ids if encoder is None else encoder(ids)                                      # (K, L, D)
 
@@ -243,10 +231,10 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
               y_null=None):
     """The first n samples of a checkpoint, as a data set in the cache: a file that is filled as they are drawn.
 
-    how: classes, cfg_scale, sampler, steps, seed, plain values, and what else tells samples of the checkpoint apart; names: of all
-    classes, if the samples shall have labels; autoencoder: decodes the network's latents; contexts, y_null: of captions in turn,
-    in place of classes, and of the empty one. What an earlier, perhaps killed, call with the same checkpoint and the same `how`
-    drew is there already; a larger n adds to it.
+    how: classes, cfg_scale, sampler, steps, seed, and what else tells samples of the checkpoint apart, plain values; names: of all
+    classes, if the samples shall have labels; autoencoder: decodes the network's latents; contexts: of captions, in place of
+    classes; y_null: of the empty caption. What an earlier, perhaps killed, call with the same checkpoint and the same `how` drew
+    is there already; a larger n adds to it.
     """
     classes, shape = how["classes"], pixel_shape(network, autoencoder)
     key = hashlib.sha256(json.dumps([sha256_of(path), how]).encode()).hexdigest()[:16]
@@ -254,21 +242,22 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
     done = pixels.with_suffix(".done")                   # a byte an image: 1 once its pixels are on the disk
     size = math.prod(shape)
     with first_in_turn():
-        there = pixels.stat().st_size // size if pixels.exists() else 0
-        for file_path, kept, length in ((pixels, there * size, n * size), (done, there, n)):
+        there = pixels.stat().st_size // size if pixels.exists() else 0  # whole images
+        for file_path, whole, unit in ((pixels, there, size), (done, there, 1)):
             with open(file_path, "ab") as file:
                 end = file.tell()
-                file.truncate(min(kept, end))                            # no claim on pixels that were deleted
-                file.truncate(max(length, end))                          # what is added reads as zeros
+                file.truncate(min(whole * unit, end))                    # no claim on pixels that were deleted
+                file.truncate(max(n * unit, end))                        # what is added reads as zeros
     missing = np.flatnonzero(np.fromfile(done, np.uint8, n) == 0)
     if dist.is_initialized():
         dist.barrier()                                   # all have looked before the first one draws
     mine = share(len(missing))
     with progress_bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
         for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(),
-                               classes if contexts is None else contexts, how["seed"], batch_size, progress,
+                               classes if contexts is None else contexts, how["seed"], batch_size,
                                sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"], y_null=y_null,
                                clip=autoencoder is None):
+            progress.update(len(indices))
             x = x if autoencoder is None else decode(autoencoder, x)
             for i, image in zip(indices, to_uint8(x).cpu().numpy()):
                 pixels_file.seek(i * size)
@@ -285,3 +274,17 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
         raise ValueError(f"{pixels} is not complete: all processes need one cache, --cache DIR")
     labels = None if names is None else labels_of(range(n), classes).numpy()             # released weights have no names
     return Dataset(path, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
+
+
+def add_flags(parser):
+    """The flags of sample.py and evaluate.py that say how samples are drawn."""
+    parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
+    parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
+                        "with it (default: where it was then)")
+    parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
+    parser.add_argument("--cfg-scale", type=not_negative, help=f"guidance; 1 is none (default: {CFG_SCALE} if the run has a null "
+                        "class, but 1 to restore)")
+    parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++; ddpm to restore")
+    parser.add_argument("--steps", type=positive, help=f"evaluations along the trajectory (default: {STEPS}; 250 for ddpm)")
+    parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
+    parser.add_argument("--seed", type=natural, default=0, help="default: 0")

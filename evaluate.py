@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +21,9 @@ import numpy as np
 import torch
 
 import data
-from cli import Parser, first_in_turn, not_negative, one_line_errors, parent_of, positive, processes, progress_bar, share
-from ddpm import SAMPLERS
-from drawing import (decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
-                     reader, unconditional)
+from cli import Parser, first_in_turn, one_line_errors, parent_of, positive, processes, progress_bar, share
+from drawing import (add_flags, decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parse_classes,
+                     pixel_shape, reader, unconditional)
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
 from files import sha256_of
@@ -42,13 +40,12 @@ COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "feat
 
 
 class Reference(NamedTuple):
-    """Real images, measured, and {"FD": …, "sFD": …} between two halves of them: what real images score themselves."""
+    """Real images, measured."""
 
     name: str
     measured: Measured
-    floor: dict
-    dataset: data.Dataset | None = None
-    order: np.ndarray | None = None    # of its images, in which they were measured
+    floor: dict                        # {"FD": …, "sFD": …} between two halves of them: what real images score themselves
+    order: np.ndarray | None = None    # of the images, in which they were measured; None of a file without images
 
 
 # Scores
@@ -61,8 +58,8 @@ def count(n):
 def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
     """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
 
-    What the reference and the samples lack: "images", "spatial" where a file has statistics without these. fewest: images of the
-    side that has fewer.
+    real_lacks, fake_lacks: what the reference and the samples come without, see `lacks`. fewest: images of the side that has
+    fewer.
     """
     spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks        # a classifier has none
     pairs = ("the reference is statistics without images" if "images" in real_lacks else
@@ -104,8 +101,10 @@ def scores(fake, real, wanted):
 
 
 def measure_reference(dataset, space, name, file=None):
-    """The Reference of a data set, read in a fixed random order, half by half, with the statistics of a file if it has some;
-    or, without a data set, of these alone."""
+    """The Reference of a data set, read in a fixed random order, half by half, with a file's statistics if it has some.
+
+    Without a data set: of the file's statistics alone.
+    """
     if dataset is None:
         return Reference(name, with_statistics(None, file, space), {})
     order = np.random.default_rng(0).permutation(len(dataset))
@@ -115,16 +114,17 @@ def measure_reference(dataset, space, name, file=None):
                          for rows, before in ((order[:half], 0), (order[half:], half)))
     floor = {}
     if min(first.pool.n, second.pool.n) > 1:             # on the first process, of at least four images
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")              # the score itself warns
-            floor = {"FD": distance(first.pool, second.pool)}
-            if first.spatial:
-                floor["sFD"] = distance(first.spatial, second.spatial)
-    return Reference(name, with_statistics(first.merge(second), file, space), floor, dataset, order)
+        floor["FD"] = distance(first.pool, second.pool)
+        if first.spatial:
+            floor["sFD"] = distance(first.spatial, second.spatial)
+    return Reference(name, with_statistics(first.merge(second), file, space), floor, order)
 
 
 def measure_samples(dataset, n, space, file=None):
-    """The Measured of the first n samples of a data set, all if n is None; or of the statistics in a file, or with them."""
+    """The Measured of the first n samples of a data set; of all if n is None, then with a file's statistics if it has some.
+
+    Without a data set: of the file's statistics alone.
+    """
     if dataset is None:
         return with_statistics(None, file, space)
     order = np.arange(len(dataset))
@@ -135,21 +135,13 @@ def measure_samples(dataset, n, space, file=None):
     return measured if n else with_statistics(measured, file, space)
 
 
-def save_reference(path, reference, space):
-    """Write a reference in ADM's layout."""
-    if reference.dataset is None:
-        raise ValueError(f"--save-reference: {reference.name} holds no images, which the file should show")
-    images, _ = reference.dataset.batch(reference.order[:REFERENCE_IMAGES])
-    save_statistics(path, reference.measured, images, space)
-    print(f"wrote {path}: {count(reference.measured.n)} of {reference.name}, features {space.name}")
-
-
 def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None, contexts=None,
                   y_null=None):
     """The scores of n samples, drawn by `sample.py`'s defaults, against real, Measured; each process draws its share.
 
-    autoencoder: decodes a latent network's samples. classes: their names, which the samples take in turn; None without. contexts,
-    y_null: of captions in turn, and of the empty one. Only the first process gets the scores, the others {}.
+    classes: their names, which the samples take in turn, or None. contexts: of captions, which the samples of a text network take
+    in turn; y_null: of the empty caption. autoencoder: decodes a latent network's samples. Only the first process gets the
+    scores, the others {}.
     """
     numbers = None if classes is None else list(range(len(classes)))
     drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
@@ -158,9 +150,7 @@ def score_network(network, diffusion, real, space, n, classes=None, seed=0, scal
     if not fake.n:
         return {}
     fake.labels = labels_of(range(n), numbers)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                  # of few samples: whoever asks for them knows
-        return scores(fake, real, possible(space, classes))
+    return scores(fake, real, possible(space, classes))
 
 
 # What is scored, and against what
@@ -178,30 +168,42 @@ def lacks(images, file):
 
 def images_of(spec, split, args):
     """The data set of --samples or --reference; None if it is an .npz of statistics without images."""
-    if spec.endswith(".npz") and Path(spec).is_file():
-        try:
-            with np.load(spec, allow_pickle=False) as archive:
-                if "mu" in archive and not {"arr_0", "images"} & set(archive):
-                    return None
-        except Exception as error:                       # zipfile and numpy raise anything at all on a damaged file
-            raise ValueError(f"cannot use {spec}: {error}") from None
+    tables = read_tables(spec) if spec.endswith(".npz") and Path(spec).is_file() else None
+    if tables and not tables["images"]:
+        return None
     with first_in_turn():
         side = args.image_size or (side_of(spec) if Path(spec).is_dir() else None)
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
-def drawing(args, described, network, diffusion):
-    """How --ckpt's samples are drawn, as plain values.  ValueError on what the run cannot do."""
-    return dict(vae=args.vae and sha256_of(args.vae),
-                classes=parse_classes(args.classes, described["data"]["classes"], network.num_classes),
-                cfg_scale=guidance(network, args.cfg_scale, unconditional(network, described["text"], described["config"])),
-                sampler=args.sampler,
-                steps=evaluations(args.steps, args.sampler, diffusion), seed=args.seed)
+def read_images(args, described, shape):
+    """The data sets of the reference and of --samples, each None if there is none.  ValueError on what cannot be compared.
+
+    described: the run of --ckpt, whose training part is the reference if none is given; shape: (H, W, C) of what it draws.
+    """
+    if args.reference:
+        real = images_of(args.reference, "train", args)
+    else:
+        config = described["config"]
+        with first_in_turn():
+            real = data.load(described["data"]["spec"], config["image_size"], "train", args.cache or config["cache"],
+                             config["skip_bad"])
+    if args.save_reference and real is None:
+        raise ValueError(f"--save-reference: {args.reference} holds no images, which the file should show")
+    fake = images_of(args.samples, "test", args) if args.samples else None
+    there = len(fake) if fake else 0
+    if args.samples and (args.n or 0) > there:
+        raise ValueError(f"--n {args.n}: {args.samples} has {there} images")
+    shape = fake.images.shape[1:] if fake else shape
+    if real and shape and tuple(real.image_size) != tuple(shape[:2]):
+        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(
+            *shape[:2], *real.image_size))
+    return real, fake
 
 
 def captioned(images, tokenizer, encoder, n, cache):
-    """Contexts of n captions of the reference, drawn at random, after which a text network's samples are drawn; and a hash of what
-    they depend on, but for n: more begin with the same.
+    """The contexts of n captions of the reference, in a fixed random order, for a text network to draw, and a hash of what they
+    depend on besides n (of a larger n, the first n are the same).
 
     tokenizer, encoder: `drawing.reader`'s. ValueError if there are no captions.
     """
@@ -212,15 +214,6 @@ def captioned(images, tokenizer, encoder, n, cache):
     contexts = tokenizer.tokenize(chosen).numpy() if encoder is None else embeddings(chosen, encoder, tokenizer, cache)
     about = json.dumps([captions, encoder and encoder.origin["sha256"]])
     return contexts, hashlib.sha256(about.encode()).hexdigest()
-
-
-def append_row(path, row):
-    """Add a row to a CSV file of COLUMNS, which it begins if there is none."""
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
 
 
 # The command
@@ -243,59 +236,40 @@ def flags():
     parser.add_argument("--image-size", type=positive, help="crop and scale the images to this side (default: as they are)")
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
-    drawing = parser.add_argument_group("drawing the samples of --ckpt, as in sample.py")
-    drawing.add_argument("--vae", help="the autoencoder of a latent model, which decodes what it draws")
-    drawing.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, for models trained with it; the captions are those "
-                         "of the reference")
-    drawing.add_argument("--classes", help="numbers or names, as 3,5 (default: all)")
-    drawing.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class)")
-    drawing.add_argument("--sampler", default="dpm++", choices=SAMPLERS, help="default: dpm++")
-    drawing.add_argument("--steps", type=positive, help="evaluations along the trajectory (default: 20; 250 for ddpm)")
-    drawing.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
-    drawing.add_argument("--seed", type=int, default=0, help="default: 0")
+    add_flags(parser.add_argument_group("drawing the samples of --ckpt, as in sample.py",
+                                        "(a text model draws what the reference's captions say)"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--cache", help="folder for samples, decoded images and downloads (default: the user's cache)")
     return parser
 
 
 def validate(args):
-    """Refuse flags that do not go together, before any work.  ValueError."""
+    """The metrics asked for, [] for all.  ValueError, before any work, on flags that do not go together."""
     if not (args.ckpt or args.samples or args.save_reference):
         raise ValueError("give --ckpt or --samples, or --save-reference to measure a reference only")
     if not args.ckpt and not args.reference:
         raise ValueError("--reference: give real images to compare with")
     if "swissroll" in (args.samples, args.reference):
         raise ValueError("swissroll holds points, which have no features: give images")
-    wanted = args.metrics.split(",") if args.metrics else None
-    unknown = [metric for metric in wanted or () if metric not in METRICS]
-    if unknown:
-        raise ValueError(f"--metrics: {unknown[0]!r} is none of {', '.join(METRICS)}; Inception's FD is FID")
+    wanted = args.metrics.split(",") if args.metrics else []
+    for metric in wanted:
+        if metric not in METRICS:
+            raise ValueError(f"--metrics: {metric!r} is none of {', '.join(METRICS)}; Inception's FD is FID")
     if args.features not in (None, "inception") and not Path(args.features).is_file():
         raise ValueError(f"--features {args.features}: there is no such file")
-    if args.seed < 0:
-        raise ValueError("--seed must be 0 or more")
-    alone = [name for name in ("vae", "clip", "classes") if getattr(args, name) and not args.ckpt]
-    if alone:
-        raise ValueError(f"--{alone[0]} says how the samples of --ckpt are drawn")
+    for name in ("vae", "clip", "classes"):
+        if getattr(args, name) and not args.ckpt:
+            raise ValueError(f"--{name} says how the samples of --ckpt are drawn")
     for path in filter(None, (args.results, args.save_reference)):
         parent_of(path)
-    if args.save_reference:
-        if not args.save_reference.endswith(".npz"):
-            raise ValueError(f"--save-reference {args.save_reference}: its name must end in .npz")
+    if args.save_reference and not args.save_reference.endswith(".npz"):
+        raise ValueError(f"--save-reference {args.save_reference}: its name must end in .npz")
     results = Path(args.results)
     if results.exists():
         with open(results, newline="") as file:
             if next(csv.reader(file), None) not in (None, list(COLUMNS)):
                 raise ValueError(f"--results {results} has other columns: choose another file")
     return wanted
-
-
-def training_data(args, described):
-    """The training part of the data set that a run was trained on."""
-    config = described["config"]
-    with first_in_turn():
-        return data.load(described["data"]["spec"], config["image_size"], "train", args.cache or config["cache"],
-                         config["skip_bad"])
 
 
 def suited(args, images):
@@ -305,124 +279,116 @@ def suited(args, images):
 
 
 def open_run(args):
-    """The description, network and process of --ckpt.  ValueError if its samples cannot be scored."""
+    """The description, network, process and autoencoder of --ckpt.  ValueError if its samples cannot be scored."""
     described, network, diffusion = drawable(args.ckpt)
     if isinstance(network, MLP):
         raise ValueError(f"{args.ckpt} draws points, which have no features: python bench.py swissroll --ckpt {args.ckpt} measures "
                          "them")
     if not args.reference and not described["data"]["spec"]:
         raise ValueError(f"--reference: {args.ckpt} does not say what it was trained on; give real images to compare with")
-    return described, network, diffusion
-
-
-def spare(path, *others):
-    """ValueError if a file that would be written is one of others, which are read."""
-    if any(os.path.realpath(path) == os.path.realpath(other) for other in others if other):
-        raise ValueError(f"--save-reference {path} would replace what is measured")
-
-
-def same_size(real, fake):
-    """ValueError if two image sizes, each (H, W) or None, differ."""
-    if real and fake and tuple(real) != tuple(fake):
-        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(*fake, *real))
+    autoencoder = decoder(args.vae, described, network)
+    if described["vae"] and autoencoder is None:
+        raise ValueError(f"{args.ckpt} draws an autoencoder's latents: --vae FILE names the one that decodes them")
+    if args.clip and network.context_dim is None:
+        raise ValueError("--clip: the network was not trained with texts")
+    return described, network, diffusion, autoencoder
 
 
 def agreed(wanted, against, space):
     """The metrics wanted, or all that nothing stands against.  ValueError on one that is wanted and cannot be had."""
-    for metric in wanted or ():
+    for metric in wanted:
         if against[metric]:
             raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
     return wanted or [metric for metric in METRICS if not against[metric]]
 
 
-@torch.no_grad()
-def try_out(space, *examples):
-    """Extract features of single images, uint8 (1, H, W, C), so that what the space does not take is refused before the work."""
-    for example in examples:
-        space.extract(example.to(space.device))
-
-
 def report(args, found, reference, fake, space, how):
-    """Print the table and add the row."""
+    """Print the table and add the row; on stderr, that a distance is one of few samples.
+
+    how: what --ckpt's samples were drawn with, a row's columns among it; {} for --samples.
+    """
+    real = reference.measured
+    for metric, a, b in (("FD", fake.pool, real.pool), ("sFD", fake.spatial, real.spatial)):
+        if metric in found and min(a.n, b.n) <= len(a.mu):
+            print(f"evaluate.py: warning: {min(a.n, b.n)} samples of {len(a.mu)} features have a singular covariance: the Fréchet "
+                  "distance is far above that of more samples", file=sys.stderr)
     drawn = "" if not how else (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} "
                                 f"steps, guidance {how['cfg_scale']:g}, seed {how['seed']}")
     held_out = ", held-out part" if args.samples and not in_files(args.samples) else ""
     training = "" if args.reference and in_files(args.reference) else ", training part"
     print(f"samples     {count(fake.n)} of {args.ckpt or args.samples}{held_out}{drawn}")
-    print(f"reference   {count(reference.measured.n)} of {reference.name}{training}")
+    print(f"reference   {count(real.n)} of {reference.name}{training}")
     print(f"features    {space.name}, weights {space.sha256[:8]}\n")
     for metric, value in found.items():
         line = f"{space.title(metric):24}" + (f"{value:10.3f}" if metric in ("IS", "FD", "sFD") else f"{value:10.4f}")
         if metric in ("precision", "recall"):
-            line += f"   {count(len(reference.measured.rows))} real images"
+            line += f"   {count(len(real.rows))} real images"
         if metric in reference.floor:
             line += f"   two halves of the reference, {count(len(reference.order) // 2)} images each: {reference.floor[metric]:.3f}"
         print(line)
-    real_n = reference.measured.n if math.isfinite(reference.measured.n) else None
-    drawn = {key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if key in how}
-    append_row(args.results, dict(
-        samples=args.ckpt or args.samples, n=fake.n, reference=reference.name, reference_n=real_n,
-        features=space.name, features_sha256=space.sha256, **found, FD_floor=reference.floor.get("FD"), torch=torch.__version__,
-        numpy=np.__version__, classes=args.classes, **drawn))
+    with open(args.results, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(dict(
+            samples=args.ckpt or args.samples, n=fake.n, reference=reference.name,
+            reference_n=real.n if math.isfinite(real.n) else None, features=space.name, features_sha256=space.sha256, **found,
+            FD_floor=reference.floor.get("FD"), torch=torch.__version__, numpy=np.__version__, classes=args.classes,
+            **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if how}))
 
 
 def run(args):
     """Measure the reference and the samples, score, print a table and add a row."""
-    wanted, how, fake_images = validate(args), {}, None
+    wanted, how, described = validate(args), {}, None
+    names, shape, contexts = None, None, None            # of the samples
     if args.ckpt:
-        described, network, diffusion = open_run(args)
-        autoencoder = decoder(args.vae, described, network)
-        if described["vae"] and autoencoder is None:
-            raise ValueError(f"{args.ckpt} draws an autoencoder's latents: --vae FILE names the one that decodes them")
+        described, network, diffusion, autoencoder = open_run(args)
         told = network.context_dim is not None                           # a text: what its samples show is no class
-        if args.clip and not told:
-            raise ValueError("--clip: the network was not trained with texts")
         tokenizer, encoder = reader(described, network, args.clip) if told else (None, None)
-        how, names = drawing(args, described, network, diffusion), None if told else described["data"]["classes"]
-        shape, contexts = pixel_shape(network, autoencoder), None
-    if args.save_reference:
-        spare(args.save_reference, args.ckpt, args.samples, args.reference or described["data"]["spec"])
+        y_null, sampler = unconditional(network, described["text"], described["config"]), args.sampler or "dpm++"
+        names, shape = None if told else described["data"]["classes"], pixel_shape(network, autoencoder)
+        how = dict(vae=args.vae and sha256_of(args.vae), classes=parse_classes(args.classes, names, network.num_classes),
+                   cfg_scale=guidance(network, args.cfg_scale, y_null), sampler=sampler,
+                   steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
+    name = args.reference or described["data"]["spec"]
+    for path in filter(None, (args.ckpt, args.samples, name)):
+        if args.save_reference and os.path.realpath(path) == os.path.realpath(args.save_reference):
+            raise ValueError(f"--save-reference {args.save_reference} would replace what is measured")
     device, rank, _ = processes(args.device)
-    real_images = images_of(args.reference, "train", args) if args.reference else training_data(args, described)
-    if args.samples:
-        fake_images = images_of(args.samples, "test", args)
-        there = 0 if fake_images is None else len(fake_images)
-        if (args.n or 0) > there:
-            raise ValueError(f"--n {args.n}: {args.samples} has {there} images")
-    if not args.ckpt:
-        names, shape = (fake_images.classes, fake_images.images.shape[1:]) if fake_images else (None, None)
-    same_size(real_images and real_images.image_size, shape and shape[:2])
+
+    real_images, fake_images = read_images(args, described, shape)
+    if fake_images:
+        names, shape = fake_images.classes, fake_images.images.shape[1:]
     with first_in_turn():
         space = space_of(args.features or suited(args, real_images or fake_images), device, args.cache, args.resize == "tf1")
     n = args.n or (len(fake_images) if fake_images else FULL if space.name.startswith("inception") else QUICK)
-    fewest = min(n if how or fake_images else math.inf, len(real_images) if real_images else math.inf)
+    fewest = min(n if shape else math.inf, len(real_images) if real_images else math.inf)
     if fewest < 2:
         raise ValueError(f"{fewest} image on one side: at least two samples and two real images are needed")
     against = obstacles(space, names, lacks(real_images, args.reference), () if how else lacks(fake_images, args.samples), fewest)
     wanted = agreed(wanted, against, space)
-    try_out(space, *(images.batch(np.arange(1))[0] for images in (real_images, fake_images) if images),
-            *([torch.zeros(1, *shape, dtype=torch.uint8)] if how else []))
+    examples = [images.batch(np.arange(1))[0] for images in (real_images, fake_images) if images]
+    if how:
+        examples.append(torch.zeros(1, *shape, dtype=torch.uint8))
+    for example in examples:                             # what the space does not take is refused before the work
+        measure([example.to(device)], space)
 
     if how and told:
         contexts, how["captions"] = captioned(real_images, tokenizer, encoder and encoder.to(device), n, args.cache)
-    reference = measure_reference(real_images, space, args.reference or described["data"]["spec"], args.reference)
+    reference = measure_reference(real_images, space, name, args.reference)
     if args.save_reference and rank == 0:
-        save_reference(args.save_reference, reference, space)
+        images, _ = real_images.batch(reference.order[:REFERENCE_IMAGES])
+        save_statistics(args.save_reference, reference.measured, images, space)
+        print(f"wrote {args.save_reference}: {count(reference.measured.n)} of {name}, features {space.name}")
     if how:
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
-                                autoencoder and autoencoder.to(device), contexts,
-                                unconditional(network, described["text"], described["config"]))
-        how["step"] = described["step"]
+                                autoencoder and autoencoder.to(device), contexts, y_null)
+        how["step"] = described["step"]                  # for the row alone: the cache knows the samples by the file's hash
     elif not args.samples:
         return
     fake = measure_samples(fake_images, args.n, space, args.samples)
     if rank == 0:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = scores(fake, reference.measured, wanted)
-        for message in dict.fromkeys(str(warning.message) for warning in caught):
-            print(f"evaluate.py: warning: {message}", file=sys.stderr)
-        report(args, found, reference, fake, space, how)
+        report(args, scores(fake, reference.measured, wanted), reference, fake, space, how)
 
 
 def main(argv=None):

@@ -8,17 +8,17 @@ process measures its share.
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data
 import inception
 from checkpoint import build, load, read
-from cli import share
+from cli import gathered, share
 from files import atomic_file, sha256_of
 from metrics import Statistics
 
@@ -112,16 +112,16 @@ class Moments(NamedTuple):
     sigma: torch.Tensor                # (D, D)
 
 
+@dataclass
 class Measured:
-    """What scores need of a set of n images.
+    """What scores need of a set of n images."""
 
-    pool and spatial, the Statistics of its features (spatial None where the space has none); rows (m, D), pooled features of its
-    first images, or None; probabilities (n, K) or None; labels (n,), the classes that were asked for, or None.
-    """
-
-    def __init__(self, n=0, pool=None, spatial=None, rows=None, probabilities=None, labels=None):
-        self.n, self.pool, self.spatial = n, pool or Statistics(), spatial
-        self.rows, self.probabilities, self.labels = rows, probabilities, labels
+    n: float = 0                                         # infinite as that of its Moments
+    pool: Statistics | Moments = field(default_factory=Statistics)       # of the pooled features
+    spatial: Statistics | Moments | None = None                          # of the spatial ones, if the space has some
+    rows: torch.Tensor | None = None                     # (m, D) pooled features of the first images
+    probabilities: torch.Tensor | None = None            # (n, K)
+    labels: torch.Tensor | None = None                   # (n,) the classes that were asked for
 
     def merge(self, other):
         """Add another's images behind these; returns self."""
@@ -155,12 +155,8 @@ def measure(batches, space, keep=None):
         if "spatial" in found:
             measured.spatial = (measured.spatial or Statistics()).add(found["spatial"])
     measured.rows, measured.probabilities = (torch.cat(parts) if parts else None for parts in (rows, probabilities))
-    if not dist.is_initialized():
-        return measured
-    everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(_moved(measured, "cpu"), everyone)
     whole = Measured()
-    for part in everyone or ():
+    for part in gathered(_moved(measured, "cpu")):
         whole.merge(_moved(part, space.device))
     return whole
 
@@ -186,13 +182,12 @@ def measure_dataset(dataset, indices, space, keep=None, bar=None):
     def batches():
         with ThreadPoolExecutor(1) as reader:            # reads the next batch while the network works on this one
             ahead = None
-            for start in (*range(mine.start, mine.stop, BATCH), None):
-                images = ahead and ahead.result()
-                ahead = reader.submit(read, start) if start is not None else None
-                if images is not None:
-                    yield images.to(space.device, non_blocking=True)
-                    if bar is not None:
-                        bar.update(len(images))
+            for start in range(mine.start, mine.stop, BATCH):
+                images = (ahead or reader.submit(read, start)).result()
+                ahead = reader.submit(read, start + BATCH) if start + BATCH < mine.stop else None
+                yield images.to(space.device, non_blocking=True)
+                if bar is not None:
+                    bar.update(len(images))
     measured = measure(batches(), space, None if keep is None else keep - mine.start)
     if space.knows(dataset.classes):
         measured.labels = torch.from_numpy(dataset.labels[dataset.rows[indices]].astype("int64"))
@@ -200,10 +195,12 @@ def measure_dataset(dataset, indices, space, keep=None, bar=None):
 
 
 def read_tables(path):
-    """What an .npz of statistics holds: mu, sigma, perhaps mu_s, sigma_s, float64 tensors; n, features, features_sha256.
+    """What an .npz of statistics holds: mu, sigma, perhaps mu_s, sigma_s, float64 tensors; n, features, features_sha256; and
+    images, whether it has some.
 
-    ADM's files lack these three and are of Inception; so do pytorch-fid's, which have no mu_s either and are of Inception by
-    PyTorch's resize. None if it has no mu.  ValueError if it is damaged or its tables do not fit."""
+    ADM's files lack n and what follows it and are of Inception; so do pytorch-fid's, which have no mu_s either and are of
+    Inception by PyTorch's resize. None if there is no mu. ValueError if the file is damaged or its tables do not fit.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             if "mu" not in archive:
@@ -220,12 +217,11 @@ def read_tables(path):
             if n < 2:
                 raise ValueError(f"{n} samples: a covariance needs at least two")
             unnamed = "inception" if "mu_s" in found else "inception-pytorch-resize"
-            return dict(found, n=n, features=str(archive["features"]) if "features" in archive else unnamed,
+            return dict(found, n=n, images="arr_0" in archive or "images" in archive,
+                        features=str(archive["features"]) if "features" in archive else unnamed,
                         features_sha256=str(archive["features_sha256"]) if "features_sha256" in archive else inception.SHA256)
-    except FileNotFoundError:
-        raise
     except Exception as error:                           # zipfile and numpy raise anything at all on a damaged file
-        raise ValueError(f"cannot use the statistics in {path}: {error}") from None
+        raise ValueError(f"cannot use {path}: {error}") from None
 
 
 def read_statistics(path, space):
@@ -237,22 +233,25 @@ def read_statistics(path, space):
         theirs, ours = (f"{name} (weights {sha256[:8]})" for name, sha256 in
                         ((found["features"], found["features_sha256"]), (space.name, space.sha256)))
         raise ValueError(f"{path} holds statistics of {theirs}, the features asked for are {ours}: they cannot be compared")
-    n, tables = found["n"], {key: value.to(space.device) for key, value in found.items() if torch.is_tensor(value)}
-    return Measured(n, Moments(n, tables["mu"], tables["sigma"]),
-                    Moments(n, tables["mu_s"], tables["sigma_s"]) if "mu_s" in tables else None)
+
+    def moments(mu, sigma):
+        return Moments(found["n"], found[mu].to(space.device), found[sigma].to(space.device)) if mu in found else None
+    return Measured(found["n"], moments("mu", "sigma"), moments("mu_s", "sigma_s"))
 
 
 def save_statistics(path, measured, images, space):
     """Write an .npz in the layout of ADM's reference batches: arr_0, images (n, H, W, C) uint8 to show and to take precision and
-    recall from, mu, sigma, mu_s, sigma_s; and n, features, features_sha256, which ADM does not read."""
+    recall from, mu, sigma, mu_s, sigma_s; and n, features, features_sha256, which ADM's evaluator does not read."""
     if space.name.startswith("inception"):
         images = images.expand(-1, -1, -1, 3)            # ADM's graph takes colour only
-    tables = dict(mu=measured.pool.mu, sigma=measured.pool.sigma)
+    tables = dict(arr_0=images, mu=measured.pool.mu.cpu(), sigma=measured.pool.sigma.cpu(), features=space.name,
+                  features_sha256=space.sha256)
     if measured.spatial:
-        tables |= dict(mu_s=measured.spatial.mu, sigma_s=measured.spatial.sigma)
+        tables |= dict(mu_s=measured.spatial.mu.cpu(), sigma_s=measured.spatial.sigma.cpu())
+    if math.isfinite(measured.n):
+        tables["n"] = measured.n
     with atomic_file(path) as file:
-        np.savez(file, arr_0=images.numpy(), **{key: value.cpu().numpy() for key, value in tables.items()},
-                 **({"n": measured.n} if math.isfinite(measured.n) else {}), features=space.name, features_sha256=space.sha256)
+        np.savez(file, **tables)
 
 
 def space_named_in(path):
@@ -261,16 +260,18 @@ def space_named_in(path):
     ValueError if they are of another space, whose file is not known.
     """
     given = read_tables(path) if path.endswith(".npz") else None
-    if given is None or given["features"].startswith("inception"):      # by --resize; another one is refused later
-        return given and "inception"
+    if given is None:
+        return None
+    if given["features"].startswith("inception"):        # by either resize: that of another --resize is refused later
+        return "inception"
     if given["features_sha256"] == sha256_of(JUDGE):
         return str(JUDGE)
     raise ValueError(f"{path} holds statistics of {given['features']}: name that file with --features")
 
 
 def with_statistics(measured, path, space):
-    """A Measured (or None, without images) with the statistics of its .npz in place of those of the images in it: they are of
-    more images than a file shows. As it is where the file has none."""
+    """A Measured (None: there are no images) with the statistics that its .npz holds, if it does, in place of its own: they are
+    of more images than the file shows."""
     given = read_statistics(path, space) if path and path.endswith(".npz") else None
     if given and measured:
         measured.n, measured.pool, measured.spatial = given.n, given.pool, given.spatial

@@ -55,27 +55,25 @@ class Conv(nn.Module):
 class Mixed(nn.Module):
     """Branches side by side, joined by channels; the last one begins with a pooling, or is nothing but one.
 
-    branches: name -> steps (outputs, kernel[, stride]); a pair of steps at the end sees the same input twice. pool: how many
-    outputs the pooled branch has, None if it strides and is passed on as it is; average: mean or maximum.
+    branches: name -> steps (outputs, kernel[, stride]); the last step may be a pair, whose two see the same input and are joined.
+    pool: how many outputs the pooled branch has, None if it strides and is passed on as it is; average: by mean or by maximum.
     """
 
     def __init__(self, inputs, branches, pool=None, average=True):
         super().__init__()
-        self.paths, self.outputs, self.average = [], 0, average
+        self.paths, self.outputs, self.average = [], pool or inputs, average             # a path: the convolutions of each step
         for name, steps in branches.items():
             path, width = [], inputs
             for i, step in enumerate(steps, 1):
                 pair = step if isinstance(step[0], tuple) else (step,)
-                numbered = f"{name}_{i}" if len(steps) > 1 else name
-                names = [numbered + letter for letter in ("ab" if len(pair) > 1 else [""])]
-                for key, shape in zip(names, pair):
-                    self.add_module(key, Conv(width, *shape))
-                path.append(names)
+                path.append([Conv(width, *shape) for shape in pair])
+                numbered = f"{name}_{i}" if len(steps) > 1 else name     # branch1x1; branch5x5_1; of a pair, branch3x3_2a
+                for letter, conv in zip("ab" if len(pair) > 1 else [""], path[-1]):
+                    self.add_module(numbered + letter, conv)
                 width = sum(shape[0] for shape in pair)
             self.paths.append(path)
             self.outputs += width
         self.branch_pool = Conv(inputs, pool, 1) if pool else None
-        self.outputs += pool or inputs
 
     def pooled(self, x):
         if self.branch_pool is None:
@@ -86,16 +84,16 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         ends = []
-        for path in self.paths:
+        for *steps, last in self.paths:
             y = x
-            for names in path[:-1]:
-                y = self.get_submodule(names[0])(y)
-            ends += [self.get_submodule(name)(y) for name in path[-1]]
+            for (conv,) in steps:
+                y = conv(y)
+            ends += [conv(y) for conv in last]
         return torch.cat([*ends, self.pooled(x)], dim=1)
 
 
 def squares(pool):
-    """35 x 35 pixels: 1x1, 5x5, twice 3x3.  Szegedy et al. 2016, Fig. 5."""
+    """35 x 35 pixels: 1x1, 5x5, twice 3x3.  Szegedy et al. 2016, Fig. 5, where the 5x5 is a 3x3."""
     return dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)]), pool
 
 

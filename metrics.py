@@ -5,12 +5,10 @@ et al. 2019 (precision and recall). Nothing here knows an image or a network: fe
 Fréchet distance of Inception's pooled features is FID, of its spatial ones sFID. Statistics are float64 on the features' device;
 where papers differ in a detail, this follows ADM's evaluator (Dhariwal & Nichol 2021), whose numbers are those in print.
 """
-import warnings
-
 import torch
 
 BLOCK = 2 ** 25                        # distances held at once: 128 MB in float32
-ROUNDING = 2e-6                        # of a squared distance in float32, relative to squared norm and radius: ties are inside
+ROUNDING = 2e-6                        # of a squared distance in float32, relative to the squared norms: so near is inside a radius
 
 
 def checked(features, name="features"):
@@ -84,11 +82,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def distance(a, b):
-    """The Fréchet distance of two Statistics.  Warns where there are fewer samples than features: it is then far too large."""
-    few = min(a.n, b.n)
-    if few <= len(a.mu):
-        warnings.warn(f"{few} samples of {len(a.mu)} features have a singular covariance: the Fréchet distance is far above that "
-                      "of more samples", stacklevel=2)
+    """The Fréchet distance of two Statistics: far too large where a side has no more samples than features."""
     return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
 
 
@@ -120,10 +114,11 @@ def squared_radii(features, k):
 
 
 def precision_recall(real, fake, k=3):
-    """Precision, the share of fakes within the manifold of the real, and recall, the converse.  Kynkäänniemi et al. 2019, Eq. 1.
+    """Precision, the share of fakes within the manifold of the real, and recall, the converse.
 
-    real (M, D), fake (n, D). A set's manifold is the union of balls around its rows, each out to its k-th nearest neighbour in
-    the set. All pairs are looked at, in blocks of fixed memory. ValueError if a set has no k-th neighbour.
+    Kynkäänniemi et al. 2019, Eq. 1, 2. real (M, D), fake (n, D). A set's manifold is the union of balls around its rows, each out
+    to its k-th nearest neighbour in the set. All pairs are looked at, in blocks of fixed memory. ValueError if a set has no k-th
+    neighbour.
     """
     real, fake = checked(real, "real features"), checked(fake, "features of the samples")
     if real.shape[1] != fake.shape[1]:

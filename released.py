@@ -135,13 +135,32 @@ def released_scale(network):
     return COCO_SCALE if kind == "UViT" and "context_dim" in arguments else SD_SCALE
 
 
-def clip_encoder(tensors, heads=None):
+def released_run(content, config=None):
+    """What a run.pt would hold of released weights, but its version.  ValueError if the content of their file is none of a
+    network known here; config: see `infer`."""
+    if isinstance(content, dict):                        # training code wraps its state dicts
+        content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)), content)
+        if any(key.startswith(LDM_PREFIX) for key in content if isinstance(key, str)):
+            def average(key):
+                return "model_ema." + key.removeprefix("model.").replace(".", "")
+            content = {key.removeprefix(LDM_PREFIX): content.get(average(key), value)    # the averaged weights, if there
+                       for key, value in content.items() if key.startswith(LDM_PREFIX)}
+    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+        raise ValueError("it holds no state dict")
+    network = infer(content, config)
+    scale = released_scale(network)
+    data = dict(spec=None, classes=None, **{key: network["arguments"][key] for key in ("num_classes", "channels", "image_size")})
+    return dict(step=None, config={}, network=network, diffusion=released_process(network), data=data,
+                vae=None if scale is None else dict(scale=scale), text=None, model=content, ema=content, optimizer=None)
+
+
+def clip_encoder(tensors):
     """The text.CLIPTextEncoder in a dict of tensors, which may also hold the rest of CLIP; its sizes follow from their shapes."""
     prefix = next((name for name in tensors if name.endswith(text.TABLE)), text.TABLE).removesuffix(text.TABLE)
     state = {text.PREFIX + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     (vocab, dim), length = state[text.PREFIX + text.TABLE].shape, len(state[f"{text.PREFIX}embeddings.position_embedding.weight"])
     hidden = len(state[f"{text.PREFIX}encoder.layers.0.mlp.fc1.weight"])
     depth = len({name.split(".")[3] for name in state if name.startswith(f"{text.PREFIX}encoder.layers.")})
-    encoder = text.CLIPTextEncoder(vocab, length, dim, depth, heads or max(1, dim // 64), hidden)       # CLIP's heads are 64 wide
+    encoder = text.CLIPTextEncoder(vocab, length, dim, depth, max(1, dim // 64), hidden)     # CLIP's heads are 64 wide
     encoder.load_state_dict(state, strict=True)
     return encoder.eval()

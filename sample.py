@@ -10,33 +10,32 @@ train.py leaves. The drawing itself is drawing.py's.
     python sample.py --ckpt run.pt --inpaint photo.png --mask hole.png                     (see restoration.py)
     torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
+import argparse
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
-import ddpm
 import restoration
 from cascade import enlarge, load_upsampler
-from cli import (Parser, grid, not_negative, one_line_errors, parent_of, positive, processes, progress_bar, save_image, share,
-                 write_gif)
+from cli import (Parser, gathered, grid, not_negative, one_line_errors, parent_of, positive, processes, progress_bar,
+                 save_image, share, write_gif)
 from data import to_uint8
-from drawing import (SCATTERED, decode, decoder, draw, drawable, evaluations, guidance, labels_of, parse_classes, pixel_shape,
-                     read_prompts, unconditional)
+from drawing import (SCATTERED, add_flags, decode, decoder, draw, drawable, evaluations, guidance, labels_of, parse_classes,
+                     pixel_shape, read_prompts, unconditional)
 from files import atomic_file
 from points import MLP, picture
 
 
-def parse_interval(text):
-    """(low, high) of "LOW,HIGH", steps of 0 .. T-1."""
+def interval(text):
+    """argparse type: (low, high) of "LOW,HIGH", steps of 0 .. T-1."""
     try:
-        low, high = (int(part) for part in text.split(","))
+        low, high = map(int, text.split(","))
     except ValueError:
-        raise ValueError(f"--cfg-interval {text!r}: give two steps as LOW,HIGH") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not two steps as LOW,HIGH") from None
     if low > high:
-        raise ValueError(f"--cfg-interval {text}: the first step is after the last")
+        raise argparse.ArgumentTypeError(f"{text}: the first step is after the last")
     return low, high
 
 
@@ -53,40 +52,24 @@ def flags():
                         f"{SCATTERED} points)")
     parser.add_argument("--out", default="samples.png", help="a .png for one grid, or for points a scatter; or a folder, with a "
                         "slash at its end")
-    parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
+    add_flags(parser)
     parser.add_argument("--cascade", help="an upsampler of train.py or a released one: enlarges what --ckpt draws four times")
     parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels; points: arr_0 (N, 2)")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
     parser.add_argument("--prompt", nargs="+", help="what a text model shall draw; several prompts take turns")
-    parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
-                        "with it (default: where it was then)")
-    parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
-    parser.add_argument("--cfg-scale", type=not_negative, help="guidance; 1 is none (default: 1.5 if the run has a null class, "
-                        "but 1 to restore)")
     parser.add_argument("--cfg-channels", type=positive, help="guide the first channels only; 3 repeats DiT's published numbers")
-    parser.add_argument("--cfg-interval", help="LOW,HIGH: guide between these steps of 0 … T-1 only")
-    parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++; ddpm to restore")
-    parser.add_argument("--steps", type=positive, help="evaluations along the trajectory (default: 20; 250 for ddpm)")
+    parser.add_argument("--cfg-interval", type=interval, help="LOW,HIGH: guide between these steps of 0 … T-1 only")
     parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
-    parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     restoration.add_flags(parser)
     return parser
 
 
-def gather(parts, world):
-    """Rank 0's list of every process's arrays, concatenated in the order of the ranks; None elsewhere."""
-    own = np.concatenate(parts) if parts else None
-    if world == 1:
-        return own
-    everyone = [None] * world if dist.get_rank() == 0 else None
-    dist.gather_object(own, everyone)
-    return np.concatenate([part for part in everyone if part is not None]) if everyone else None
-
-
 def write(args, images, frames, labels, columns, latent):
-    """Write what rank 0 has: the grid or the .npz (latents have no grid), and the trajectory -> the paths, as text."""
+    """Write the grid, if the images are not in a folder already, the .npz and the trajectory -> the paths, as text.
+
+    Latents have no grid: they are written as an .npz, named after --out if it has no name of its own.
+    """
     written, npz = [], args.npz
     if latent:
         npz = npz or str(Path(args.out.rstrip("/")).with_suffix(".npz"))
@@ -113,8 +96,8 @@ def restore(args, task):
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes) if args.classes else None
     autoencoder = decoder(args.vae, described, network)
     restoration.check(args, task, network, bool(described["vae"]), autoencoder, classes)
-    guidance(network, args.cfg_scale)
-    evaluations(args.steps, args.sampler, diffusion)
+    guidance(network, args.cfg_scale)                    # refuses a scale that the network lacks the input for,
+    evaluations(args.steps, args.sampler, diffusion)     # and more steps than the process has
     images, how = restoration.restore_image(args, task, network, diffusion, autoencoder, classes)
     if is_folder(args.out):
         Path(args.out).mkdir(exist_ok=True)
@@ -125,47 +108,47 @@ def restore(args, task):
     print(f"{how}: wrote {args.out}")
 
 
+def check(args, points, on_latents, decoded):
+    """ValueError where pictures are asked for of what is none: points, or latents, decoded perhaps once they are drawn."""
+    if points and (args.trajectory or is_folder(args.out)):
+        raise ValueError(f"--out and --trajectory: points are drawn in one .png; python plot.py swissroll --ckpt {args.ckpt} --gif "
+                         "FILE shows their way")
+    if on_latents and args.trajectory:
+        raise ValueError("--trajectory: the network works on latents, which are no pictures")
+    if on_latents and not decoded and args.cascade:
+        raise ValueError("--cascade: the network works on an autoencoder's latents; --vae FILE makes them images first")
+
+
 def run(args):
     """Draw what the flags ask for and write it; under torchrun each process draws its share."""
     for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
         parent_of(path)
-    if args.seed < 0:
-        raise ValueError("--seed must be 0 or more")
     task = restoration.task_of(args)
     if task:
         return restore(args, task)
     args.sampler = args.sampler or "dpm++"
-    interval = parse_interval(args.cfg_interval) if args.cfg_interval else None
     described, network, diffusion = drawable(args.ckpt)
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
     contexts = read_prompts(args.prompt, args.clip, described, network)
     y_null = unconditional(network, described["text"], described["config"])
-    kinds = len(classes or args.prompt or ())
-    few = (2 if args.prompt else 1) <= kinds <= 16
-    points = isinstance(network, MLP)
-    n = args.n or (SCATTERED if points else 4 * kinds if few else 16)
     scale = guidance(network, args.cfg_scale, y_null)
     steps = evaluations(args.steps, args.sampler, diffusion)
     autoencoder = decoder(args.vae, described, network)
-    clip = not (described["vae"] or points)              # which have no range
-    latent = bool(described["vae"]) and autoencoder is None
-    if latent and args.cascade:
-        raise ValueError("--cascade: the network works on an autoencoder's latents; --vae FILE makes them images first")
+    points, on_latents = isinstance(network, MLP), bool(described["vae"])
+    check(args, points, on_latents, autoencoder)
+    latent = on_latents and autoencoder is None          # is what is written
     upsampler, upsampling = (load_upsampler(args.cascade, described, network.num_classes, pixel_shape(network, autoencoder))
                              if args.cascade else (None, None))
-    if points and (args.trajectory or is_folder(args.out)):
-        raise ValueError(f"--out and --trajectory: points are drawn in one .png; python plot.py swissroll --ckpt {args.ckpt} --gif "
-                         "FILE shows their way")
-    if not clip and args.trajectory:
-        raise ValueError("--trajectory: the network works on latents, which are no pictures")
+    kinds = len(classes or args.prompt or ())
+    few = (2 if args.prompt else 1) <= kinds <= 16       # then each has a column
+    n = args.n or (SCATTERED if points else 4 * kinds if few else 16)
+    columns = kinds if few else math.ceil(math.sqrt(min(n, 64)))
 
-    device, rank, world = processes(args.device)
+    device, rank, _ = processes(args.device)
     network, autoencoder, upsampler = (part and part.to(device) for part in (network, autoencoder, upsampler))
     one_by_one = is_folder(args.out) and not latent
     if one_by_one:
         Path(args.out).mkdir(exist_ok=True)
-    mine = share(n)
-    columns = kinds if few else math.ceil(math.sqrt(min(n, 64)))
     frames, images = {}, []
 
     def keep_frame(t, x, x0):
@@ -173,17 +156,20 @@ def run(args):
             frames[t] = grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns)
 
     with progress_bar("drawing", n) as bar:
-        for part, x in draw(network, diffusion, mine, classes if contexts is None else contexts, args.seed, args.batch_size, bar,
+        for part, x in draw(network, diffusion, share(n), classes if contexts is None else contexts, args.seed, args.batch_size,
                             sampler=args.sampler, steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels,
-                            cfg_interval=interval, y_null=y_null, clip=clip, callback=keep_frame if args.trajectory else None):
+                            cfg_interval=args.cfg_interval, y_null=y_null, clip=not (on_latents or points),
+                            callback=keep_frame if args.trajectory else None):
+            bar.update(len(part))
             x = decode(autoencoder, x) if autoencoder else x
             x = enlarge(upsampler, upsampling, x, labels_of(part, classes), args.seed, part) if upsampler else x
             images.append((x.flatten(1) if points else x if latent else to_uint8(x)).cpu().numpy())
-            for i, image in zip(part, images[-1] if one_by_one else ()):
-                save_image(Path(args.out) / f"{i:06d}.png", image)
-    if args.npz or not one_by_one:                       # else they are on disk already
-        images = gather(images, world)
+            if one_by_one:
+                for i, image in zip(part, images[-1]):
+                    save_image(Path(args.out) / f"{i:06d}.png", image)
+    everyones = gathered(images) if args.npz or not one_by_one else []   # else they are on disk already
     if rank == 0:
+        images = np.concatenate([batch for batches in everyones for batch in batches]) if everyones else None
         written = write(args, images, list(frames.values()), labels_of(range(n), classes), columns, latent)
         print(f"{n} images, {args.sampler}, {steps} steps, guidance {scale:g}, seed {args.seed}: wrote {written}")
 

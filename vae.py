@@ -33,19 +33,25 @@ def sample_latent(mean, log_variance, noise):
     return mean + (0.5 * log_variance).exp() * noise
 
 
-def in_pieces(function, x, size):
-    """function(x), `size` rows at a time, fewer where the device's memory does not hold them."""
-    pieces = []
+def pieces(function, x, size):
+    """Yield function(x[:size]) and so on, `size` rows at a time, fewer where the device's memory does not hold them."""
     while len(x):
+        size = min(size, len(x))
         try:
-            pieces.append(function(x[:size]))
-            x = x[size:]
+            piece = function(x[:size])
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
             size //= 2
             torch.cuda.empty_cache()
-    return torch.cat(pieces)
+        else:
+            yield piece
+            x = x[size:]
+
+
+def in_pieces(function, x, size):
+    """function(x), computed in `pieces`."""
+    return torch.cat(list(pieces(function, x, size)))
 
 
 def conv(channels, out_channels):

@@ -9,6 +9,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import ddpm
 import evaluate
 import latents
 import sample
@@ -310,7 +311,7 @@ def test_guidance_by_the_empty_caption_is_the_formula(captioned, clip, here):
     contexts = sample.read_prompts(["a red image"], None, described, network)
     y_null = sample.unconditional(network, described["text"], described["config"])
     (_, guided), = sample.draw(network, diffusion, range(1), contexts, steps=1, sampler="ddim", cfg_scale=3.0, y_null=y_null, clip=False)
-    noise = torch.randn(1, 3, 8, 8, generator=sample.ddpm.keyed_generator((0, 0)))
+    noise = torch.randn(1, 3, 8, 8, generator=ddpm.keyed_generator((0, 0)))
     with torch.no_grad():                                # one step from T - 1 to no noise returns the predicted image itself
         process = diffusion.respaced(1)
         t = process.original(torch.zeros(1, dtype=torch.long))

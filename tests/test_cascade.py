@@ -343,7 +343,7 @@ def test_latents_are_decoded_and_then_enlarged(tmp_path, small):
 
 
 def test_adms_released_upsampler_enlarges_what_adms_released_base_draws(tmp_path, monkeypatch):
-    for name in list(unet.SIZES):
+    for name in list(reversed(unet.SIZES)):              # put back in their order afterwards
         monkeypatch.delitem(unet.SIZES, name)
     few = dict(dim=32, res_blocks=1, attention_ds=(), **unet.ADM)        # small ones under their names
     monkeypatch.setitem(unet.SIZES, "adm-64", dict(image_size=4, multipliers=(1, 1), **few))

@@ -383,9 +383,10 @@ def test_metrics_are_those_asked_for_in_the_order_of_all(here, capsys):
 
 
 def test_a_warning_of_few_samples_is_one_line_on_stderr(here, capsys):
-    evaluated("--samples", "fake.npz", "--n", "40", "--reference", "real.npz", "--features", JUDGE)
-    assert capsys.readouterr().err.startswith("evaluate.py: warning: 40 samples of 64 features have a singular covariance")
-    evaluated("--samples", "fake.npz", "--reference", "real.npz", "--features", JUDGE)
+    evaluated("--samples", "fake.npz", "--n", "64", "--reference", "real.npz", "--features", JUDGE)
+    err = capsys.readouterr().err
+    assert err.startswith("evaluate.py: warning: 64 samples of 64 features have a singular covariance") and err.count("\n") == 1
+    evaluated("--samples", "fake.npz", "--n", "65", "--reference", "real.npz", "--features", JUDGE)
     evaluated("--samples", "fake.npz", "--n", "40", "--reference", "real.npz", "--features", JUDGE, "--metrics", "IS")
     assert capsys.readouterr().err == ""
 

@@ -288,12 +288,12 @@ def test_statistics_of_another_space_or_other_weights_are_refused_with_both_name
 def test_tables_that_do_not_fit_are_refused(tmp_path, judge, space, changes):
     path = statistics_file(tmp_path / "odd.npz", **changes)
     for named in (judge, space):
-        with pytest.raises(ValueError, match="cannot use the statistics in .*odd.npz"):
+        with pytest.raises(ValueError, match="cannot use .*odd.npz: "):
             features.read_statistics(path, named)
 
 
 @pytest.mark.parametrize("damage", ["text", "cut off", "a flipped byte", "an array"])
-def test_a_damaged_file_of_statistics_is_refused_and_a_missing_one_is_missing(tmp_path, judge, damage):
+def test_a_damaged_or_missing_file_of_statistics_is_refused(tmp_path, judge, damage):
     path = tmp_path / "bad.npz"
     whole = statistics_file(path, mu=np.arange(500.0), sigma=np.eye(500)) and path.read_bytes()
     if damage == "an array":
@@ -304,9 +304,9 @@ def test_a_damaged_file_of_statistics_is_refused_and_a_missing_one_is_missing(tm
             middle = archive.getinfo("sigma.npy").header_offset + 1000
         path.write_bytes({"text": b"hello", "cut off": whole[:middle],
                           "a flipped byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]}[damage])
-    with pytest.raises(ValueError, match="cannot use the statistics in .*bad.npz"):
+    with pytest.raises(ValueError, match="cannot use .*bad.npz: "):
         features.read_statistics(str(path), judge)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="cannot use .*none.npz: .*No such file"):
         features.read_statistics(str(tmp_path / "none.npz"), judge)
 
 

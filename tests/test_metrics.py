@@ -12,7 +12,6 @@ root, D times: 12 * (12 * 2e-16)^(1/2) = 6e-7 for the widest features here, SING
 import functools
 import itertools
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -199,16 +198,6 @@ def test_a_large_mean_in_float32_costs_no_digit_of_a_small_variance(size):
 def test_a_covariance_of_fewer_than_two_rows_is_an_error(batches):
     with pytest.raises(ValueError, match=f"{len(batches)} samples: a covariance needs at least two"):
         statistics(*batches).sigma
-
-
-@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12))
-def test_a_distance_warns_if_and_only_if_a_side_has_no_more_samples_than_features(n, m, D):
-    a, b = statistics(normal(n, D)), statistics(normal(m, D, seed=1))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        value = distance(a, b)
-    assert [f"{min(n, m)} samples of {D} features" in str(each.message) for each in caught] == [True] * (min(n, m) <= D)
-    assert value == frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
 
 
 # The Fréchet distance
