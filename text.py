@@ -189,7 +189,7 @@ class CLIPTextEncoder(nn.Module):
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.length:
             raise ValueError(f"ids of shape {tuple(ids.shape)}: they must be (N, L) with L from 1 to {self.length}")
         tables, L = self.text_model.embeddings, ids.shape[1]
-        mask = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()                        # causal: no word sees the padding
+        mask = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()                        # causal: no word sees padding
         x = tables.token_embedding(ids) + tables.position_embedding.weight[:L]                     # (N, L, D)
         for layer in self.text_model.encoder.layers:
             x = layer(x, mask)
