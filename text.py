@@ -21,7 +21,7 @@ from vit import attention
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ATOM = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")          # words, whatever follows them
-MERGES_FILE, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2        # CLIP takes so many of the 262,145 in OpenAI's
+MERGES_FILE, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2        # CLIP's, the first of five times as many there
 PREFIX, TABLE = "text_model.", "embeddings.token_embedding.weight"           # of names in state dicts
 
 # A visible character for each byte, in the order of CLIP's ids: visible ones stand for themselves, the others for U+0100 on.
@@ -209,7 +209,7 @@ class TextEncoder(nn.Module):
     def __init__(self, dim=192, length=32, depth=2, heads=4):
         super().__init__()
         self.dim, self.length = dim, length
-        self.byte_embedding = nn.Embedding(self.none + 1, 16)
+        self.byte_embedding = nn.Embedding(self.none + 1, 16)            # 16 numbers a byte
         self.word_embedding = nn.Linear(self.width * 16, dim)
         self.position_embedding = nn.Parameter(0.5 * torch.randn(length, dim))       # as large as what it is added to
         self.layers = nn.ModuleList(TextBlock(dim, heads, 4 * dim) for _ in range(depth))
