@@ -159,7 +159,7 @@ def restore(args):
     print(f"wrote {args.out}: given and restored, three times, and the originals")
 
 
-COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))    # of like cost, then of less
+COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))    # alike, then cheaper
 ROW = ("model", "size", "seed", "steps", "minutes", "parameters", "gflops", "n", "features_sha256", *METRICS)
 
 
