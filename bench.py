@@ -1,13 +1,13 @@
 """Measure what the project claims: the quality of a run's samples, the speed of training, the designs side by side.
 
     python bench.py quality --ckpt run.pt              samples judged by their nearest training images
-    python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
     python bench.py restore --ckpt run.pt              held-out digits inpainted, enlarged and denoised, beside simpler methods
-    python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
-    python bench.py swissroll --ckpt run.pt            samples of a run on points: how far from the data
     python bench.py compare                            DiT, U-ViT and U-Net of like Gflops, and DiTs of rising Gflops: an hour
+    python bench.py swissroll --ckpt run.pt            samples of a run on points: how far from the data
+    python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
     python bench.py text                               a small U-ViT learns to draw what captions say; how many it gets right
     python bench.py latents --vae vae.pt               a step on cached latents, beside random ones, and beside encoding each time
+    python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
@@ -17,6 +17,7 @@ import resource
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ from objectives import objective_of
 
 
 def nearest(queries, reference, k=3):
-    """Indices (n, k) of the nearest reference images by pixel distance; both uint8 (n, H, W, C)."""
+    """Indices (n, k) of the nearest reference images by pixel distance, for n queries of the same shape."""
     queries, reference = (torch.as_tensor(images).float().flatten(1) for images in (queries, reference))
     return torch.cat([torch.cdist(part, reference).topk(k, largest=False).indices for part in queries.split(512)])
 
@@ -55,24 +56,26 @@ def vote(labels, neighbours):
     return torch.where(second == third, second, first)
 
 
-def unique_share(nearest):
-    """The share of samples whose nearest image, nearest (n,), is no other sample's nearest."""
-    counts = nearest.unique(return_counts=True)[1]
-    return (counts == 1).sum().item() / len(nearest)
+def unique_share(neighbours):
+    """The share of samples whose nearest image, neighbours (n,), is no other sample's nearest."""
+    counts = neighbours.unique(return_counts=True)[1]
+    return (counts == 1).sum().item() / len(neighbours)
+
+
+def first_of(dataset, n=None):
+    """The first n images of a data set, all by default, uint8 (n, H, W, C), and their labels (n,)."""
+    return dataset.batch(np.arange(len(dataset))[:n])
 
 
 def quality(args):
     """Print how many samples of a run are recognised, beside real held-out images, and how many are no copies of each other."""
-    run = load(args.ckpt)
-    network, diffusion = build(run)
-    if diffusion is None or network.num_classes is None or run["vae"] or not run["data"]["spec"]:
+    run, network, diffusion = drawable(args.ckpt)
+    if network.num_classes is None or run["vae"] or not run["data"]["spec"]:
         raise ValueError(f"{args.ckpt}: quality needs a class-conditional run of train.py on pixels")
-    device, _, _ = processes(args.device)
-    config = run["config"]
-    real, held_out = (data.load(run["data"]["spec"], config["image_size"], split, config["cache"], config["skip_bad"])
-                      for split in ("train", "test"))
-    images, labels = real.batch(np.arange(len(real)))
-    test_images, test_labels = held_out.batch(np.arange(len(held_out)))
+    device, config = processes(args.device)[0], run["config"]
+    (images, labels), (test_images, test_labels) = (
+        first_of(data.load(run["data"]["spec"], config["image_size"], split, config["cache"], config["skip_bad"]))
+        for split in ("train", "test"))
 
     classes = list(range(network.num_classes))
     scale = guidance(network)
@@ -82,8 +85,8 @@ def quality(args):
     right = (vote(labels, neighbours) == labels_of(range(args.n), classes)).float().mean().item()
     real_right = (vote(labels, nearest(test_images, images)) == test_labels).float().mean().item()
     print(f"{args.n} samples of {args.ckpt} (step {run['step']}), seed {args.seed}, dpm++ {STEPS} steps, guidance {scale:g}")
-    print(f"samples recognised as their class   {right:6.1%}   by 3 nearest neighbours among {len(real)} training images")
-    print(f"real held-out images, likewise      {real_right:6.1%}   of {len(held_out)}")
+    print(f"samples recognised as their class   {right:6.1%}   by 3 nearest neighbours among {len(images)} training images")
+    print(f"real held-out images, likewise      {real_right:6.1%}   of {len(test_images)}")
     print(f"samples whose nearest training image is no other's {unique_share(neighbours[:, 0]):.1%}")
 
 
@@ -104,7 +107,7 @@ def blurred(x, deviation):
 def linear_filter(noisy, real, sigma):
     """The best linear estimate of images with white noise, by the mean and covariance of real ones: Wiener's."""
     mean, S = real.flatten(1).mean(dim=0), torch.cov(real.flatten(1).T)
-    gain = torch.linalg.solve(S + sigma ** 2 * torch.eye(len(S), device=S.device), S)    # both commute
+    gain = torch.linalg.solve(S + sigma ** 2 * torch.eye(len(S), device=S.device), S)    # (S + sigma^2 I)^-1 S; the factors commute
     return (mean + (noisy.flatten(1) - mean) @ gain).reshape(noisy.shape)
 
 
@@ -112,17 +115,14 @@ def restore(args):
     """Print how many held-out digits a run keeps when it fills in their centre or enlarges them, how well it removes noise, and
     what simpler methods reach; and write a picture of ten."""
     parent_of(args.out)
-    run, sigma = load(args.ckpt), 0.5
-    network, diffusion = build(run)
-    if diffusion is None or run["vae"] or run["data"]["spec"] != "mnist" or network.null_label is None \
-            or tuple(network.image_size) != (32, 32):
+    run, network, diffusion = drawable(args.ckpt)
+    if run["vae"] or run["data"]["spec"] != "mnist" or network.null_label is None or tuple(network.image_size) != (32, 32):
         raise ValueError(f"{args.ckpt}: restore needs a run of train.py on the digits' 32x32 pixels with a null class")
-    device, _, _ = processes(args.device)
+    device, sigma = processes(args.device)[0], 0.5
     space, network = space_of(str(JUDGE), device), network.to(device)
-    (real, real_labels), (images, labels) = (
-        (data.to_float(images).to(device), labels.to(device)) for images, labels in (
-            dataset.batch(np.arange(min(n, len(dataset)))) for dataset, n in (
-                (data.load(split="train"), math.inf), (data.load(split="test"), args.n))))
+    real, real_labels = first_of(data.load(split="train"))
+    images, labels = first_of(data.load(split="test"), args.n)
+    real, images, labels = data.to_float(real).to(device), data.to_float(images).to(device), labels.to(device)
     null = torch.full_like(labels, network.null_label)
     keys = [(args.seed, i) for i in range(len(images))]
 
@@ -142,8 +142,9 @@ def restore(args):
         with_label, without = (ddpm.restore(
             diffusion, network, A(images), degrade, y, steps=args.steps, repeats=args.repeats, seeds=keys, clip=True)
             for y in (labels, null))
-        neighbours = nearest(A(images).cpu(), A(real).cpu(), k=1)[:, 0].to(device)
-        print(f"{name:28}{kept(with_label):12.1%}{kept(without):12.1%}{(real_labels[neighbours] == labels).float().mean():20.1%}")
+        neighbours = nearest(A(images).cpu(), A(real).cpu(), k=1)[:, 0]
+        alike = (real_labels[neighbours] == labels.cpu()).float().mean()
+        print(f"{name:28}{kept(with_label):12.1%}{kept(without):12.1%}{alike:20.1%}")
         rows += [A_plus(A(images)), with_label]
     noise = torch.stack([torch.randn(images.shape[1:], generator=ddpm.keyed_generator(key)) for key in keys]).to(device)
     noisy = images + sigma * noise
@@ -158,7 +159,7 @@ def restore(args):
     print(f"wrote {args.out}: given and restored, three times, and the originals")
 
 
-COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))    # three alike, then fewer
+COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))    # alike, then cheaper
 ROW = ("model", "size", "seed", "steps", "minutes", "parameters", "gflops", "n", "features_sha256", *METRICS)
 
 
@@ -179,42 +180,42 @@ def compare_one(args, model, size, seed, device, space, real, dataset):
                 gflops=multiply_adds / 1e9, n=args.n, features_sha256=space.sha256, **found)
 
 
-def is_row(row, **values):
-    """Whether a row, read from a file or just made, has these values."""
-    return all(str(row.get(key)) == str(value) for key, value in values.items())
-
-
 def compare(args):
     """Train the networks of COMPARED on the same images and noise, seed by seed, and print their scores."""
-    device, _, _ = processes(args.device)
-    folder = Path(args.out)
+    device, folder = processes(args.device)[0], Path(args.out)
     folder.mkdir(exist_ok=True)
     dataset, held_out = (data.load(split=split) for split in ("train", "test"))
     space = space_of(default_space(dataset.spec, dataset.images.shape[1:]), device)
     reference = measure_reference(dataset, space, dataset.spec)
     ours = scores(measure_samples(held_out, None, space), reference.measured, possible(space, held_out.classes))
-    table, rows = folder / "compare.csv", []
-    if table.exists():
-        with open(table, newline="") as file:
-            rows = list(csv.DictReader(file))
-    same = dict(steps=args.steps, n=args.n, features_sha256=space.sha256)
+    table = folder / "compare.csv"
+    rows = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
+
+    def runs(model, size):
+        """The rows {seed: row} of a network that were made with the settings asked for."""
+        wanted = dict(model=model, size=size, steps=args.steps, n=args.n, features_sha256=space.sha256)
+        return {int(row["seed"]): row for row in rows if all(row.get(key) == str(value) for key, value in wanted.items())}
+
     for seed in range(args.seeds):
         for model, size in COMPARED:
-            if not any(is_row(row, model=model, size=size, seed=seed, **same) for row in rows):
-                rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset))
-                lines = [ROW, *([row.get(key, "") for key in ROW] for row in rows)]
+            if seed not in runs(model, size):
+                row = compare_one(args, model, size, seed, device, space, reference.measured, dataset)
+                rows.append({key: str(value) for key, value in row.items()})
+                lines = [ROW, *([row.get(key) or "" for key in ROW] for row in rows)]
                 with atomic_file(table) as file:
-                    file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+                    file.write("".join(",".join(line) + "\n" for line in lines).encode())
     print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, "
           f"weights {space.sha256[:8]}; a range is that of {args.seeds} seeds")
     print(f"{'':14}{'Mparams':>8}{'Gflops':>8}{'minutes':>9}" + "".join(f"{metric:>18}" for metric in ours))
     for model, size in COMPARED:
-        runs = [row for row in rows if is_row(row, model=model, size=size, **same) and int(row["seed"]) < args.seeds]
-        minutes = [float(row["minutes"]) for row in runs if row["minutes"]]
-        print(f"{model + ' ' + size:14}{int(runs[0]['parameters']) / 1e6:8.2f}{float(runs[0]['gflops']):8.3f}"
-              f"{np.mean(minutes) if minutes else math.nan:9.1f}" + "".join(
-                  "{:>18}".format(" – ".join(f"{edge(float(row[metric]) for row in runs):.3f}" for edge in (min, max)))
-                  for metric in ours))
+        found = [row for seed, row in runs(model, size).items() if seed < args.seeds]
+        minutes = [float(row["minutes"]) for row in found if row["minutes"]]
+        line = f"{model + ' ' + size:14}{int(found[0]['parameters']) / 1e6:8.2f}{float(found[0]['gflops']):8.3f}"
+        line += f"{np.mean(minutes) if minutes else math.nan:9.1f}"
+        for metric in ours:
+            values = [float(row[metric]) for row in found]
+            line += f"{f'{min(values):.3f} – {max(values):.3f}':>18}"
+        print(line)
     print(f"{f'{len(held_out):,} held-out digits':39}" + "".join(f"{value:18.3f}" for value in ours.values()))
     print(f"two halves of the training digits: FD {reference.floor['FD']:.3f}")
 
@@ -224,7 +225,7 @@ DATA_SETS = 25                                           # as many distances to 
 
 def swissroll(args):
     """Print how far samples of a run on points are from the data, beside how far two sets of the data are from each other."""
-    network, diffusion = build(load(args.ckpt))
+    _, network, diffusion = drawable(args.ckpt)
     if not isinstance(network, points.MLP):
         raise ValueError(f"{args.ckpt} draws no points: python train.py --data swissroll makes a run that does")
     device, n = processes(args.device)[0], args.n
@@ -238,17 +239,28 @@ def swissroll(args):
     print(f"the data to the data   {floor:.4f}")
 
 
+def now(device):
+    """Seconds on the clock, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def rate_of(operation, flops, device):
     """FLOP/s of an operation of so many FLOP, over half a second."""
-    operation()
-    _synchronize(device)
-    began, times = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.5:
+    operation()                                          # the first call loads libraries
+    began, taken, times = now(device), 0.0, 0
+    while taken < 0.5:
         for _ in range(8):
             operation()
-        _synchronize(device)
-        times += 8
-    return times * flops / (time.perf_counter() - began)
+        taken, times = now(device) - began, times + 8
+    return times * flops / taken
+
+
+def beside(flops, seconds, rates, ruler):
+    """In words, how fast so many FLOP in so many seconds are, beside the mean of a ruler's rates, in FLOP/s."""
+    rate, measure = flops / seconds, np.mean(rates)
+    return f"{rate / 1e9:.0f} GFLOP/s, {rate / measure:.0%} of a large {ruler}'s {measure / 1e9:.0f}"
 
 
 def training_type(device):
@@ -256,18 +268,20 @@ def training_type(device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def product_rate(device, dtype, side=2048):
+def product_rate(device, dtype):
     """FLOP/s of a large square matrix product."""
+    side = 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return rate_of(lambda: a @ b, 2 * side ** 3, device)
 
 
-def convolution_rate(device, dtype, channels=256, side=32, n=8):
+def convolution_rate(device, dtype):
     """FLOP/s of a large 3 x 3 convolution, channels last."""
+    N, C, side = 8, 256, 32
     images, kernels = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-                       for shape in ((n, channels, side, side), (channels, channels, 3, 3)))
+                       for shape in ((N, C, side, side), (C, C, 3, 3)))
     with torch.no_grad():
-        return rate_of(lambda: F.conv2d(images, kernels, padding=1), 2 * n * 9 * channels ** 2 * side ** 2, device)
+        return rate_of(lambda: F.conv2d(images, kernels, padding=1), 2 * N * 9 * C ** 2 * side ** 2, device)
 
 
 def evaluation(args):
@@ -278,13 +292,13 @@ def evaluation(args):
     one, other = Statistics().add(real), Statistics().add(fake)
 
     def seconds(operation):
-        _synchronize(device)
-        began = time.perf_counter()
+        began = now(device)
         operation()
-        _synchronize(device)
-        return time.perf_counter() - began
+        return now(device) - began
+
     def distance():
         frechet_distance(one.mu, one.sigma, other.mu, other.sigma)
+
     seconds(distance)                                    # the first call loads libraries
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; random weights and features")
     print(f"Fréchet distance, {D} features, from statistics: {seconds(distance):.2f} s")
@@ -293,9 +307,8 @@ def evaluation(args):
         rates = [product_rate(device, torch.float32)]
         taken = seconds(lambda: precision_recall(real, fake))
         rates.append(product_rate(device, torch.float32))
-    work, rate = 3 * 2 * n ** 2 * D, np.mean(rates)      # each set with itself, and both with each other
-    print(f"precision and recall, {n} x {n}: {taken:.2f} s, {work / taken / 1e9:.0f} GFLOP/s, {work / taken / rate:.0%} of a large "
-          f"float32 product's {rate / 1e9:.0f}")
+    work = 3 * 2 * n ** 2 * D                            # each set with itself, and both with each other
+    print(f"precision and recall, {n} x {n}: {taken:.2f} s, {beside(work, taken, rates, 'float32 product')}")
 
     network = inception.Inception().to(device)
     images = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8, generator=generator, device=device)
@@ -305,16 +318,11 @@ def evaluation(args):
         network.features(images)
         taken, resizing = (min(seconds(lambda: part(images)) for _ in range(3)) for part in (network.features, network.preprocess))
         rates.append(convolution_rate(device, torch.float32))
-    work, rate = 2 * len(images) * multiply_adds, np.mean(rates)
-    print(f"Inception: {len(images) / taken:.1f} images/s, {work / taken / 1e9:.0f} GFLOP/s, {work / taken / rate:.0%} of a large "
-          f"float32 convolution's {rate / 1e9:.0f}; {resizing / taken:.1%} of it enlarges the images")
+    work = 2 * len(images) * multiply_adds
+    print(f"Inception: {len(images) / taken:.1f} images/s, {beside(work, taken, rates, 'float32 convolution')}; "
+          f"{resizing / taken:.1%} of it enlarges the images")
     unit = 1 if sys.platform == "darwin" else 1024       # of what the system reports
     print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.1f} GiB")
-
-
-def _synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def text(args):
@@ -365,14 +373,14 @@ def latent_steps(args):
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         batches, all_of_it = data.Batches(dataset, args.batch_size, 0), slice(0, args.batch_size)
         images = data.Batches(dataset.pixels, args.batch_size, 0)
-        shape = (args.batch_size, dataset.channels, *dataset.image_size)
+        shape = (dataset.channels, *dataset.image_size)
 
         def cached(step):
             return objective.draw(step, *batches[step], all_of_it)
 
-        def random(step):                                # what else a step draws is drawn as well
+        def random(step):                                # latents of mean and deviation 1; all else is drawn as well
             labels = None if dataset.num_classes is None else torch.zeros(args.batch_size, dtype=torch.long)
-            return objective.draw(step, torch.zeros(args.batch_size, 1, 2, *shape[1:]), labels, all_of_it)
+            return objective.draw(step, torch.ones(args.batch_size, 1, 2, *shape), labels, all_of_it)
 
         def encoded(step):
             pixels, labels = images[step]
@@ -382,42 +390,35 @@ def latent_steps(args):
         seconds = {make: [] for make in (cached, random, encoded)}
         for step in range(args.steps + 2):
             for make in seconds:
-                _synchronize(device)
-                began = time.perf_counter()
+                began = now(device)
                 batch = make(step)
                 with torch.autocast(device.type, training_type(device), enabled=device.type == "cuda"):
                     losses, _ = objective.loss(network, *batch)
                 losses.mean().backward()
                 train.guarded_step(optimizer, parameters, 1.0)
-                _synchronize(device)
-                seconds[make].append(time.perf_counter() - began)
+                seconds[make].append(now(device) - began)
     a, b, c = (np.median(times[2:]) for times in seconds.values())       # the first two warm up
-    print(f"dit {args.size} on {'x'.join(map(str, shape[1:]))} latents of {args.data}, batch {args.batch_size}, {device}, "
+    print(f"dit {args.size} on {'x'.join(map(str, shape))} latents of {args.data}, batch {args.batch_size}, {device}, "
           f"{torch.get_num_threads()} threads; medians of {args.steps} steps, in turn")
     print(f"cached latents {a * 1e3:.1f} ms a step, random ones {b * 1e3:.1f} ms: {a / b - 1:+.1%}; encoding each time "
           f"{c * 1e3:.1f} ms, {c / a:.2f} times a step on cached ones")
 
 
-class Stopwatch:
-    """Seconds spent inside some methods while the real training loop runs, and when each call began."""
+@contextmanager
+def stopwatch(owner, name, device):
+    """A list that fills, while the context lasts, with (begin, end) in seconds of each call of a method."""
+    original, calls = getattr(owner, name), []
 
-    def __init__(self, device):
-        self.device, self.seconds, self.starts = device, {}, {}
-
-    def wrap(self, owner, name):
-        original = getattr(owner, name)
-        self.seconds[name], self.starts[name] = [], []
-
-        def timed(*args, **kwargs):
-            _synchronize(self.device)
-            began = time.perf_counter()
-            result = original(*args, **kwargs)
-            _synchronize(self.device)
-            self.seconds[name].append(time.perf_counter() - began)
-            self.starts[name].append(began)
-            return result
-        setattr(owner, name, timed)
-        return lambda: setattr(owner, name, original)
+    def timed(*args, **kwargs):
+        began = now(device)
+        result = original(*args, **kwargs)
+        calls.append((began, now(device)))
+        return result
+    setattr(owner, name, timed)
+    try:
+        yield calls
+    finally:
+        setattr(owner, name, original)
 
 
 def speed(args):
@@ -425,31 +426,22 @@ def speed(args):
     if args.steps < 2:
         raise ValueError("--steps: time at least 2")
     size = args.size or train.DEFAULT_SIZE[args.model]
-    warm, device = 3, processes(args.device)[0]
+    warm, device, never = 3, processes(args.device)[0], str(10 ** 9)
     measure, ruler = (convolution_rate, "convolution") if args.model == "unet" else (product_rate, "product")
-    watch = Stopwatch(device)
-    undo = [watch.wrap(*method) for method in ((objective_of(args.model), "loss"), (torch.Tensor, "backward"),
-                                               (torch.optim.AdamW, "step"))]
-    with tempfile.TemporaryDirectory() as folder:
-        never = str(10 ** 9)
-        rates = [measure(device, training_type(device))]
-        try:
-            train.main(["--model", args.model, "--size", size, "--batch-size", str(args.batch_size), "--steps",
-                        str(warm + args.steps), "--data", args.data, "--out", str(Path(folder) / "run.pt"), "--save-every", never,
-                        "--sample-every", never, "--device", args.device] + (["--compile"] if args.compile else []))
-        finally:
-            for put_back in undo:
-                put_back()
-        rates.append(measure(device, training_type(device)))
+    rates = [measure(device, training_type(device))]
+    with (tempfile.TemporaryDirectory() as folder, stopwatch(objective_of(args.model, size), "loss", device) as losses,
+          stopwatch(torch.Tensor, "backward", device) as backwards, stopwatch(torch.optim.AdamW, "step", device) as steps):
+        train.main(["--model", args.model, "--size", size, "--batch-size", str(args.batch_size), "--steps",
+                    str(warm + args.steps), "--data", args.data, "--out", str(Path(folder) / "run.pt"), "--save-every", never,
+                    "--sample-every", never, "--device", args.device] + ["--compile"] * args.compile)
         network, _ = build(load(Path(folder) / "run.pt"))
-    starts = watch.starts["loss"]
-    whole = (starts[-1] - starts[warm]) / (len(starts) - 1 - warm)                   # seconds a step, all included
-    inside = {name: np.mean(seconds[warm:-1]) for name, seconds in watch.seconds.items()}
+    rates.append(measure(device, training_type(device)))
+    losses, backwards, steps = (np.array(calls)[warm:] for calls in (losses, backwards, steps))      # (steps, 2)
+    whole = np.diff(losses[:, 0]).mean()                                             # seconds a step, all included
+    inside = {name: np.diff(calls[:-1]).mean() for name, calls in (("loss", losses), ("backward", backwards), ("step", steps))}
     work = 3 * 2 * args.batch_size * count(network, *inputs_of(network))[1]          # backward: twice forward; two FLOP each
-    rate = np.mean(rates)
     print(f"{args.model} {size}, batch {args.batch_size}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{args.batch_size / whole:.1f} images/s, {work / whole / 1e9:.1f} GFLOP/s: {work / whole / rate:.1%} of a large "
-          f"{ruler}'s {rate / 1e9:.1f}")
+    print(f"{args.batch_size / whole:.1f} images/s, {beside(work, whole, rates, ruler)}")
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in inside.items()) +
           f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms")
 
@@ -459,24 +451,18 @@ def flags():
     parser = Parser(prog="bench.py", description="Measure the quality of a run's samples, or the speed of training.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     command = commands.add_parser("quality", help="score samples by their nearest training images")
-    command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
-    command.add_argument("--n", type=positive, default=200, help="default: 200")
-    command.add_argument("--seed", type=natural, default=0, help="default: 0")
+    command.add_argument("--n", type=positive, default=200, help="samples (default: 200)")
     command.set_defaults(run=quality)
     command = commands.add_parser("restore", help="inpaint, enlarge and denoise held-out digits")
-    command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
     command.add_argument("--n", type=positive, default=500, help="digits (default: 500)")
     command.add_argument("--steps", type=positive, default=restoration.STEPS, help=f"default: {restoration.STEPS}")
     command.add_argument("--repeats", type=positive, default=restoration.REPEATS, help=f"default: {restoration.REPEATS}")
-    command.add_argument("--seed", type=natural, default=0, help="default: 0")
     command.add_argument("--out", default="restored.png", help="a picture of one of each digit (default: restored.png)")
     command.set_defaults(run=restore)
     command = commands.add_parser("train", help="time the training loop")
     command.add_argument("--model", default="dit", choices=MODELS, help="default: dit")
     command.add_argument("--size", help="as for train.py (default: its own)")
-    command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     command.add_argument("--steps", type=positive, default=20, help="timed steps (default: 20)")
-    command.add_argument("--data", default="mnist", help="default: mnist")
     command.add_argument("--compile", action="store_true")
     command.set_defaults(run=speed)
     command = commands.add_parser("evaluate", help="time the evaluator's parts on made features")
@@ -500,16 +486,18 @@ def flags():
     command = commands.add_parser("latents", help="time steps on cached latents")
     command.add_argument("--vae", required=True, help="an autoencoder of train.py or a released one")
     command.add_argument("--size", default="Ti/2", help="of a DiT (default: Ti/2)")
-    command.add_argument("--data", default="mnist", help="default: mnist")
-    command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     command.add_argument("--steps", type=positive, default=40, help="timed steps (default: 40)")
     command.set_defaults(run=latent_steps)
     command = commands.add_parser("swissroll", help="how far samples of a run on points are from the data")
-    command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
     command.add_argument("--n", type=positive, default=SCATTERED, help=f"points (default: {SCATTERED})")
-    command.add_argument("--seed", type=natural, default=0, help="default: 0")
     command.set_defaults(run=swissroll)
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
+        if name in ("quality", "restore", "swissroll"):
+            command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
+            command.add_argument("--seed", type=natural, default=0, help="of the samples (default: 0)")
+        if name in ("train", "latents"):
+            command.add_argument("--data", default="mnist", help="default: mnist")
+            command.add_argument("--batch-size", type=positive, default=32, help="default: 32")
         command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser
 

@@ -7,7 +7,8 @@ what follows.
 import math
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
+from PIL.ImageFont import load_default
 
 FINE = 3
 FONT = 20                                        # so that half the size can still be read
@@ -68,29 +69,20 @@ def spread(*values, log=False, margin=0.04):
 
 # Text
 
-def font(size):
-    """Pillow's own font."""
-    return ImageFont.load_default(size)
-
-
 def text_width(text, size):
     """Pixels that a text takes."""
     base, _, raised = text.partition("^")
-    return font(size).getlength(base) + font(0.7 * size).getlength(raised)
+    return load_default(size).getlength(base) + load_default(0.7 * size).getlength(raised)
 
 
 def write(draw, x, y, text, size, anchor="lm", colour=INK):
     """Write a text at a point: l, m or r of it there, and t(op), m(iddle) or s (its base line)."""
     base, _, raised = text.partition("^")
     x -= {"l": 0, "m": 0.5, "r": 1}[anchor[0]] * text_width(text, size)
-    draw.text((x, y), base, colour, font(size), "l" + anchor[1])
+    draw.text((x, y), base, colour, load_default(size), "l" + anchor[1])
     if raised:
-        draw.text((x + font(size).getlength(base), y - 0.35 * size), raised, colour, font(0.7 * size), "l" + anchor[1])
-
-
-def reduce(image):
-    """A picture drawn FINE times too large -> uint8 (H, W, 3)."""
-    return np.asarray(image.reduce(FINE))
+        x += load_default(size).getlength(base)
+        draw.text((x, y - 0.35 * size), raised, colour, load_default(0.7 * size), "l" + anchor[1])
 
 
 # Charts
@@ -208,7 +200,7 @@ class Chart:
         write(draw, (left + right) / 2, canvas.height - 20 * FINE, self.x_label, size, "mm")
         write(draw, left, top - 18 * FINE, self.y_label, size)
         write(draw, (left + right) / 2, 22 * FINE, self.title, 1.1 * size, "mm")
-        return reduce(canvas)
+        return np.asarray(canvas.reduce(FINE))
 
 
 def table(images, rows, columns, corner="", gap=4):

@@ -1,7 +1,7 @@
 """Draw the figures: each shows one claim, which the command prints for the caption, and one line remakes it.
 
-Report Fig. 2-1 (a swiss roll, there and back), Eq. 2-1 … 2-4 (schedules and noise), §3 (guidance), Fig. 4-3 and §2-7-1 (quality
-against Gflops). Times in the figures are the report's, t = 1 … T, and t = 0 is the data. The drawing itself is chart.py's.
+Report Fig. 1-2 and Eq. 2-3 (schedules and noise), Fig. 2-1 (a swiss roll, there and back), §3 (guidance), Fig. 4-3 and §2-7-1
+(quality against Gflops). Times in the figures are the report's, t = 1 … T, and t = 0 is the data. chart.py draws the lines.
 
     python plot.py run1.csv run2.csv                     loss curves of runs
     python plot.py schedules                             beta, alpha_bar and the signal-to-noise ratio of the three schedules
@@ -34,12 +34,12 @@ ARROWS = 12                                      # in each direction
 # Logs
 
 def read_rows(path, *needed):
-    """The rows of a CSV file, dicts of text.  ValueError or OSError if it is none, has no rows, or lacks a column needed."""
+    """The rows of a CSV file, dicts of text, "" where a row is short.  ValueError or OSError if there are none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file, and a command is one of {', '.join(COMMANDS)}")
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restval="")
             rows, columns = list(reader), reader.fieldnames or ()
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV file: {error}") from None
@@ -48,8 +48,6 @@ def read_rows(path, *needed):
         raise ValueError(f"{path} has no column {missing[0]}" + (f", but {', '.join(columns)}" if columns else ": it is empty"))
     if not rows:
         raise ValueError(f"{path} has a header and no rows")
-    if any(row[name] is None for row in rows for name in needed):
-        raise ValueError(f"{path} has a row that ends before its column {' or '.join(needed)}")
     return rows
 
 
@@ -63,9 +61,9 @@ def numbers(path, rows, column):
 
 def smooth(values, window=SMOOTHED):
     """Means of up to `window` values around each of values (n,), as many on either side: fewer towards the ends."""
-    sums, n = np.append(0.0, np.cumsum(values)), len(values)
-    half = np.minimum(np.minimum(np.arange(n), n - 1 - np.arange(n)), window // 2)
-    return (sums[np.arange(n) + half + 1] - sums[np.arange(n) - half]) / (2 * half + 1)
+    n = len(values)
+    reach = [min(window // 2, i, n - 1 - i) for i in range(n)]
+    return np.array([values[i - k:i + k + 1].mean() for i, k in enumerate(reach)])
 
 
 def curves(args):
@@ -79,30 +77,30 @@ def curves(args):
         drawn = np.isfinite(losses) & (losses > 0)
         if not drawn.any():
             raise ValueError(f"{path} has no loss above 0, which a logarithmic axis needs")
-        runs.append((stem if stems.count(stem) == 1 else path, steps[drawn], losses[drawn], np.exp(smooth(np.log(losses[drawn])))))
-    chart = Chart(spread(*(steps for _, steps, *_ in runs)), spread(*(losses for *_, losses, _ in runs), log=True), width=900,
-                  height=560, x_label="step", y_label=f"loss: rows of the log (pale), geometric means of {SMOOTHED}", log_y=True)
-    for colour, (_, steps, losses, _) in zip(COLOURS, runs):
-        chart.line(steps, losses, faint(colour), 1.5)
-    for colour, (name, steps, _, means) in zip(COLOURS, runs):
-        chart.line(steps, means, colour, label=name)
-    name, steps, losses, _ = min(runs, key=lambda run: np.mean(run[2][-SMOOTHED:]))
+        runs.append((stem if stems.count(stem) == 1 else path, steps[drawn], losses[drawn]))
+    names, steps, losses = zip(*runs)
+    chart = Chart(spread(*steps), spread(*losses, log=True), width=900, height=560, x_label="step",
+                  y_label=f"loss: rows of the log (pale), geometric means of {SMOOTHED}", log_y=True)
+    for colour, x, y in zip(COLOURS, steps, losses):
+        chart.line(x, y, faint(colour), 1.5)
+    for colour, name, x, y in zip(COLOURS, names, steps, losses):
+        chart.line(x, np.exp(smooth(np.log(y))), colour, label=name)
+    ends = [y[-SMOOTHED:].mean() for y in losses]
+    best = int(np.argmin(ends))
     which = "ends with a loss of" if len(runs) == 1 else "ends with the lowest loss,"
-    return chart.image(), f"{name} {which} {np.mean(losses[-SMOOTHED:]):.4g}, a mean of {len(losses[-SMOOTHED:])} rows."
+    return chart.image(), f"{names[best]} {which} {ends[best]:.4g}, a mean of {min(SMOOTHED, len(losses[best]))} rows."
 
 
 def cost(args):
     """Fréchet distance of each run against what one forward pass costs."""
     path = args.csv
     rows = read_rows(path, "model", "size", "gflops", "FD", "n")
+    gflops, distances = numbers(path, rows, "gflops"), numbers(path, rows, "FD")
     if len({(row["n"], row.get("steps"), row.get("features_sha256")) for row in rows}) > 1:
         raise ValueError(f"{path}: its distances are of different n, steps or features, and do not compare: keep the rows of one")
-    gflops, distances = numbers(path, rows, "gflops"), numbers(path, rows, "FD")
     if not (gflops > 0).all() or not np.isfinite([gflops, distances]).all():
         raise ValueError(f"{path}: Gflops must be above 0, and distances finite")
     models = list(dict.fromkeys(row["model"] for row in rows))
-    if len(models) > len(COLOURS):
-        raise ValueError(f"{path} has {len(models)} models: a chart tells {len(COLOURS)} apart")
     low, high = spread(gflops, log=True, margin=0.1)
     chart = Chart((low, high * (high / low) ** 0.1), (0, 1.08 * max(distances.max(), 1e-9)), width=900, height=560,
                   x_label="Gflops of a forward pass", y_label="FD, the Frechet distance", log_x=True)
@@ -130,7 +128,8 @@ def schedules(args):
     for title, log, found in (("beta", True, betas), ("alpha_bar", False, alpha_bars), ("signal to noise", True, snr)):
         chart = Chart((0, 1000), spread(*found.values(), log=log), title, "t", width=480, log_y=log)
         for colour, (name, values) in zip(COLOURS, found.items()):
-            chart.line(np.arange(1, len(values) + 1), values, colour, label=None if charts else name)
+            label = name if not charts else None         # the first chart has the legend of all three
+            chart.line(np.arange(1, len(values) + 1), values, colour, label=label)
         charts.append(chart.image())
     half = ", ".join(f"{of_schedule[499]:.3f} under {name}" for name, of_schedule in alpha_bars.items())
     return np.concatenate(charts, axis=1), f"At t = 500 of 1000, alpha_bar, what is left of the image's variance, is {half}."
@@ -250,6 +249,8 @@ def flags():
             command.add_argument("--digit", type=natural, default=0, help="number of a held-out digit (default: 0)")
         if name == "swissroll":
             command.add_argument("--gif", help="also write the way from noise to the roll")
+        else:
+            command.set_defaults(gif=None)
     return parser
 
 
@@ -260,13 +261,14 @@ def main(argv=None):
         argv = ["curves", *argv]
     args = flags().parse_args(argv)
     with one_line_errors("plot.py"):
-        for path, suffix in ((args.out, ".png"), (getattr(args, "gif", None) or "way.gif", ".gif")):
+        files = [args.out] + [args.gif] * bool(args.gif)
+        for path, suffix in zip(files, (".png", ".gif")):
             parent_of(path)
             if not path.endswith(suffix):
                 raise ValueError(f"{path}: a name that ends in {suffix} is needed")
         picture, claim = COMMANDS[args.command](args)
         save_image(args.out, picture)
-        print(f"wrote {' and '.join(filter(None, (args.out, getattr(args, 'gif', None))))}: {claim}")
+        print(f"wrote {' and '.join(files)}: {claim}")
 
 
 if __name__ == "__main__":

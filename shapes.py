@@ -4,8 +4,8 @@ Report §4-1 (images from text). An image shows one object, two or three alike, 
 large green triangle", "three blue discs", "a small red star above a blue disc". Both are functions of the image's index: nothing is
 stored, and an index is the same scene at any resolution. The judge reads pixels alone, so it takes generated images as well.
 
-Conventions: images are square; a place is the (row, column) of an object's centroid, from the top left corner, in sides of the
-picture. The size of an object, whatever its shape, is the radius of the disc of its area. Every object has room around it.
+Images are square, and lengths are in sides of the picture: a place is the (row, column) of an object's centroid, from the top left
+corner, and the size of an object, whatever its shape, is the radius of the disc that has its area. Objects are whole and apart.
 """
 import math
 import re
@@ -156,30 +156,13 @@ def _word(size):
 
 
 def captions(count):
-    """The captions of the first `count` images."""
+    """The captions of the first `count` images: lower-case ASCII, at most 47 bytes each."""
     return _captions(scenes(np.arange(count)))
-
-
-def caption(i):
-    """What image i shows: lower-case ASCII, at most 47 bytes."""
-    return _captions(scenes([i]))[0]
 
 
 def labels(count):
     """The classes (count,) of the first objects of the first `count` images, int64: indices of CLASSES."""
     return scenes(np.arange(count)).classes[:, 0]
-
-
-def label(i):
-    """The class of the first object of image i, an index of CLASSES."""
-    return int(scenes([i]).classes[0, 0])
-
-
-def scene(i):
-    """What image i shows: a list of (colour, shape, "small" or "large", (row, column)), the caption's first object first."""
-    found = scenes([i])
-    return [(*CLASSES[found.classes[0, k]].split(), _word(found.sizes[0, k]), tuple(found.places[0, k].tolist()))
-            for k in range(found.number[0])]
 
 
 # Images
@@ -258,32 +241,26 @@ def parse(caption):
     return [(colour, shape, size) for size, colour, shape in things], relation
 
 
-def _areas(colours):
-    """The connected areas of one colour in (n, H, W) integers, -1 being none: numbers (n, H, W), equal in an area, else -1.
-
-    A pixel takes the least number among its neighbours of its colour until nothing changes: the place of the area's first pixel.
-    """
-    there, count = colours >= 0, colours.size
-    numbers = np.where(there, np.arange(count).reshape(colours.shape), count)
-    pairs = []
-    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        one = np.s_[:, :-1 if down else None, max(0, -right):-1 if right > 0 else None]
-        other = np.s_[:, down:, max(0, right):-1 if right < 0 else None]
-        pairs.append((one, other, there[one] & (colours[one] == colours[other])))
-    while True:
-        before = numbers.copy()
-        for one, other, same in pairs:
-            np.minimum(numbers[one], numbers[other], out=numbers[one], where=same)
-            np.minimum(numbers[one], numbers[other], out=numbers[other], where=same)
-        if np.array_equal(numbers, before):
-            return np.where(there, numbers, -1)
-
-
 def _around(x, outside):
     """The nine neighbours, itself included, of every element of x (..., H, W): nine arrays; outside, what is beyond the border."""
     padded = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 1)] * 2, constant_values=outside)
     H, W = x.shape[-2:]
     return [padded[..., i:i + H, j:j + W] for i in range(3) for j in range(3)]
+
+
+def _areas(colours):
+    """The connected areas of one colour in (n, H, W) integers, -1 being none: numbers (n, H, W), equal in an area, else -1.
+
+    A pixel takes the least number among its neighbours of its colour until nothing changes: the place of the area's first pixel.
+    """
+    none = colours.size                                  # more than any number
+    numbers = np.where(colours >= 0, np.arange(none).reshape(colours.shape), none)
+    alike = [other == colours for other in _around(colours, -1)]
+    while True:
+        least = np.min([np.where(same, other, none) for same, other in zip(alike, _around(numbers, none))], axis=0)
+        if np.array_equal(least, numbers):
+            return np.where(colours >= 0, numbers, -1)
+        numbers = np.append(least, none)[least]          # a number is a place: take the one that stands there by now
 
 
 def _look(images):
@@ -322,7 +299,7 @@ def _look(images):
 
 
 def look(images):
-    """What images (n, H, H, 3) uint8, H >= 32, show: for each a list of objects as `scene` has them, read off the pixels alone.
+    """What images (n, H, H, 3) uint8, H >= 32, show: for each a list of (colour, shape, "small" or "large", (row, column)).
 
     A shape is None where it is like none of ours. ValueError on anything but such images.
     """
@@ -335,11 +312,6 @@ def look(images):
             shape = names[errors.argmin()] if errors.min() < UNLIKE and size < HUGE else None
             objects[start + image].append((list(COLOURS)[colour], shape, _word(size), tuple(place.tolist())))
     return objects
-
-
-def seen(image):
-    """What one image (H, H, 3) shows, as in `look`."""
-    return look(np.asarray(image)[None])[0]
 
 
 def _related(one, other):
@@ -362,8 +334,3 @@ def matches(captions, images):
     if len(parsed) != len(images):
         raise ValueError(f"{len(parsed)} captions for {len(images)} images")
     return np.array([_true_of(*caption, objects) for caption, objects in zip(parsed, look(images))], bool)
-
-
-def holds(caption, image):
-    """Whether a caption holds for an image (H, H, 3): it shows the objects named, as they are named, and no others."""
-    return bool(matches([caption], np.asarray(image)[None])[0])

@@ -21,8 +21,8 @@ from vit import attention
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ATOM = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")          # words, whatever follows them
-MERGES_FILE, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2        # CLIP takes so many of the 262,145 in OpenAI's
-PREFIX, TABLE = "text_model.", "embeddings.token_embedding.weight"
+MERGES_FILE, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2        # CLIP's, the first of five times as many there
+PREFIX, TABLE = "text_model.", "embeddings.token_embedding.weight"           # of names in state dicts
 
 # A visible character for each byte, in the order of CLIP's ids: visible ones stand for themselves, the others for U+0100 on.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -56,6 +56,17 @@ def split(text):
         if first != " ":
             yield text[start:end]
         start = end
+
+
+def rest(text, words, room):
+    """The rest of a text from the first of its words, pairs (word, number of tokens), that `room` tokens do not hold whole."""
+    start = 0
+    for word, tokens in words:
+        room, start = room - tokens, text.index(word, start)
+        if room < 0:
+            return text[start:]
+        start += len(word)
+    return ""
 
 
 def read_merges(path):
@@ -129,14 +140,9 @@ class Tokenizer:
         return bytes(BYTES[character] for character in text).decode("utf-8", "replace").removesuffix(" ")
 
     def cut(self, text):
-        """What of a text the ids do not hold, from the first word that is not in them whole: "" if nothing is lost."""
-        text, room, start = normalise(text), self.length - 2, 0
-        for word in split(text):
-            room, start = room - len(self.word_ids(word)), text.index(word, start)
-            if room < 0:
-                return text[start:]
-            start += len(word)
-        return ""
+        """What of a caption the ids do not hold, from the first word that is not in them whole: "" if nothing is lost."""
+        text = normalise(text)
+        return rest(text, ((word, len(self.word_ids(word))) for word in split(text)), self.length - 2)
 
 
 class TextBlock(nn.Module):
@@ -179,15 +185,12 @@ class CLIPTextEncoder(nn.Module):
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)        # Hugging Face's for tables, U-ViT's for products
 
-    def mask(self, ids):
-        """Causal, of padding too: (L, L)."""
-        return torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-
     def forward(self, ids):
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.length:
             raise ValueError(f"ids of shape {tuple(ids.shape)}: they must be (N, L) with L from 1 to {self.length}")
-        tables, mask = self.text_model.embeddings, self.mask(ids)
-        x = tables.token_embedding(ids) + tables.position_embedding.weight[:ids.shape[1]]          # (N, L, D)
+        tables, L = self.text_model.embeddings, ids.shape[1]
+        mask = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()                        # causal: no word sees padding
+        x = tables.token_embedding(ids) + tables.position_embedding.weight[:L]                     # (N, L, D)
         for layer in self.text_model.encoder.layers:
             x = layer(x, mask)
         return self.text_model.final_layer_norm(x)                                                 # (N, L, D)
@@ -206,7 +209,7 @@ class TextEncoder(nn.Module):
     def __init__(self, dim=192, length=32, depth=2, heads=4):
         super().__init__()
         self.dim, self.length = dim, length
-        self.byte_embedding = nn.Embedding(self.none + 1, 16)
+        self.byte_embedding = nn.Embedding(self.none + 1, 16)            # 16 numbers a byte
         self.word_embedding = nn.Linear(self.width * 16, dim)
         self.position_embedding = nn.Parameter(0.5 * torch.randn(length, dim))       # as large as what it is added to
         self.layers = nn.ModuleList(TextBlock(dim, heads, 4 * dim) for _ in range(depth))
@@ -220,12 +223,8 @@ class TextEncoder(nn.Module):
             yield word, [raw[i:i + cls.width] for i in range(0, len(raw), cls.width)]
 
     def cut(self, text):
-        """What of a caption the ids do not hold, from the first word that is not in them whole: "" mostly."""
-        room, lost = self.length - 1, []
-        for word, pieces in self.pieces(text):
-            room -= len(pieces)
-            lost += [word] * (room < 0)
-        return " ".join(lost)
+        """What of a caption the ids do not hold, as `Tokenizer.cut`."""
+        return rest(normalise(text), ((word, len(pieces)) for word, pieces in self.pieces(text)), self.length - 1)
 
     def tokenize(self, captions):
         """A list of captions -> ids (N, length, width) int16."""

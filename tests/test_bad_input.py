@@ -264,7 +264,7 @@ CASES = [
     ("an image without a caption", captions_for_some, f"{TRAIN} --data photos --image-size 32", "1 of 2 images have no caption"),
     ("an image too large to be counted", nothing, "gflops.py --model dit --size S/2 --image-size 100000000", "too large to be counted"),
     ("a negative number of classes", nothing, "gflops.py --model dit --size S/2 --num-classes -5", "from 0 on"),
-    ("quality of a classifier", classifiers_run, "bench.py quality --ckpt vit.pt", "class-conditional"),
+    ("quality of a classifier", classifiers_run, "bench.py quality --ckpt vit.pt", "nothing to sample"),
     ("the cost of a model without a size", nothing, "gflops.py --model dit", "both --model and --size"),
     ("the cost of an unknown size", nothing, "gflops.py --model uvit --size XL/2", "S-deep"),
     ("the cost at a size that the stride does not divide", nothing, "gflops.py --model unet --size adm-64 --image-size 36",

@@ -15,10 +15,37 @@ from PIL import Image, ImageDraw, ImageFilter
 import data
 import shapes
 from refusals import refusal
-from shapes import BACKGROUND, CLASSES, COLOURS, SHAPES, Drawn, holds, look, matches, seen
+from shapes import BACKGROUND, CLASSES, COLOURS, SHAPES, Drawn, look, matches
 
 CORNERS = {"square": (4, 45), "triangle": (3, 0), "star": (5, 0)}        # and degrees from upright
 indices = st.integers(0, 10 ** 6)
+
+
+def caption_of(i):
+    """The caption of image i."""
+    return shapes._captions(shapes.scenes([i]))[0]
+
+
+def label_of(i):
+    """The class of the first object of image i."""
+    return int(shapes.scenes([i]).classes[0, 0])
+
+
+def scene(i):
+    """The objects of image i, as `look` has them, the caption's first one first."""
+    found = shapes.scenes([i])
+    return [(*CLASSES[found.classes[0, k]].split(), shapes._word(found.sizes[0, k]), tuple(found.places[0, k].tolist()))
+            for k in range(found.number[0])]
+
+
+def seen(image):
+    """What one image (H, H, 3) shows."""
+    return look(image[None])[0]
+
+
+def holds(caption, image):
+    """Whether a caption holds for one image (H, H, 3)."""
+    return bool(matches([caption], image[None])[0])
 
 
 def picture(*objects, side=64, colour="red"):
@@ -100,25 +127,25 @@ def test_all_classes_and_sizes_are_equally_frequent():
 
 @given(indices)
 def test_a_label_is_the_class_that_the_caption_names_first(i):
-    (colour, shape, _), *_ = shapes.parse(shapes.caption(i))[0]
-    assert CLASSES[shapes.label(i)] == f"{colour} {shape}" == " ".join(shapes.scene(i)[0][:2])
+    (colour, shape, _), *_ = shapes.parse(caption_of(i))[0]
+    assert CLASSES[label_of(i)] == f"{colour} {shape}" == " ".join(scene(i)[0][:2])
 
 
 def test_lists_of_captions_and_labels_are_the_single_ones():
-    assert shapes.captions(300) == [shapes.caption(i) for i in range(300)]
+    assert shapes.captions(300) == [caption_of(i) for i in range(300)]
     labels = shapes.labels(300)
-    assert labels.dtype == np.int64 and labels.tolist() == [shapes.label(i) for i in range(300)]
+    assert labels.dtype == np.int64 and labels.tolist() == [label_of(i) for i in range(300)]
 
 
 @given(indices)
 def test_a_caption_is_one_of_those_that_hold_for_its_scene(i):
-    assert shapes.caption(i) in truths(shapes.scene(i))
+    assert caption_of(i) in truths(scene(i))
 
 
 @given(indices)
 def test_what_stands_in_a_relation_stands_in_no_other(i):
-    if shapes.parse(shapes.caption(i))[1]:
-        (_, _, _, one), (_, _, _, other) = shapes.scene(i)
+    if shapes.parse(caption_of(i))[1]:
+        (_, _, _, one), (_, _, _, other) = scene(i)
         near, far = sorted(abs(np.subtract(one, other)))
         assert near < 0.9 * far
 
@@ -161,7 +188,7 @@ def test_the_size_of_any_shape_is_the_radius_of_the_disc_of_its_area_and_its_pla
 @given(indices)
 def test_an_object_has_its_colour_at_its_place(i):
     image = Drawn(i + 1, 64)[i]
-    for colour, _, _, (row, column) in shapes.scene(i):
+    for colour, _, _, (row, column) in scene(i):
         assert tuple(image[int(64 * row), int(64 * column)]) == COLOURS[colour]
 
 
@@ -183,7 +210,7 @@ def test_objects_are_whole_apart_and_inside():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_object_of_several_may_be_anywhere_inside_the_margin(shape):
-    several = [i for i in range(2000) if {thing[1] for thing in shapes.scene(i)} == {shape} and len(shapes.scene(i)) > 1]
+    several = [i for i in range(2000) if {thing[1] for thing in scene(i)} == {shape} and len(scene(i)) > 1]
     there = (Drawn(2000, 64)[several] != BACKGROUND).any(axis=(0, 3))      # where any object is
     rows, columns = np.flatnonzero(there.any(axis=1)), np.flatnonzero(there.any(axis=0))
     assert [*rows[[0, -1]], *columns[[0, -1]]] == pytest.approx([2, 61, 2, 61], abs=1)   # 0.035 of 64 pixels, and a soft edge
@@ -212,7 +239,7 @@ def test_pictures_select_like_an_array():
 def test_a_data_set_takes_the_pictures_for_its_images():
     dataset = data.Dataset("shapes", Drawn(20, 48), shapes.labels(20), CLASSES, np.arange(10, 20))
     images, labels = dataset.batch(np.array([3, 0]))
-    assert np.array_equal(images, Drawn(20, 48)[[13, 10]]) and labels.tolist() == [shapes.label(13), shapes.label(10)]
+    assert np.array_equal(images, Drawn(20, 48)[[13, 10]]) and labels.tolist() == [label_of(13), label_of(10)]
     assert (dataset.channels, dataset.image_size, dataset.num_classes) == (3, (48, 48), 24)
 
 
@@ -226,7 +253,7 @@ def test_every_caption_holds_for_its_picture(side, count):
 def test_a_caption_holds_for_a_picture_if_and_only_if_it_is_true_of_the_scene():
     count = 200
     images, captions = Drawn(count, 32)[:], shapes.captions(count)
-    scenes = [truths(shapes.scene(i)) for i in range(count)]
+    scenes = [truths(scene(i)) for i in range(count)]
     objects, parsed = look(images), [shapes.parse(caption) for caption in captions]
     found = [[shapes._true_of(*caption, things) for caption in parsed] for things in objects]
     assert found == [[caption in true for caption in captions] for true in scenes]
@@ -235,15 +262,13 @@ def test_a_caption_holds_for_a_picture_if_and_only_if_it_is_true_of_the_scene():
 
 @given(indices)
 def test_all_that_can_be_said_of_a_scene_holds(i):
-    said = sorted(truths(shapes.scene(i)))
+    said = sorted(truths(scene(i)))
     assert matches(said, np.repeat(Drawn(i + 1, 32)[i:], len(said), axis=0)).all()
-
-
 
 
 @given(indices, st.data())
 def test_a_word_changed_makes_a_caption_false(i, draw):
-    caption, image = shapes.caption(i), Drawn(i + 1, 32)[i]
+    caption, image = caption_of(i), Drawn(i + 1, 32)[i]
     words = ([*COLOURS], [*SHAPES], [*shapes.SIZES], [*shapes.RELATIONS])
     present = [(word, other) for kind in words for word in kind if word in caption for other in kind if other != word]
     word, other = draw.draw(st.sampled_from(present))
@@ -252,7 +277,7 @@ def test_a_word_changed_makes_a_caption_false(i, draw):
 
 @given(indices)
 def test_a_relation_holds_neither_for_its_things_exchanged_nor_for_one_of_them(i):
-    things, relation = shapes.parse(shapes.caption(i))
+    things, relation = shapes.parse(caption_of(i))
     if relation:
         one, other = (f"a {colour} {shape}" for colour, shape, _ in things)
         image = Drawn(i + 1, 32)[i]
@@ -277,9 +302,9 @@ def test_without_a_size_said_both_sizes_hold_and_a_said_one_is_of_every_object_o
 
 @given(indices)
 def test_what_is_seen_is_the_scene(i):
-    found, scene = seen(Drawn(i + 1, 48)[i]), shapes.scene(i)
-    assert len(found) == len(scene)
-    for item in scene:
+    found, objects = seen(Drawn(i + 1, 48)[i]), scene(i)
+    assert len(found) == len(objects)
+    for item in objects:
         match = [other for other in found if other[:3] == item[:3] and np.allclose(other[3], item[3], atol=0.005)]
         assert len(match) == 1, (item, found)
 
@@ -352,7 +377,7 @@ def test_a_disc_of_two_colours_is_no_disc():
 def test_specks_are_no_objects_and_nothing_is_seen_where_nothing_is():
     image = Drawn(1, 64)[0]
     image[:3, :3] = COLOURS["gold"]
-    assert holds(shapes.caption(0), image)
+    assert holds(caption_of(0), image)
     assert seen(np.full((32, 32, 3), BACKGROUND, np.uint8)) == [] == seen(np.zeros((50, 50, 3), np.uint8))
     assert look(np.zeros((0, 32, 32, 3), np.uint8)) == [] and matches([], np.zeros((0, 32, 32, 3), np.uint8)).shape == (0,)
 
