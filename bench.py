@@ -326,11 +326,11 @@ def evaluation(args):
 
 
 def text(args):
-    """Train a U-ViT on shapes and their captions, or take up its run, and count the prompts that its images fulfil."""
+    """Train on shapes and their captions, or take up that run, and count the prompts that its images fulfil."""
     out = Path(args.out)
     if not out.exists() or (load(out)["step"] or 0) < args.steps:        # released weights have none, and are no run to resume
-        train.main(["--model", "uvit", "--size", "Ti/8", "--data", args.data, "--text", "--seed", str(args.seed), "--out", str(out),
-                    "--steps", str(args.steps), "--device", args.device] + ["--resume"] * out.exists())
+        train.main(["--model", args.model, "--size", "Ti/8", "--data", args.data, "--text", "--seed", str(args.seed), "--out",
+                    str(out), "--steps", str(args.steps), "--device", args.device] + ["--resume"] * out.exists())
     if load(out)["step"] < args.steps:
         raise ValueError(f"{out} was stopped before its end: the same command goes on with it")
     described, network, diffusion = drawable(out)
@@ -475,6 +475,7 @@ def flags():
     command.add_argument("--out", default="compare", help="folder of the runs and of compare.csv; what is there is not made again")
     command.set_defaults(run=compare)
     command = commands.add_parser("text", help="train on shapes and their captions, and judge what prompts give")
+    command.add_argument("--model", default="uvit", choices=("uvit", "dit"), help="of size Ti/8 (default: uvit)")
     command.add_argument("--data", default="shapes:one", choices=("shapes:one", "shapes"), help="single objects, or all kinds of "
                          "scenes (default: shapes:one)")
     command.add_argument("--steps", type=positive, default=6000, help="of training (default: 6000, 12 minutes on 2 cores)")

@@ -74,6 +74,7 @@ RECIPES = {                            # by model and the size's first word; Non
 }
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti", "mlp": "Ti"}       # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
+TEXT_LR = 7e-4                                   # at a laptop's rate, networks learn to draw but for long not to read
 TEXT = dict(context_dim=192, context_tokens=32)  # of our text encoder: its width, and its length if no caption is shorter
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
@@ -145,6 +146,8 @@ def recipe(chosen):
     size = chosen.get("size", DEFAULT_SIZE[model])
     recipes = RECIPES[model]
     found = {**recipes.get(re.split("[/-]", size)[0], recipes[None]), "size": size}
+    if chosen.get("text") or chosen.get("clip"):
+        found["lr"] = min(found["lr"], TEXT_LR)
     return {**found, **dict.fromkeys(DENOISING)} if model in OTHERS else found
 
 
