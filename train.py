@@ -45,7 +45,6 @@ COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mni
               accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt", resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
               decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
-UVIT_LAPTOP = {**LAPTOP, "lr": 7e-4}             # at DiT's rate it learns to draw, but long not to read its class or text
 FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
 DIT = dict(schedule="linear", prediction="eps", variance="learned", steps=400_000, batch_size=256, lr=1e-4, warmup=0,
            decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, shift=0, sample_every=5000, save_every=1000)
@@ -61,7 +60,7 @@ OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "eval_every", "
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
-    "uvit": {"Nano": UVIT_LAPTOP, "Ti": UVIT_LAPTOP, None: UVIT},        # Bao et al. 2023, appendix, for CIFAR-10
+    "uvit": {"Nano": LAPTOP, "Ti": LAPTOP, None: UVIT},                  # Bao et al. 2023, appendix, for CIFAR-10
     "unet": {"Nano": FEW, "Ti": FEW,
              "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020, for CIFAR-10
     "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
@@ -74,7 +73,7 @@ RECIPES = {                            # by model and the size's first word; Non
 }
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti", "mlp": "Ti"}       # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
-TEXT_LR = 7e-4                                   # at a laptop's rate, networks learn to draw but for long not to read
+TEXT_LR = 7e-4                                   # at most: at LAPTOP's, networks learn to draw but for long not to read
 TEXT = dict(context_dim=192, context_tokens=32)  # of our text encoder: its width, and its length if no caption is shorter
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",

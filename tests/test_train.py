@@ -421,12 +421,19 @@ def test_the_embedded_recipe_is_the_default(tmp_path):
 
 
 @pytest.mark.parametrize("model, size, recipe", [
-    ("uvit", None, train.UVIT_LAPTOP), ("uvit", "S-deep/2", train.UVIT), ("unet", "ddpm-cifar10", train.DDPM), ("unet", "S", train.DDPM),
+    ("uvit", None, train.LAPTOP), ("uvit", "S-deep/2", train.UVIT), ("unet", "ddpm-cifar10", train.DDPM), ("unet", "S", train.DDPM),
     ("unet", "iddpm-64", train.IDDPM), ("unet", "adm-256", train.DIT), ("dit", "Ti/4", train.LAPTOP)])
 def test_what_flags_leave_out_takes_the_recipe_of_the_model_and_size(tmp_path, model, size, recipe):
     given = ["--model", model, *(["--size", size] if size else []), "--out", str(tmp_path / "run.pt")]
     args = vars(train.settings(given)[0])
     assert recipe.items() <= args.items() and args["size"] == (size or train.DEFAULT_SIZE[model])
+
+
+@pytest.mark.parametrize("size, rate", [("Ti/8", train.TEXT_LR), ("S/2", train.UVIT["lr"])])
+def test_captions_are_learned_at_a_rate_that_is_not_above_theirs(tmp_path, size, rate):
+    given = ["--model", "uvit", "--size", size, "--data", "shapes", "--out", str(tmp_path / "run.pt")]
+    assert train.settings([*given, "--text"])[0].lr == rate <= train.settings(given)[0].lr
+    assert train.settings([*given, "--text", "--lr", "1"])[0].lr == 1
 
 
 @pytest.mark.gpu
