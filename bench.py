@@ -334,10 +334,14 @@ def text(args):
     if load(out)["step"] < args.steps:
         raise ValueError(f"{out} was stopped before its end: the same command goes on with it")
     described, network, diffusion = drawable(out)
+    config = described["config"]
+    if (config["model"], config["data"], config["seed"]) != (args.model, args.data, args.seed):
+        raise ValueError(f"{out} is a run of --model {config['model']} --data {config['data']} --seed {config['seed']}: ask for "
+                         "that, or make another with --out NAME.pt")
     network = network.to(processes(args.device)[0])
     kinds = {"one object, colour and shape": [f"a {name}" for name in shapes.CLASSES],
              "one object, with its size": [f"a {size} {name}" for size in shapes.SIZES for name in shapes.CLASSES]}
-    if described["data"]["spec"] == "shapes":
+    if args.data == "shapes":
         captions = shapes.captions(data.SHAPES)
         kinds |= {"two or three": [text for text in captions if text.startswith(("two", "three"))],
                   "two in a relation": [text for text in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}

@@ -282,9 +282,9 @@ def add_flags(parser):
     parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
                         "with it (default: where it was then)")
     parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
-    parser.add_argument("--cfg-scale", type=not_negative, help=f"guidance; 1 is none (default: {CFG_SCALE} if the run has a null "
-                        "class, but 1 to restore)")
-    parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++; ddpm to restore")
+    parser.add_argument("--cfg-scale", type=not_negative, help=f"guidance; 1 is none (default: {CFG_SCALE} if the run knows an "
+                        "unconditional input)")
+    parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++")
     parser.add_argument("--steps", type=positive, help=f"evaluations along the trajectory (default: {STEPS}; 250 for ddpm)")
     parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
     parser.add_argument("--seed", type=natural, default=0, help="default: 0")

@@ -172,7 +172,7 @@ class SuperResolution(Denoising):
         return super().loss(partial(model, low=low), x0, t, y, eps)
 
     def report(self, network, path):
-        """Up to 30 images, in three rows for ten of them."""
+        """For every ten of up to 30 held-out images three rows: small, what is drawn of those, and the originals."""
         n = min(30, len(self.held_out))
         images, labels = self.held_out.batch(np.arange(n))
         low = shrink(data.to_float(images.to(self.device)))

@@ -101,6 +101,8 @@ def cost(args):
     if not (gflops > 0).all() or not np.isfinite([gflops, distances]).all():
         raise ValueError(f"{path}: Gflops must be above 0, and distances finite")
     models = list(dict.fromkeys(row["model"] for row in rows))
+    if len(models) > len(COLOURS):
+        raise ValueError(f"{path} has {len(models)} models: a chart tells {len(COLOURS)} apart")
     low, high = spread(gflops, log=True, margin=0.1)
     chart = Chart((low, high * (high / low) ** 0.1), (0, 1.08 * max(distances.max(), 1e-9)), width=900, height=560,
                   x_label="Gflops of a forward pass", y_label="FD, the Frechet distance", log_x=True)

@@ -84,6 +84,7 @@ def denoise(diffusion, model, y, sigma, condition=None, sampler="dpm++", steps=1
 
 def add_flags(parser):
     """The flags of sample.py that name an image to restore."""
+    parser = parser.add_argument_group("restoring an image", "where --sampler is ddpm and --cfg-scale 1 by default")
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image, in 4 ways or --n; without "
                         "--classes the run is told no class")

@@ -54,7 +54,7 @@ IDDPM = {**DIT, "schedule": "cosine", "steps": 500_000, "batch_size": 128}
 VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 0.05, "warmup": 6250, "decay": "cosine",
        "clip_grad": 1.0}
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
-DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags that a classifier has no use for
+DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags of no use to the OTHERS
              "eval_every", "eval_n", "features", "vae", "latent_scale", "text", "clip")
 OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "eval_every", "checkpointing")      # points do without
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
@@ -73,7 +73,7 @@ RECIPES = {                            # by model and the size's first word; Non
 }
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti", "mlp": "Ti"}       # for a laptop
 LOG_EVERY = 50                                   # steps between rows of run.csv
-TEXT_LR = 7e-4                                   # at most: at LAPTOP's, networks learn to draw but for long not to read
+TEXT_LR = 7e-4                                   # the most with captions: at 2e-3 networks draw well, but for long not what is said
 TEXT = dict(context_dim=192, context_tokens=32)  # of our text encoder: its width, and its length if no caption is shorter
 MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
 MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
@@ -114,7 +114,7 @@ def flags():
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive, help=default('steps'))
     add("--batch-size", type=positive, help=f"images a step, of all processes ({default('batch_size')})")
-    add("--lr", type=not_negative, help=f"AdamW's ({default('lr')})")
+    add("--lr", type=not_negative, help=f"AdamW's ({default('lr')}; with --text {TEXT_LR} at most)")
     add("--warmup", type=natural, help=f"steps in which the rate rises ({default('warmup')})")
     add("--decay", choices=("none", "cosine"), help=f"of the rate, to 0 ({default('decay')})")
     add("--weight-decay", type=not_negative, help=default('weight_decay'))

@@ -152,6 +152,11 @@ def test_prompts_are_judged_and_a_run_of_all_scenes_has_rows_for_counts_and_rela
         out = capsys.readouterr().out
         assert sum("% right" in line for line in out.splitlines()) == rows
     assert Image.open("all-prompts.png").mode == "RGB"
+    for other in (["--model", "dit"], ["--data", "shapes"], ["--seed", "1"]):       # another's figures are not printed
+        with pytest.raises(SystemExit) as stopped:
+            bench.main(["text", "--steps", "1", "--n", "2", "--out", "one.pt", *other])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1 and "--model uvit --data shapes:one --seed 0" in err
 
 
 def test_perfect_images_are_all_right_to_the_judge_of_prompts(tmp_path, monkeypatch, capsys):

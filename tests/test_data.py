@@ -15,6 +15,7 @@ import tarfile
 import threading
 import zipfile
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -520,9 +521,12 @@ def test_worker_processes_decode_the_same_bytes(tmp_path, monkeypatch):
     alone = load(str(tmp_path / "photos"), 4, cache=tmp_path / "alone")
     monkeypatch.setattr(image_files, "FOR_A_WORKER", 35)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    pools = []
+    monkeypatch.setattr(image_files, "ProcessPoolExecutor", lambda *args: pools.append(args[0]) or ProcessPoolExecutor(*args))
     together = load(str(tmp_path / "photos"), 4, cache=tmp_path / "together")
     np.testing.assert_array_equal(alone.images, together.images)
     np.testing.assert_array_equal(alone.labels, together.labels)
+    assert pools == [2]
 
 
 def test_the_users_cache_is_the_default(tmp_path, monkeypatch):

@@ -389,6 +389,10 @@ def test_a_warning_of_few_samples_is_one_line_on_stderr(here, capsys):
     evaluated("--samples", "fake.npz", "--n", "65", "--reference", "real.npz", "--features", JUDGE)
     evaluated("--samples", "fake.npz", "--n", "40", "--reference", "real.npz", "--features", JUDGE, "--metrics", "IS")
     assert capsys.readouterr().err == ""
+    with np.load("real.npz") as archive:
+        np.savez("few.npz", arr_0=archive["arr_0"][:60], arr_1=archive["arr_1"][:60])
+    evaluated("--samples", "fake.npz", "--n", "65", "--reference", "few.npz", "--features", JUDGE)
+    assert "warning: 60 samples of 64 features" in capsys.readouterr().err
 
 
 def test_images_of_a_folder_are_scaled_on_demand(here):

@@ -246,6 +246,7 @@ FILES = {
     "short-fd.csv": b"model,size,gflops,n,FD\ndit,B/4,1,10,3\ndit\n",
     "log.csv": b"step,loss\n50,1.0\n", "no-fd.csv": b"model,size,gflops,n\ndit,B/4,1,10\n",
     "no-cost.csv": b"model,size,gflops,n,FD\ndit,B/4,0,10,3\n", "fd.csv": b"model,size,gflops,n,FD\ndit,B/4,1,10,inf\n",
+    "models.csv": b"model,size,gflops,n,FD\n" + b"".join(b"%d,B/4,1,10,3\n" % model for model in range(8)),
 }
 
 
@@ -274,6 +275,7 @@ FILES = {
     (["cost", "no-fd.csv"], ["no column FD"]),
     (["cost", "no-cost.csv"], ["Gflops must be above 0"]),
     (["cost", "fd.csv"], ["distances finite"]),
+    (["cost", "models.csv"], ["8 models", "7"]),
     (["noising", "--digit", "1000"], ["--digit 1000", "1000 held-out digits"]),
     (["noising", "--seed", "-1"], ["--seed"]),
     (["schedules", "log.csv"], ["log.csv"]),
