@@ -91,13 +91,18 @@ def read_safetensors(path):
     def refuse(reason):
         raise ValueError(f"{path} is not a valid safetensors file: {reason}")
 
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name appears twice")
+        return dict(pairs)
+
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             refuse("it ends before its header does")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=unique)
             header.pop("__metadata__", None)
             entries = []
             for name, entry in header.items():

@@ -1027,7 +1027,9 @@ HOSTILE = {                                  # header or whole file, over 16 byt
     "a number of 5000 digits": (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}',
                                 "not understood"),
     "a name twice": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
-                     b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}', "gap"),
+                     b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}', "a name appears twice"),
+    "a place twice": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "data_offsets": [0, 1]}}',
+                      "a name appears twice"),
     "deep nesting": (b"[" * 100_000 + b"]" * 100_000, "not understood"),
     "deep nesting in a name": (b'{"a":' * 100_000, "not understood"),
 }
