@@ -33,7 +33,7 @@ import shapes
 import train
 from checkpoint import build, load
 from cli import Parser, grid, natural, one_line_errors, parent_of, positive, processes, save_image
-from drawing import SCATTERED, STEPS, draw, draw_points, drawable, guidance, labels_of, read_prompts, unconditional
+from sampling import SCATTERED, STEPS, draw, draw_points, drawable, guidance_scale, labels_of, read_prompts, unconditional
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import JUDGE, default_space, full_precision, space_of
 from files import atomic_file
@@ -78,7 +78,7 @@ def quality(args):
         for split in ("train", "test"))
 
     classes = list(range(network.num_classes))
-    scale = guidance(network)
+    scale = guidance_scale(network)
     samples = [data.to_uint8(x).cpu() for _, x in draw(network.to(device), diffusion, range(args.n), classes, args.seed,
                                                        clip=True, cfg_scale=scale)]
     neighbours = nearest(torch.cat(samples), images)
@@ -111,7 +111,7 @@ def linear_filter(noisy, real, sigma):
     return (mean + (noisy.flatten(1) - mean) @ gain).reshape(noisy.shape)
 
 
-def restore(args):
+def restoration_quality(args):
     """Print how many held-out digits a run keeps when it fills in their centre or enlarges them, how well it removes noise, and
     what simpler methods reach; and write a picture of ten."""
     parent_of(args.out)
@@ -223,7 +223,7 @@ def compare(args):
 DATA_SETS = 25                                           # as many distances to the data, of which the median counts
 
 
-def swissroll(args):
+def points_quality(args):
     """Print how far samples of a run on points are from the data, beside how far two sets of the data are from each other."""
     _, network, diffusion = drawable(args.ckpt)
     if not isinstance(network, points.MLP):
@@ -257,7 +257,7 @@ def rate_of(operation, flops, device):
     return times * flops / taken
 
 
-def beside(flops, seconds, rates, ruler):
+def beside_ruler(flops, seconds, rates, ruler):
     """In words, how fast so many FLOP in so many seconds are, beside the mean of a ruler's rates, in FLOP/s."""
     rate, measure = flops / seconds, np.mean(rates)
     return f"{rate / 1e9:.0f} GFLOP/s, {rate / measure:.0%} of a large {ruler}'s {measure / 1e9:.0f}"
@@ -308,7 +308,7 @@ def evaluation(args):
         taken = seconds(lambda: precision_recall(real, fake))
         rates.append(product_rate(device, torch.float32))
     work = 3 * 2 * n ** 2 * D                            # each set with itself, and both with each other
-    print(f"precision and recall, {n} x {n}: {taken:.2f} s, {beside(work, taken, rates, 'float32 product')}")
+    print(f"precision and recall, {n} x {n}: {taken:.2f} s, {beside_ruler(work, taken, rates, 'float32 product')}")
 
     network = inception.Inception().to(device)
     images = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8, generator=generator, device=device)
@@ -319,7 +319,7 @@ def evaluation(args):
         taken, resizing = (min(seconds(lambda: part(images)) for _ in range(3)) for part in (network.features, network.preprocess))
         rates.append(convolution_rate(device, torch.float32))
     work = 2 * len(images) * multiply_adds
-    print(f"Inception: {len(images) / taken:.1f} images/s, {beside(work, taken, rates, 'float32 convolution')}; "
+    print(f"Inception: {len(images) / taken:.1f} images/s, {beside_ruler(work, taken, rates, 'float32 convolution')}; "
           f"{resizing / taken:.1%} of it enlarges the images")
     unit = 1 if sys.platform == "darwin" else 1024       # of what the system reports
     print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.1f} GiB")
@@ -346,7 +346,7 @@ def text(args):
         kinds |= {"two or three": [text for text in captions if text.startswith(("two", "three"))],
                   "two in a relation": [text for text in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
     y_null = unconditional(network, described["text"], described["config"])
-    scale = guidance(network, y_null=y_null)
+    scale = guidance_scale(network, y_null=y_null)
     print(f"{args.n} images a row of {out} (step {described['step']}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
           f"{scale:g}; right: all that the prompt names is there as it says, and nothing else")
     pictures = []
@@ -445,7 +445,7 @@ def speed(args):
     inside = {name: np.diff(calls[:-1]).mean() for name, calls in (("loss", losses), ("backward", backwards), ("step", steps))}
     work = 3 * 2 * args.batch_size * count(network, *inputs_of(network))[1]          # backward: twice forward; two FLOP each
     print(f"{args.model} {size}, batch {args.batch_size}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{args.batch_size / whole:.1f} images/s, {beside(work, whole, rates, ruler)}")
+    print(f"{args.batch_size / whole:.1f} images/s, {beside_ruler(work, whole, rates, ruler)}")
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in inside.items()) +
           f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms")
 
@@ -462,7 +462,7 @@ def flags():
     command.add_argument("--steps", type=positive, default=restoration.STEPS, help=f"default: {restoration.STEPS}")
     command.add_argument("--repeats", type=positive, default=restoration.REPEATS, help=f"default: {restoration.REPEATS}")
     command.add_argument("--out", default="restored.png", help="a picture of one of each digit (default: restored.png)")
-    command.set_defaults(run=restore)
+    command.set_defaults(run=restoration_quality)
     command = commands.add_parser("train", help="time the training loop")
     command.add_argument("--model", default="dit", choices=MODELS, help="default: dit")
     command.add_argument("--size", help="as for train.py (default: its own)")
@@ -495,7 +495,7 @@ def flags():
     command.set_defaults(run=latent_steps)
     command = commands.add_parser("swissroll", help="how far samples of a run on points are from the data")
     command.add_argument("--n", type=positive, default=SCATTERED, help=f"points (default: {SCATTERED})")
-    command.set_defaults(run=swissroll)
+    command.set_defaults(run=points_quality)
     for name, command in commands.choices.items():
         if name in ("quality", "restore", "swissroll"):
             command.add_argument("--ckpt", default="run.pt", help="default: run.pt")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import ddpm
 from checkpoint import build, load
-from drawing import STEPS
+from sampling import STEPS
 from unet import SuperResUNet
 from vae import in_pieces
 

@@ -75,7 +75,7 @@ def text_width(text, size):
     return load_default(size).getlength(base) + load_default(0.7 * size).getlength(raised)
 
 
-def write(draw, x, y, text, size, anchor="lm", colour=INK):
+def write_text(draw, x, y, text, size, anchor="lm", colour=INK):
     """Write a text at a point: l, m or r of it there, and t(op), m(iddle) or s (its base line)."""
     base, _, raised = text.partition("^")
     x -= {"l": 0, "m": 0.5, "r": 1}[anchor[0]] * text_width(text, size)
@@ -155,7 +155,7 @@ class Chart:
     def text(self, x, y, text, colour=INK):
         """Write to the right of a mark."""
         for left, middle in self.fine([x], [y]):
-            write(self.draw, left + 12 * FINE, middle, text, 0.8 * FONT * FINE, colour=colour)
+            write_text(self.draw, left + 12 * FINE, middle, text, 0.8 * FONT * FINE, colour=colour)
 
     def draw_legend(self):
         """Write the legend into the corner of the box where the fewest marks are."""
@@ -179,7 +179,7 @@ class Chart:
                 self.draw.circle((x + 18 * FINE, middle), 5 * FINE, colour)
             else:
                 self.draw.line([x + 6 * FINE, middle, x + 30 * FINE, middle], colour, 3 * FINE)
-            write(self.draw, x + 38 * FINE, middle, label, 0.85 * FONT * FINE)
+            write_text(self.draw, x + 38 * FINE, middle, label, 0.85 * FONT * FINE)
         self.legend = []                                 # it is among the marks now
 
     def image(self):
@@ -193,13 +193,13 @@ class Chart:
         draw.line([(left, top), (left, bottom), (right, bottom)], INK, round(1.5 * FINE))
         for value, (x, _) in zip(self.x_ticks, FINE * self.pixels(self.x_ticks, [self.y[0]] * len(self.x_ticks))):
             draw.line([x, bottom, x, bottom + 5 * FINE], INK, FINE)
-            write(draw, x, bottom + 20 * FINE, number(value), size, "mm")
+            write_text(draw, x, bottom + 20 * FINE, number(value), size, "mm")
         for value, (_, y) in zip(self.y_ticks, FINE * self.pixels([self.x[0]] * len(self.y_ticks), self.y_ticks)):
             draw.line([left - 5 * FINE, y, left, y], INK, FINE)
-            write(draw, left - 9 * FINE, y, number(value), size, "rm")
-        write(draw, (left + right) / 2, canvas.height - 20 * FINE, self.x_label, size, "mm")
-        write(draw, left, top - 18 * FINE, self.y_label, size)
-        write(draw, (left + right) / 2, 22 * FINE, self.title, 1.1 * size, "mm")
+            write_text(draw, left - 9 * FINE, y, number(value), size, "rm")
+        write_text(draw, (left + right) / 2, canvas.height - 20 * FINE, self.x_label, size, "mm")
+        write_text(draw, left, top - 18 * FINE, self.y_label, size)
+        write_text(draw, (left + right) / 2, 22 * FINE, self.title, 1.1 * size, "mm")
         return np.asarray(canvas.reduce(FINE))
 
 
@@ -215,11 +215,11 @@ def table(images, rows, columns, corner="", gap=4):
     canvas = Image.new("RGB", (left + K * (W + gap) + 8, 40 + R * (H + gap) + 8), WHITE)
     draw = ImageDraw.Draw(canvas)
     size = FONT * min(1, W / max(text_width(text, FONT) for text in columns))
-    write(draw, left - 12, 20, corner, FONT, "rm")
+    write_text(draw, left - 12, 20, corner, FONT, "rm")
     for k in range(K):
-        write(draw, left + k * (W + gap) + W / 2, 20, columns[k], size, "mm")
+        write_text(draw, left + k * (W + gap) + W / 2, 20, columns[k], size, "mm")
     for r in range(R):
-        write(draw, left - 12, 40 + r * (H + gap) + H / 2, rows[r], FONT, "rm")
+        write_text(draw, left - 12, 40 + r * (H + gap) + H / 2, rows[r], FONT, "rm")
         for k in range(K):
             canvas.paste(Image.fromarray(np.ascontiguousarray(images[r, k])), (left + k * (W + gap), 40 + r * (H + gap)))
     return np.asarray(canvas)

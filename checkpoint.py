@@ -227,7 +227,7 @@ def load_clip(path):
     return encoder, tokenizer
 
 
-def describe(path):
+def summary(path):
     """What a checkpoint holds, as lines of text."""
     def listed(settings):
         return ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
@@ -277,7 +277,7 @@ def main(argv=None):
             if Path(args.slim).exists():
                 raise ValueError(f"--slim {args.slim}: there is such a file already, which stays as it is")
             save(args.slim, slim(load(args.file)))
-        print("\n".join(describe(args.slim or args.file)))
+        print("\n".join(summary(args.slim or args.file)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Report §4-5 (training data). Files and caches hold uint8 NHWC, the networks see float32 NCHW in [-1, 1]; every level survives
 the round trip. A tenth of any data set without a test split of its own is held out, the same tenth for every command.
-Image files are images.py's.
+Image files are image_files.py's.
 """
 import tarfile
 import zipfile
@@ -14,7 +14,7 @@ from PIL import Image
 
 import shapes
 from files import cache_folder, download
-from images import center_crop, coco, image_folder
+from image_files import center_crop, coco, image_folder
 from points import POINTS, swiss_roll
 
 ASSETS = Path(__file__).parent / "assets"

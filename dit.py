@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vit import (Attention, Block, Mlp, PatchEmbed, checked, pair, run, sincos_position_embedding, timestep_embedding, token_grid,
+from vit import (Attention, Block, Mlp, PatchEmbed, checked_condition, pair, run_block, sincos_position_embedding, timestep_embedding, token_grid,
                  unpatchify)
 
 
@@ -142,7 +142,7 @@ class DiT(nn.Module):
         self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
         self.out_channels = 2 * channels if learn_sigma else channels
-        self.checkpointing = False         # see `vit.run`
+        self.checkpointing = False         # see `vit.run_block`
 
         self.x_embedder = PatchEmbed(patch_size, channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -181,13 +181,13 @@ class DiT(nn.Module):
         return sum(embeddings) if self.conditioning.startswith("adaln") else torch.stack(embeddings, dim=1)
 
     def forward(self, x, t, y=None):
-        y = checked(self, x, t, y)
+        y = checked_condition(self, x, t, y)
         c = self.condition(t, y)                                                     # (N, D) or (N, M, D)
         x = self.x_embedder(x) + self.pos_embed                                      # (N, L, D)
         if self.conditioning == "in-context":
             x = torch.cat([x, c], dim=1)                                             # (N, L + M, D)
         for block in self.blocks:
-            x = run(self, block, x, c)
+            x = run_block(self, block, x, c)
         x = x[:, :math.prod(self.grid)]                                              # (N, L, D): in-context tokens leave
         x = self.final_layer(x, c)                                                   # (N, L, p p out_channels)
         return unpatchify(x, self.grid, self.patch_size)                             # (N, out_channels, H, W)

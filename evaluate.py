@@ -22,12 +22,12 @@ import torch
 
 import data
 from cli import Parser, first_in_turn, one_line_errors, parent_of, positive, processes, progress_bar, share
-from drawing import (add_flags, decode, decoder, draw, draw_once, drawable, evaluations, guidance, labels_of, parse_classes,
+from sampling import (add_sampling_flags, decode, decoder, draw, draw_once, drawable, evaluations, guidance_scale, labels_of, parse_classes,
                      pixel_shape, reader, unconditional)
 from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
                       space_named_in, space_of, with_statistics)
 from files import sha256_of
-from images import side_of
+from image_files import side_of
 from latents import embeddings
 from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
 from points import MLP
@@ -50,7 +50,7 @@ class Reference(NamedTuple):
 
 # Scores
 
-def count(n):
+def number_of(n):
     """A number of images, as text."""
     return f"{n:,}" if math.isfinite(n) else "an unknown number"
 
@@ -145,7 +145,7 @@ def score_network(network, diffusion, real, space, n, classes=None, seed=0, scal
     """
     numbers = None if classes is None else list(range(len(classes)))
     drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
-                 cfg_scale=guidance(network, scale, y_null), y_null=y_null)
+                 cfg_scale=guidance_scale(network, scale, y_null), y_null=y_null)
     fake = measure((data.to_uint8(x if autoencoder is None else decode(autoencoder, x)) for _, x in drawn), space)
     if not fake.n:
         return {}
@@ -205,7 +205,7 @@ def captioned(images, tokenizer, encoder, n, cache):
     """The contexts of n captions of the reference, in a fixed random order, for a text network to draw, and a hash of what they
     depend on besides n (of a larger n, the first n are the same).
 
-    tokenizer, encoder: `drawing.reader`'s. ValueError if there are no captions.
+    tokenizer, encoder: `sampling.reader`'s. ValueError if there are no captions.
     """
     if images is None or images.captions is None:
         raise ValueError("--reference: the network draws what captions say, and there are none: give a data set that has some")
@@ -236,7 +236,7 @@ def flags():
     parser.add_argument("--image-size", type=positive, help="crop and scale the images to this side (default: as they are)")
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
-    add_flags(parser.add_argument_group("drawing the samples of --ckpt, as in sample.py",
+    add_sampling_flags(parser.add_argument_group("drawing the samples of --ckpt, as in sample.py",
                                         "(a text model draws what the reference's captions say)"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--cache", help="folder for samples, decoded images and downloads (default: the user's cache)")
@@ -316,15 +316,15 @@ def report(args, found, reference, fake, space, how):
                                 f"steps, guidance {how['cfg_scale']:g}, seed {how['seed']}")
     held_out = ", held-out part" if args.samples and not in_files(args.samples) else ""
     training = "" if args.reference and in_files(args.reference) else ", training part"
-    print(f"samples     {count(fake.n)} of {args.ckpt or args.samples}{held_out}{drawn}")
-    print(f"reference   {count(real.n)} of {reference.name}{training}")
+    print(f"samples     {number_of(fake.n)} of {args.ckpt or args.samples}{held_out}{drawn}")
+    print(f"reference   {number_of(real.n)} of {reference.name}{training}")
     print(f"features    {space.name}, weights {space.sha256[:8]}\n")
     for metric, value in found.items():
         line = f"{space.title(metric):24}" + (f"{value:10.3f}" if metric in ("IS", "FD", "sFD") else f"{value:10.4f}")
         if metric in ("precision", "recall"):
-            line += f"   {count(len(real.rows))} real images"
+            line += f"   {number_of(len(real.rows))} real images"
         if metric in reference.floor:
-            line += f"   two halves of the reference, {count(len(reference.order) // 2)} images each: {reference.floor[metric]:.3f}"
+            line += f"   two halves of the reference, {number_of(len(reference.order) // 2)} images each: {reference.floor[metric]:.3f}"
         print(line)
     with open(args.results, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -337,7 +337,7 @@ def report(args, found, reference, fake, space, how):
             **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if how}))
 
 
-def run(args):
+def score_samples(args):
     """Measure the reference and the samples, score, print a table and add a row."""
     wanted, how, described = validate(args), {}, None
     names, shape, contexts = None, None, None            # of the samples
@@ -348,7 +348,7 @@ def run(args):
         y_null, sampler = unconditional(network, described["text"], described["config"]), args.sampler or "dpm++"
         names, shape = None if told else described["data"]["classes"], pixel_shape(network, autoencoder)
         how = dict(vae=args.vae and sha256_of(args.vae), classes=parse_classes(args.classes, names, network.num_classes),
-                   cfg_scale=guidance(network, args.cfg_scale, y_null), sampler=sampler,
+                   cfg_scale=guidance_scale(network, args.cfg_scale, y_null), sampler=sampler,
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
     name = args.reference or described["data"]["spec"]
     for path in filter(None, (args.ckpt, args.samples, name)):
@@ -379,7 +379,7 @@ def run(args):
     if args.save_reference and rank == 0:
         images, _ = real_images.batch(reference.order[:REFERENCE_IMAGES])
         save_statistics(args.save_reference, reference.measured, images, space)
-        print(f"wrote {args.save_reference}: {count(reference.measured.n)} of {name}, features {space.name}")
+        print(f"wrote {args.save_reference}: {number_of(reference.measured.n)} of {name}, features {space.name}")
     if how:
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
                                 autoencoder and autoencoder.to(device), contexts, y_null)
@@ -395,7 +395,7 @@ def main(argv=None):
     """The command: parse, run, report errors in one line."""
     args = flags().parse_args(argv)
     with one_line_errors("evaluate.py"):
-        run(args)
+        score_samples(args)
 
 
 if __name__ == "__main__":

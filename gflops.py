@@ -118,7 +118,7 @@ def inputs_of(network):
 
 
 @functools.cache
-def cost(model, size, **options):
+def network_cost(model, size, **options):
     """Parameters, and multiply-adds for one image, of a named network; options as in `models.describe`."""
     with torch.device("meta"):
         if model in BESIDE:
@@ -128,7 +128,7 @@ def cost(model, size, **options):
     return count(network, *inputs_of(network))
 
 
-def beside(ours, published):
+def compared(ours, published):
     """Our number, the published one, a text or None, and their difference as columns -> text, and whether it is above 0.5 %.
 
     A number that rounds to the published digits is "as printed", however large the difference.
@@ -148,9 +148,9 @@ def show(tables):
         print(f"\n{title}")
         print(f"{'':24}{'M parameters':>13} {'published':>9} {'':>11}{'Gflops':>11} {'published':>9}")
         for name, networks, parameters, gflops, remark in rows:
-            costs = [cost(model, size, **options) for model, size, options in networks]
-            parameter_columns, parameters_differ = beside(sum(p for p, _ in costs) / 1e6, parameters)
-            gflops_columns, gflops_differ = beside(sum(m for _, m in costs) / 1e9, gflops)
+            costs = [network_cost(model, size, **options) for model, size, options in networks]
+            parameter_columns, parameters_differ = compared(sum(p for p, _ in costs) / 1e6, parameters)
+            gflops_columns, gflops_differ = compared(sum(m for _, m in costs) / 1e9, gflops)
             remark = remark or ("not explained" if parameters_differ or gflops_differ else "")
             print(f"{name:27}{parameter_columns} {gflops_columns}  {remark}".rstrip())
 
@@ -161,7 +161,7 @@ def show_one(args):
                    learn_sigma=args.variance == "learned", conditioning=args.conditioning, hybrid=args.hybrid)
     description = describe(args.model, args.size, **options)
     try:
-        parameters, multiply_adds = cost(args.model, args.size, **options)
+        parameters, multiply_adds = network_cost(args.model, args.size, **options)
     except RuntimeError as error:                        # shapes beyond 64 bits
         raise ValueError(f"--image-size {args.image_size} is too large to be counted: {error}") from None
     arguments = ", ".join(f"{name}={value}" for name, value in description["arguments"].items())

@@ -11,7 +11,7 @@ BLOCK = 2 ** 25                        # distances held at once: 128 MB in float
 ROUNDING = 2e-6                        # of a squared distance in float32, relative to the squared norms: so near is inside a radius
 
 
-def checked(features, name="features"):
+def finite_rows(features, name="features"):
     """Features as a finite tensor (n, D) of at least two rows.  ValueError otherwise."""
     features = torch.as_tensor(features)
     if features.ndim != 2 or len(features) < 2:
@@ -92,7 +92,7 @@ def inception_score(probabilities, split=5000):
     probabilities (n, K), rows that sum to 1. Each `split` rows in turn have their own p(y); the mean of their scores, the last
     and perhaps shorter one's included, is returned.
     """
-    probabilities = checked(probabilities, "probabilities").double()
+    probabilities = finite_rows(probabilities, "probabilities").double()
     scores = []
     for p in probabilities.split(split):                                 # (n', K)
         divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(dim=0))
@@ -120,7 +120,7 @@ def precision_recall(real, fake, k=3):
     to its k-th nearest neighbour in the set. All pairs are looked at, in blocks of fixed memory. ValueError if a set has no k-th
     neighbour.
     """
-    real, fake = checked(real, "real features"), checked(fake, "features of the samples")
+    real, fake = finite_rows(real, "real features"), finite_rows(fake, "features of the samples")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"features of {real.shape[1]} and of {fake.shape[1]} numbers are not of one space")
     if min(len(real), len(fake)) <= k:

@@ -24,7 +24,7 @@ import data
 from cascade import augmented, enlarge, shrink
 from cli import first_in_turn, grid, save_image
 from ddpm import SCHEDULES, Diffusion, keyed_generator
-from drawing import SCATTERED, decode, draw, draw_points, guidance, unconditional
+from sampling import SCATTERED, decode, draw, draw_points, guidance_scale, unconditional
 from evaluate import measure_reference, possible, score_network
 from features import default_space, space_of
 from points import picture, sliced_wasserstein
@@ -134,7 +134,7 @@ class Denoising:
             shown = contexts[rows]
             print("captions of the picture's columns: " + "; ".join(self.dataset.distinct[row] for row in rows), flush=True)
         batches = draw(network, self.diffusion, range(8 * columns), shown, self.args.seed, clip=self.vae is None,
-                       cfg_scale=guidance(network, y_null=self.y_null), y_null=self.y_null)
+                       cfg_scale=guidance_scale(network, y_null=self.y_null), y_null=self.y_null)
         images = [data.to_uint8(x if self.vae is None else decode(self.vae, x)).cpu() for _, x in batches]
         save_image(path, grid(torch.cat(images).numpy(), columns))
         return {}

@@ -21,7 +21,7 @@ import data
 import ddpm
 from chart import COLOURS, Chart, faint, spread, table
 from cli import Parser, natural, one_line_errors, parent_of, processes, save_image, write_gif
-from drawing import decode, decoder, draw, drawable
+from sampling import decode, decoder, draw, drawable
 from points import MLP, WINDOW, panel, swiss_roll
 
 SMOOTHED = 5                                     # rows of a log that a curve's point is the mean of

@@ -22,7 +22,7 @@ from PIL import Image
 import data
 import ddpm
 from cli import not_negative, positive, processes
-from images import center_crop, open_image
+from image_files import center_crop, open_image
 from vae import in_pieces
 
 STEPS, REPEATS = 20, 5           # 100 evaluations an image; as many digits stay what they were with 50 steps repeated twice
@@ -82,7 +82,7 @@ def denoise(diffusion, model, y, sigma, condition=None, sampler="dpm++", steps=1
 
 # The command: what sample.py does with image files
 
-def add_flags(parser):
+def add_restoration_flags(parser):
     """The flags of sample.py that name an image to restore."""
     parser = parser.add_argument_group("restoring an image", "where --sampler is ddpm and --cfg-scale 1 by default")
     images = parser.add_mutually_exclusive_group()
@@ -166,7 +166,7 @@ def measured(args, task, size, channels, device):
     return A(image.to(device)), (A, A_plus)
 
 
-def check(args, task, network, latent, autoencoder, classes):
+def check_task(args, task, network, latent, autoencoder, classes):
     """ValueError, before any work, where a run cannot do what is asked for."""
     if network.context_dim is not None:
         raise ValueError(f"{args.ckpt} is told a text: --{task} takes runs with classes, or without a condition")

@@ -1,7 +1,7 @@
 """Draw images from a trained run, or from released weights.
 
 Report §4-5 (inference), §4-8, §4-9 (guidance). The defaults, DPM-Solver++ in 20 steps with guidance scale 1.5, suit what
-train.py leaves. The drawing itself is drawing.py's.
+train.py leaves. The drawing itself is sampling.py's.
 
     python sample.py --ckpt run.pt
     python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
@@ -22,7 +22,7 @@ from cascade import enlarge, load_upsampler
 from cli import (Parser, gathered, grid, not_negative, one_line_errors, parent_of, positive, processes, progress_bar,
                  save_image, share, write_gif)
 from data import to_uint8
-from drawing import (SCATTERED, add_flags, decode, decoder, draw, drawable, evaluations, guidance, labels_of, parse_classes,
+from sampling import (SCATTERED, add_sampling_flags, decode, decoder, draw, drawable, evaluations, guidance_scale, labels_of, parse_classes,
                      pixel_shape, read_prompts, unconditional)
 from files import atomic_file
 from points import MLP, picture
@@ -52,7 +52,7 @@ def flags():
                         f"{SCATTERED} points)")
     parser.add_argument("--out", default="samples.png", help="a .png for one grid, or for points a scatter; or a folder, with a "
                         "slash at its end")
-    add_flags(parser)
+    add_sampling_flags(parser)
     parser.add_argument("--cascade", help="an upsampler of train.py or a released one: enlarges what --ckpt draws four times")
     parser.add_argument("--npz", help="also write ADM's .npz: arr_0 uint8 NHWC, arr_1 labels; points: arr_0 (N, 2)")
     parser.add_argument("--trajectory", help="also write a .gif of the way from noise to image")
@@ -61,11 +61,11 @@ def flags():
     parser.add_argument("--cfg-interval", type=interval, help="LOW,HIGH: guide between these steps of 0 … T-1 only")
     parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    restoration.add_flags(parser)
+    restoration.add_restoration_flags(parser)
     return parser
 
 
-def write(args, images, frames, labels, columns, latent):
+def write_outputs(args, images, frames, labels, columns, latent):
     """Write the grid, if the images are not in a folder already, the .npz and the trajectory -> the paths, as text.
 
     Latents have no grid: they are written as an .npz, named after --out if it has no name of its own.
@@ -90,13 +90,13 @@ def write(args, images, frames, labels, columns, latent):
     return ", ".join(written)
 
 
-def restore(args, task):
+def write_restored(args, task):
     """Write the image that --inpaint, --upscale or --denoise names, beside it what becomes of it; or, into a folder, only that."""
     described, network, diffusion = drawable(args.ckpt)
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes) if args.classes else None
     autoencoder = decoder(args.vae, described, network)
-    restoration.check(args, task, network, bool(described["vae"]), autoencoder, classes)
-    guidance(network, args.cfg_scale)                    # refuses a scale that the network lacks the input for,
+    restoration.check_task(args, task, network, bool(described["vae"]), autoencoder, classes)
+    guidance_scale(network, args.cfg_scale)                    # refuses a scale that the network lacks the input for,
     evaluations(args.steps, args.sampler, diffusion)     # and more steps than the process has
     images, how = restoration.restore_image(args, task, network, diffusion, autoencoder, classes)
     if is_folder(args.out):
@@ -108,7 +108,7 @@ def restore(args, task):
     print(f"{how}: wrote {args.out}")
 
 
-def check(args, points, on_latents, decoded):
+def check_pictures(args, points, on_latents, decoded):
     """ValueError where pictures are asked for of what is none: points, or latents, decoded perhaps once they are drawn."""
     if points and (args.trajectory or is_folder(args.out)):
         raise ValueError(f"--out and --trajectory: points are drawn in one .png; python plot.py swissroll --ckpt {args.ckpt} --gif "
@@ -119,23 +119,23 @@ def check(args, points, on_latents, decoded):
         raise ValueError("--cascade: the network works on an autoencoder's latents; --vae FILE makes them images first")
 
 
-def run(args):
+def draw_and_write(args):
     """Draw what the flags ask for and write it; under torchrun each process draws its share."""
     for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
         parent_of(path)
     task = restoration.task_of(args)
     if task:
-        return restore(args, task)
+        return write_restored(args, task)
     args.sampler = args.sampler or "dpm++"
     described, network, diffusion = drawable(args.ckpt)
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
     contexts = read_prompts(args.prompt, args.clip, described, network)
     y_null = unconditional(network, described["text"], described["config"])
-    scale = guidance(network, args.cfg_scale, y_null)
+    scale = guidance_scale(network, args.cfg_scale, y_null)
     steps = evaluations(args.steps, args.sampler, diffusion)
     autoencoder = decoder(args.vae, described, network)
     points, on_latents = isinstance(network, MLP), bool(described["vae"])
-    check(args, points, on_latents, autoencoder)
+    check_pictures(args, points, on_latents, autoencoder)
     latent = on_latents and autoencoder is None          # is what is written
     upsampler, upsampling = (load_upsampler(args.cascade, described, network.num_classes, pixel_shape(network, autoencoder))
                              if args.cascade else (None, None))
@@ -170,7 +170,7 @@ def run(args):
     everyones = gathered(images) if args.npz or not one_by_one else []   # else they are on disk already
     if rank == 0:
         images = np.concatenate([batch for batches in everyones for batch in batches]) if everyones else None
-        written = write(args, images, list(frames.values()), labels_of(range(n), classes), columns, latent)
+        written = write_outputs(args, images, list(frames.values()), labels_of(range(n), classes), columns, latent)
         print(f"{n} images, {args.sampler}, {steps} steps, guidance {scale:g}, seed {args.seed}: wrote {written}")
 
 
@@ -178,7 +178,7 @@ def main(argv=None):
     """The command: parse, run, report errors in one line."""
     args = flags().parse_args(argv)
     with one_line_errors("sample.py"):
-        run(args)
+        draw_and_write(args)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import unet
 from cli import (Parser, first_in_turn, ignore_signals, natural, not_negative, one_line_errors, parent_of, positive, processes,
                  stop_signals, total)
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES, key_seed
-from drawing import noted
+from sampling import clip_record
 from files import atomic_file
 from latents import embeddings, latents
 from models import TRAINABLE, build, describe
@@ -182,11 +182,11 @@ def settings(argv):
         chosen = {**COMMON, **recipe(given), **given}
     args = argparse.Namespace(**chosen)
     args.text = args.text or args.clip is not None
-    check(args, given)
+    check_flags(args, given)
     return args, run
 
 
-def check(args, given):
+def check_flags(args, given):
     """ValueError, before anything is read, on settings that do not go together; given: those on the command line."""
     for keys, useless, why in (
             (DENOISING, args.model in OTHERS, f"{OTHERS.get(args.model)}, it does not denoise"),
@@ -363,7 +363,7 @@ def read_captions(args, dataset, run, device):
             raise ValueError(f"--resume: {args.clip} is another text encoder than the run in {args.out} was trained with")
         encoder = encoder.to(device).requires_grad_(False)
         dataset.tell(lambda captions: embeddings(captions, encoder, tokenizer, args.cache))
-        dataset.text = noted(encoder, tokenizer)
+        dataset.text = clip_record(encoder, tokenizer)
         return dict(context_dim=encoder.dim, context_tokens=encoder.length)
     longest = max(sum(len(pieces) for _, pieces in TextEncoder.pieces(caption))
                   for row in dataset.rows for caption in dataset.captions[row])

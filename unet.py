@@ -4,7 +4,7 @@ Report §2-2 and §3. Papers: Ronneberger et al. 2015; Ho et al. 2020 (DDPM); Ni
 2021 (ADM); Rombach et al. 2022 (LDM). A contracting path halves the sides and widens the channels, an expanding path undoes
 it, and each of its steps also sees the feature map of the same size from the way down.
 
-The denoisers share one signature, model(x, t, y=None), see `vit.checked`; where the variance is learned, out_channels is
+The denoisers share one signature, model(x, t, y=None), see `vit.checked_condition`; where the variance is learned, out_channels is
 twice channels, the prediction first. State-dict names are those of OpenAI's and CompVis's releases, which load strictly.
 Shapes: N images, C channels of a map, H x W pixels, L = H W, E the width of the embedding of time and class, h heads, d = C / h.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vit import attention, checked, default_layout, divided, pair, run, timestep_embedding
+from vit import attention, checked_condition, default_layout, divided, pair, run_block, timestep_embedding
 
 
 def two_convolutions(channels, out_channels):
@@ -261,7 +261,7 @@ class UNet(nn.Module):
         self.context_dim = context_dim
         self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
-        self.checkpointing = False         # see `vit.run`
+        self.checkpointing = False         # see `vit.run_block`
         emb_dim = 4 * dim
         self.time_embed = nn.Sequential(nn.Linear(dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if self.num_classes is not None:
@@ -310,22 +310,22 @@ class UNet(nn.Module):
         self.out = nn.Sequential(norm(width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1)))
 
     def denoise(self, x, t, y):
-        """The network itself: x (N, inputs C, H, W), t (N,), y as `vit.checked` returns it -> (N, out_channels, H, W)."""
+        """The network itself: x (N, inputs C, H, W), t (N,), y as `vit.checked_condition` returns it -> (N, out_channels, H, W)."""
         x = default_layout(x)
         emb = self.time_embed(timestep_embedding(t, self.dim).to(x.dtype))           # (N, E)
         if self.num_classes is not None:
             emb = emb + self.label_emb(y)
         skips = []
         for stage in self.input_blocks:
-            x = run(self, stage, x, emb, y)
+            x = run_block(self, stage, x, emb, y)
             skips.append(x)
-        x = run(self, self.middle_block, x, emb, y)
+        x = run_block(self, self.middle_block, x, emb, y)
         for stage in self.output_blocks:
-            x = run(self, stage, torch.cat([x, skips.pop()], dim=1), emb, y)         # the last one in is the first out
+            x = run_block(self, stage, torch.cat([x, skips.pop()], dim=1), emb, y)         # the last one in is the first out
         return self.out(x)
 
     def forward(self, x, t, y=None):
-        return self.denoise(x, t, checked(self, x, t, y))
+        return self.denoise(x, t, checked_condition(self, x, t, y))
 
 
 class SuperResUNet(UNet):
@@ -337,7 +337,7 @@ class SuperResUNet(UNet):
     inputs, factor = 2, 4              # x's sides are four times low's, in training and in all releases
 
     def forward(self, x, t, y=None, low=None):
-        y = checked(self, x, t, y)
+        y = checked_condition(self, x, t, y)
         if low is None or low.ndim != 4 or low.shape[:2] != x.shape[:2]:
             raise ValueError(f"an upsampler wants low, the small images ({len(x)}, {self.channels}, h, w)")
         low = F.interpolate(low, x.shape[2:], mode="bilinear", align_corners=False)

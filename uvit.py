@@ -3,7 +3,7 @@
 Report §3 and §4-1, Fig. 4-1. Paper: Bao et al. 2023, "All are Worth Words": time, condition and noisy patches enter one
 sequence; the k-th block from the end also sees what the k-th block put out; a 3 x 3 convolution may end the network.
 
-One signature with the other denoisers: model(x, t, y=None), see `vit.checked`. It returns one prediction like x: U-ViT learns
+One signature with the other denoisers: model(x, t, y=None), see `vit.checked_condition`. It returns one prediction like x: U-ViT learns
 no variance. State-dict names are those of the authors' release, which loads strictly; its networks count time in units of
 their own (`released.released_process`). Shapes: L patches, E extra tokens, D width, p patch.
 """
@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn as nn
 
-from vit import Block, PatchEmbed, checked, pair, run, timestep_embedding, token_grid, unpatchify
+from vit import Block, PatchEmbed, checked_condition, pair, run_block, timestep_embedding, token_grid, unpatchify
 
 
 class UViTBlock(Block):
@@ -46,7 +46,7 @@ class UViT(nn.Module):
         self.dim, self.context_dim, self.context_tokens, self.skip = dim, context_dim, context_tokens, skip
         self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
-        self.checkpointing = False         # see `vit.run`
+        self.checkpointing = False         # see `vit.run_block`
 
         self.patch_embed = PatchEmbed(patch_size, channels, dim)
         self.time_embed = (nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim)) if mlp_time_embed
@@ -90,14 +90,14 @@ class UViT(nn.Module):
         return torch.cat(sequence, dim=1) + self.pos_embed                               # (N, E + L, D)
 
     def forward(self, x, t, y=None):
-        y = checked(self, x, t, y)
+        y = checked_condition(self, x, t, y)
         x, skips = self.tokens(x, t, y), []                                              # (N, E + L, D)
         for block in self.in_blocks:
-            x = run(self, block, x)
+            x = run_block(self, block, x)
             skips.append(x)
-        x = run(self, self.mid_block, x)
+        x = run_block(self, self.mid_block, x)
         for block in self.out_blocks:
-            x = run(self, block, x, skips.pop() if self.skip else None)                  # the last one in is the first out
+            x = run_block(self, block, x, skips.pop() if self.skip else None)                  # the last one in is the first out
         x = self.decoder_pred(self.norm(x))[:, self.extras:]                             # (N, L, p p C): the extra tokens leave
         return self.final_layer(unpatchify(x, self.grid, self.patch_size))               # (N, C, H, W)
 

@@ -59,7 +59,7 @@ def conv(channels, out_channels):
     return nn.Conv2d(channels, out_channels, 3, padding=1)
 
 
-class ResBlock(nn.Module):
+class ResnetBlock(nn.Module):
     """Two convolutions with a residual: (N, D, H, W) -> (N, D', H, W)."""
 
     def __init__(self, width, out_width):
@@ -74,7 +74,7 @@ class ResBlock(nn.Module):
         return self.nin_shortcut(x) + h
 
 
-class AttentionBlock(nn.Module):
+class AttnBlock(nn.Module):
     """Self-attention among the pixels of x (N, D, H, W), one head of all channels, with a residual."""
 
     def __init__(self, width):
@@ -96,12 +96,12 @@ def downsample(width):
 
 def blocks(width, out_width, n):
     """n residual blocks, of which the first changes the width."""
-    return nn.Sequential(*(ResBlock(out_width if i else width, out_width) for i in range(n)))
+    return nn.Sequential(*(ResnetBlock(out_width if i else width, out_width) for i in range(n)))
 
 
 def middle(width):
     """The layers of the smallest map, between both paths; here every pixel sees every other."""
-    return nn.ModuleDict({"block_1": ResBlock(width, width), "attn_1": AttentionBlock(width), "block_2": ResBlock(width, width)})
+    return nn.ModuleDict({"block_1": ResnetBlock(width, width), "attn_1": AttnBlock(width), "block_2": ResnetBlock(width, width)})
 
 
 class Encoder(nn.Module):
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def checked(x, channels, what):
+def checked_map(x, channels, what):
     """x in PyTorch's default layout. ValueError if it is not (N, channels, H, W)."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"{what} of shape {tuple(x.shape)} where the autoencoder takes (N, {channels}, H, W)")
@@ -179,14 +179,14 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         """Mean and log variance of q(z | x), each (N, c, h, w), of images x (N, C, H, W); ValueError if x does not fit."""
-        x = checked(x, self.channels, "images")
+        x = checked_map(x, self.channels, "images")
         divided(x.shape[2:], self.factor, "the autoencoder's factor")
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)             # CompVis's limits: the variance is 1e-13 … 5e8
 
     def decode(self, z):
         """The images (N, C, H, W) of latents z (N, c, h, w); ValueError if z does not fit."""
-        return self.decoder(self.post_quant_conv(checked(z, self.latent_channels, "latents")))
+        return self.decoder(self.post_quant_conv(checked_map(z, self.latent_channels, "latents")))
 
     def forward(self, x, noise):
         """Images x, encoded, sampled with standard normal noise like their latents and decoded -> image, mean, log variance."""
@@ -235,7 +235,7 @@ def names_of(state):
     return renamed
 
 
-def infer(state):
+def infer_autoencoder(state):
     """The arguments of the autoencoder with this state dict, in CompVis's names. KeyError where a name is missing."""
     dim, channels = state["encoder.conv_in.weight"].shape[:2]
     widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(counted(state, "encoder.down"))]
@@ -248,7 +248,7 @@ def from_state(state):
     try:
         state = names_of(state)
         with torch.device("meta"):                           # nothing is drawn that the file replaces
-            network = AutoencoderKL(**infer(state))
+            network = AutoencoderKL(**infer_autoencoder(state))
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, ArithmeticError):
         raise ValueError("its tensors have the names of no autoencoder known here") from None
     expected, found = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (network.state_dict(), state))

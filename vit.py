@@ -39,21 +39,21 @@ def token_grid(image_size, patch_size):
     return divided(image_size, patch_size, "patch size")
 
 
-def check_size(network, x):
+def check_image(network, x):
     """ValueError if x is not (N, C, H, W) of the network's channels and image_size."""
     expected = (network.channels, *network.image_size)
     if tuple(x.shape[1:]) != expected:
         raise ValueError(f"input of shape {tuple(x.shape[1:])} where the network was built for {expected}")
 
 
-def checked(network, x, t, y):
+def checked_condition(network, x, t, y):
     """Check what a denoiser is given, at its door -> y as it uses it: labels, a context or None.
 
     x must be (N, channels, *image_size) of the network, t (N,). y: a context (N, M, context_dim) if it has a context_dim, or the
     ids (N, M, W) of a text if it has a .text_encoder, which makes the context of them here; labels (N,) if it has classes, None
     being the null label; None if it has neither. ValueError otherwise.
     """
-    check_size(network, x)
+    check_image(network, x)
     if t.shape != x.shape[:1]:
         raise ValueError(f"t of shape {tuple(t.shape)} for {len(x)} images: it must be (N,)")
     if network.context_dim is not None:
@@ -81,7 +81,7 @@ def default_layout(x):
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def run(network, block, *inputs):
+def run_block(network, block, *inputs):
     """block(*inputs), recomputed in the backward pass if network.checkpointing: less memory for a third more work."""
     if network.checkpointing and network.training:
         return checkpoint(block, *inputs, use_reentrant=False)
@@ -232,7 +232,7 @@ class ViT(nn.Module):
         self.grid = token_grid(image_size, patch_size)
         self.image_size, self.channels = pair(image_size), channels
         self.patch_size, self.num_classes = patch_size, num_classes
-        self.checkpointing = False         # see `run`
+        self.checkpointing = False         # see `run_block`
         if hybrid:
             if patch_size % 4:
                 raise ValueError(f"the hybrid's feature map has a quarter of the image's sides: patch size {patch_size} is not a "
@@ -257,12 +257,12 @@ class ViT(nn.Module):
 
     def tokens(self, x):
         """All tokens after the last norm (N, 1 + L, D), the class token first."""
-        check_size(self, x)
+        check_image(self, x)
         x = self.patch_embed(self.stem(default_layout(x)))                               # (N, L, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)                 # (N, 1 + L, D)
         x = x + self.pos_embed
         for block in self.blocks:
-            x = run(self, block, x)
+            x = run_block(self, block, x)
         return self.norm(x)
 
     def forward(self, x):

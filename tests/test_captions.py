@@ -295,7 +295,7 @@ def test_a_run_told_by_clip_notes_it_and_finds_it_again(captioned, clip, here):
     assert not any("text_encoder" in name for name in run["model"])
     sample.main(["--ckpt", "run.pt", "--prompt", "a red image", "--npz", "one.npz"])
     clip.rename(here / "moved")
-    refusal(lambda: sample.run(sample.flags().parse_args(["--ckpt", "run.pt", "--prompt", "a red image"])), "no longer at",
+    refusal(lambda: sample.draw_and_write(sample.flags().parse_args(["--ckpt", "run.pt", "--prompt", "a red image"])), "no longer at",
             "--clip DIR")
     sample.main(["--ckpt", "run.pt", "--prompt", "a red image", "--npz", "two.npz", "--clip", "moved"])
     assert np.array_equal(np.load("one.npz")["arr_0"], np.load("two.npz")["arr_0"])
@@ -324,7 +324,7 @@ def test_another_clip_is_refused(captioned, clip, here):
     weights = torch.load(clip / "pytorch_model.bin")
     weights["text_model.final_layer_norm.bias"] += 1
     torch.save(weights, clip / "pytorch_model.bin")
-    for call in (lambda: sample.run(sample.flags().parse_args(["--ckpt", "run.pt", "--prompt", "a red image"])),
+    for call in (lambda: sample.draw_and_write(sample.flags().parse_args(["--ckpt", "run.pt", "--prompt", "a red image"])),
                  lambda: train.train(*train.settings(["--resume", "--out", "run.pt", "--steps", "9"]), torch.device("cpu"), 0, 1)):
         refusal(call, "another text encoder")
 
@@ -355,7 +355,7 @@ def test_a_prompt_and_a_network_must_fit(captioned, tiny_run, clip, here, capsys
                           (["--ckpt", str(tiny_run), "--clip", str(clip)], "not trained with texts"),
                           (["--ckpt", "run.pt", "--prompt", "red", "--classes", "3"], "without labels"),
                           (["--ckpt", "run.pt", "--prompt", "red", "--clip", str(clip)], "of its own")):
-        refusal(lambda: sample.run(sample.flags().parse_args(flags)), *parts)
+        refusal(lambda: sample.draw_and_write(sample.flags().parse_args(flags)), *parts)
 
 
 def test_what_a_prompt_loses_is_shown_in_a_warning(captioned, here, capsys):
@@ -375,7 +375,7 @@ def test_text_needs_captions_and_a_dit_its_cross_attention(captioned, here):
 def test_without_dropped_captions_there_is_no_guidance(captioned, here):
     trained(captioned, "--model", "uvit", "--size", "Nano/4", "--cfg-drop", "0")
     sample.main(["--ckpt", "run.pt", "--n", "1", "--prompt", "a red image"])
-    refusal(lambda: sample.run(sample.flags().parse_args(["--ckpt", "run.pt", "--prompt", "a red image", "--cfg-scale", "2"])),
+    refusal(lambda: sample.draw_and_write(sample.flags().parse_args(["--ckpt", "run.pt", "--prompt", "a red image", "--cfg-scale", "2"])),
             "no unconditional input")
 
 

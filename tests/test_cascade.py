@@ -339,7 +339,7 @@ def test_latents_are_decoded_and_then_enlarged(tmp_path, small):
     checkpoint.save(tmp_path / "base.pt", run)
     os.remove(autoencoder)
     flags = ["--ckpt", tmp_path / "base.pt", "--cascade", tmp_path / "sr.pt", "--out", tmp_path / "x.png"]
-    refusal(lambda: sample.run(sample.flags().parse_args(list(map(str, flags)))), "latents", "--vae FILE")
+    refusal(lambda: sample.draw_and_write(sample.flags().parse_args(list(map(str, flags)))), "latents", "--vae FILE")
 
 
 def test_adms_released_upsampler_enlarges_what_adms_released_base_draws(tmp_path, monkeypatch):

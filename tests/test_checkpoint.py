@@ -31,7 +31,7 @@ import train
 import unet
 import uvit
 import vit
-from checkpoint import build, describe, load, load_network, main, read, read_safetensors, save, sole_writer
+from checkpoint import build, summary, load, load_network, main, read, read_safetensors, save, sole_writer
 from ddpm import cosine_betas
 from dit import DiT
 from formula import fill, formula_weight, golden, golden_json
@@ -158,7 +158,7 @@ def test_a_classifiers_run_loads_builds_and_is_described_without_a_diffusion(tmp
     network, diffusion = build(load(path))
     assert diffusion is None and isinstance(network, ViT)
     assert all(value.equal(run["ema"][name]) for name, value in network.state_dict().items())
-    said = "\n".join(describe(path))
+    said = "\n".join(summary(path))
     assert "a run at step 1" in said and "ViT" in said and "num_classes=5" in said and "diffusion" not in said
 
 
@@ -327,7 +327,7 @@ UNSHOWABLE = {"no class": dict(network={}), "no arguments": dict(network={"class
 @pytest.mark.parametrize("case", UNSHOWABLE)
 def test_a_run_that_cannot_be_shown_is_refused(tmp_path, case):
     path = saved(tmp_path / "run.pt", a_run(**UNSHOWABLE[case]))
-    refusal(lambda: describe(path), path, "does not describe")
+    refusal(lambda: summary(path), path, "does not describe")
 
 
 # Writing
@@ -862,7 +862,7 @@ def test_released_weights_with_another_time_are_sampled_by_the_command_and_descr
     path = saved(tmp_path / "iddpm.pt", released_unet("iddpm-cifar10").state_dict())
     sample.main(["--ckpt", str(path), "--n", "2", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "out.png")])
     assert (tmp_path / "out.png").is_file()
-    assert "diffusion  schedule=cosine, T=4000, prediction=eps, variance=learned, time=(0.25, 0)" in describe(path)
+    assert "diffusion  schedule=cosine, T=4000, prediction=eps, variance=learned, time=(0.25, 0)" in summary(path)
 
 
 UNSAMPLED = {

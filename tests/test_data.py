@@ -28,7 +28,7 @@ import data
 import images as image_files
 from data import Batches, Dataset, augment, load, to_float, to_uint8
 from files import atomic_file
-from images import center_crop, open_image
+from image_files import center_crop, open_image
 from refusals import refusal
 
 SQUARE = np.array([[0, 10, 20], [30, 40, 50], [60, 70, 250]], np.uint8)

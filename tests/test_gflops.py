@@ -21,7 +21,7 @@ import uvit
 import vit
 from dit import BLOCKS, SIZES, DiT
 from formula import golden_json
-from gflops import DIT, TABLES, beside, cost, count, inputs_of, main, show
+from gflops import DIT, TABLES, compared, network_cost, count, inputs_of, main, show
 from unet import ADM, RonnebergerUNet, SuperResUNet, UNet
 from uvit import UViT
 from vit import Attention, ViT
@@ -62,7 +62,7 @@ def multiply_adds(network):
 @pytest.mark.parametrize("name", TRANSFORMERS["dit"])
 def test_every_dit_costs_what_metas_does(name):
     golden = TRANSFORMERS["dit"][name]
-    ours = cost("dit", name.split()[0].removeprefix("DiT-"), image_size=golden["config"]["input_size"], channels=4,
+    ours = network_cost("dit", name.split()[0].removeprefix("DiT-"), image_size=golden["config"]["input_size"], channels=4,
                 num_classes=1000, learn_sigma=True)
     assert ours == (golden["params"], golden["macs_flop_counter"])
 
@@ -70,7 +70,7 @@ def test_every_dit_costs_what_metas_does(name):
 @pytest.mark.parametrize("conditioning", BLOCKS)
 def test_every_block_design_costs_what_is_derived_from_the_paper(conditioning):
     golden = TRANSFORMERS["dit_block_designs_derived"][conditioning.replace("-", "_")]
-    assert cost("dit", "XL/2", **DIT, conditioning=conditioning) == (golden["params"], golden["macs"])
+    assert network_cost("dit", "XL/2", **DIT, conditioning=conditioning) == (golden["params"], golden["macs"])
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS["uvit"])
@@ -82,7 +82,7 @@ def test_every_uvit_costs_what_its_authors_does(name):
     condition = (dict(context_dim=config["clip_dim"]) if "clip_dim" in config else        # their number counts the null row
                  {-1: dict(num_classes=None), 1000: dict(num_classes=1000, null_class=False),
                   1001: dict(num_classes=1000)}[config["num_classes"]])
-    ours = cost("uvit", size, image_size=config["img_size"], channels=config["in_chans"], **condition)
+    ours = network_cost("uvit", size, image_size=config["img_size"], channels=config["in_chans"], **condition)
     assert ours == (golden["params"], golden["macs_flop_counter"])
 
 
@@ -108,7 +108,7 @@ WEIGHED = {"LDM-4": 5 * (32 ** 2 * 384 + 16 ** 2 * 576) + 6 * 8 ** 2 * 960,
 def test_every_unet_costs_what_its_authors_does(name):
     golden = CONVNETS["networks"][name]
     config = golden["config"]
-    ours = cost("unet", UNETS[name], image_size=config["image_size"], channels=config["in_channels"],
+    ours = network_cost("unet", UNETS[name], image_size=config["image_size"], channels=config["in_channels"],
                 num_classes=config.get("num_classes"), null_class=False, learn_sigma=config["out_channels"] == 6)
     assert ours == (golden["params"], golden["macs_torch_flop_counter"] + WEIGHED.get(name, 0))
 
@@ -235,18 +235,18 @@ def test_a_network_with_weights_costs_what_its_shapes_do(name, checkpointing):
     (100.49, "100.0", "+0.49%", False), (100.51, "100.0", "+0.51%", True), (99.51, "100.0", "-0.49%", False),
     (99.49, "100.0", "-0.51%", True), (0.354, "0.36", "-1.67%", True)])
 def test_a_difference_is_said_and_above_half_a_percent_flagged(ours, published, said, far):
-    text, flag = beside(ours, published)
+    text, flag = compared(ours, published)
     assert text.split(maxsplit=2) == [f"{ours:.2f}", published, said] and flag is far
 
 
 def test_a_number_that_nobody_published_stands_alone_in_columns_as_wide():
-    text, flag = beside(12.3456, None)
-    assert text.split() == ["12.35"] and not flag and len(text) == len(beside(12.3456, "12.3")[0])
+    text, flag = compared(12.3456, None)
+    assert text.split() == ["12.35"] and not flag and len(text) == len(compared(12.3456, "12.3")[0])
 
 
 @given(st.floats(1, 3000), st.integers(0, 2))
 def test_what_rounds_to_the_published_digits_is_as_printed(ours, places):
-    assert "as printed" in beside(ours, f"{ours:.{places}f}")[0]
+    assert "as printed" in compared(ours, f"{ours:.{places}f}")[0]
 
 
 def test_a_difference_without_a_reason_is_called_not_explained(capsys):

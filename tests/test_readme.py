@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import cascade
-import drawing
+import sampling
 import restoration
 import train
 

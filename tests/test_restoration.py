@@ -484,5 +484,5 @@ def test_a_run_that_cannot_restore_says_why(tiny_run, latent_run, folder, capsys
 def test_runs_that_are_told_a_text_are_refused(tiny_run, context_dim):
     network = SimpleNamespace(context_dim=context_dim, channels=1, num_classes=None, null_label=None)
     args = SimpleNamespace(ckpt="run.pt", cfg_scale=None)
-    call = lambda: restoration.check(args, "inpaint", network, False, None, None)
+    call = lambda: restoration.check_task(args, "inpaint", network, False, None, None)
     refusal(call, "run.pt is told a text") if context_dim else call()

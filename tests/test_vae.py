@@ -20,7 +20,7 @@ from checkpoint import load_autoencoder
 from dit import DiT
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
 from refusals import refusal
-from vae import SIZES, AttentionBlock, AutoencoderKL, from_state, infer, kl_divergence, names_of, sample_latent
+from vae import SIZES, AttnBlock, AutoencoderKL, from_state, infer_autoencoder, kl_divergence, names_of, sample_latent
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 SMALL = dict(dim=32, multipliers=(1, 2, 2), res_blocks=1)            # of the golden files
@@ -152,13 +152,13 @@ architectures = st.fixed_dictionaries(dict(channels=st.integers(1, 4), dim=st.sa
 
 @given(architectures)
 def test_the_inferred_architecture_is_what_was_built(arguments):
-    assert infer(on_meta(**arguments).state_dict()) == arguments
+    assert infer_autoencoder(on_meta(**arguments).state_dict()) == arguments
 
 
 def test_the_architecture_of_stable_diffusion_is_inferred_from_either_layout():
     for name, shape in ((COMPVIS, SHAPE), (NEW, NEW_SHAPE), (OLD, SHAPE)):
         state = {row[name]: torch.empty(row[shape], device="meta") for row in KEYS["keys"]}
-        assert infer(names_of(state)) == dict(channels=3, dim=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4)
+        assert infer_autoencoder(names_of(state)) == dict(channels=3, dim=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4)
 
 
 # The diffusers library's names
@@ -495,14 +495,14 @@ def test_by_its_attention_every_output_depends_on_every_input(part, attentive):
 
 @given(st.permutations(range(6)))
 def test_attention_does_not_know_where_pixels_lie(order):
-    block, x = fill(AttentionBlock(32)).double(), normal(2, 32, 2, 3)
+    block, x = fill(AttnBlock(32)).double(), normal(2, 32, 2, 3)
     moved = block(x.flatten(2)[:, :, order].unflatten(2, (2, 3))).flatten(2)
     assert_close(moved, block(x).flatten(2)[:, :, order], **EXACT)
 
 
 @torch.no_grad()
 def test_attention_weighs_values_by_the_likeness_of_one_query_and_key_of_all_channels():
-    block, x = fill(AttentionBlock(32)).double(), normal(1, 32, 2, 3)
+    block, x = fill(AttnBlock(32)).double(), normal(1, 32, 2, 3)
     h = block.norm(x)[0].flatten(1)                                                  # (D, L)
     q, k, v = (layer.weight[:, :, 0, 0] @ h + layer.bias[:, None] for layer in (block.q, block.k, block.v))
     weights = torch.exp(q.T @ k / 32 ** 0.5)                                         # (L, L)

@@ -33,7 +33,7 @@ def labels_of(indices, classes):
 
 
 @torch.no_grad()
-def told(network, y):
+def encode_condition(network, y):
     """Conditions (n, …) as the network takes them at every step: on its device, and a text's ids encoded, once."""
     if y is None:
         return None
@@ -65,11 +65,11 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, **o
     batch_size = batch_size or (256 if parameter.is_cuda else 64)
     options = {"sampler": "dpm++", "steps": STEPS, **options}
     if network.context_dim is not None and options.get("y_null") is not None:
-        options["y_null"] = told(network, options["y_null"][None])[0]
+        options["y_null"] = encode_condition(network, options["y_null"][None])[0]
 
     def some(part):
         return part, ddpm.sample(diffusion, network, (len(part), network.channels, *network.image_size),
-                                 told(network, labels_of(part, classes)), seeds=[(seed, i) for i in part], **options)
+                                 encode_condition(network, labels_of(part, classes)), seeds=[(seed, i) for i in part], **options)
     return pieces(some, indices, batch_size)
 
 
@@ -96,7 +96,7 @@ def drawable(path):
 
 
 @torch.no_grad()
-def noted(encoder, tokenizer):
+def clip_record(encoder, tokenizer):
     """What a run notes of CLIP's encoder: its path and sha256, and the context (L, D) of the empty caption."""
     empty = encoder(tokenizer.tokenize([""]).to(next(encoder.parameters()).device))
     return {**encoder.origin, "empty": empty[0].cpu()}
@@ -123,7 +123,7 @@ def reader(described, network, clip=None):
                          f"{encoder.origin['sha256']}, not {kept['sha256']}")
     if encoder.dim != network.context_dim:
         raise ValueError(f"--clip {clip}: its contexts are {encoder.dim} wide, the network wants {network.context_dim}")
-    described["text"] = described["text"] or noted(encoder, tokenizer)
+    described["text"] = described["text"] or clip_record(encoder, tokenizer)
     return tokenizer, encoder
 
 
@@ -180,7 +180,7 @@ def decode(autoencoder, x, batch_size=16):
     return in_pieces(lambda z: autoencoder.decode(z / autoencoder.scale), x, batch_size)
 
 
-def guidance(network, scale=None, y_null=None):
+def guidance_scale(network, scale=None, y_null=None):
     """The guidance scale: the one asked for, or what suits the network.  ValueError if it needs what the network lacks.
 
     y_null: a text network's unconditional input.
@@ -276,7 +276,7 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
     return Dataset(path, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
 
 
-def add_flags(parser):
+def add_sampling_flags(parser):
     """The flags of sample.py and evaluate.py that say how samples are drawn."""
     parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
     parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
