@@ -32,7 +32,7 @@ import restoration
 import shapes
 import train
 from checkpoint import build, load
-from cli import Parser, grid, natural, one_line_errors, parent_of, positive, processes, save_image
+from cli import Parser, natural, one_line_errors, parent_of, positive, processes
 from sampling import SCATTERED, STEPS, draw, draw_points, drawable, guidance_scale, labels_of, read_prompts, unconditional
 from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import JUDGE, default_space, full_precision, space_of
@@ -42,6 +42,7 @@ from latents import encode
 from metrics import Statistics, frechet_distance, precision_recall
 from models import MODELS
 from objectives import objective_of
+from pictures import grid, save_image
 
 
 def nearest(queries, reference, k=3):

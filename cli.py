@@ -1,4 +1,4 @@
-"""What the commands share: flags, errors in one line, devices, processes and signals, grids and files of images."""
+"""What the commands share: flags, errors in one line, devices, processes and signals."""
 import argparse
 import os
 import signal
@@ -7,13 +7,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
-
-from files import atomic_file
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,35 +138,3 @@ def parent_of(path):
     """ValueError, before the work and not after it, if a file's folder does not exist."""
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
-
-
-def grid(images, columns, gap=2):
-    """Tile uint8 images (n, H, W, C) into one (H', W', C), row by row on grey, small ones magnified to a height of up to 64."""
-    zoom = max(1, 64 // images.shape[1])
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    n, height, width, channels = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 128, np.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        canvas[top:top + height, left:left + width] = image
-    return canvas
-
-
-def to_image(array):
-    """uint8 (H, W, 1 or 3) -> Pillow image."""
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-
-
-def save_image(path, array):
-    """Write uint8 (H, W, 1 or 3) as a PNG, atomically."""
-    with atomic_file(path) as file:
-        to_image(array).save(file, format="PNG")
-
-
-def write_gif(path, frames):
-    """Write uint8 frames (H, W, C) as a GIF, atomically: ten a second, the last one held for two."""
-    images = [to_image(frame) for frame in frames]
-    with atomic_file(path) as file:
-        images[0].save(file, format="GIF", save_all=True, append_images=images[1:],
-                       duration=[100] * (len(images) - 1) + [2000], loop=0)

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 
 import data
 from cascade import augmented, enlarge, shrink
-from cli import first_in_turn, grid, save_image
+from cli import first_in_turn
 from ddpm import SCHEDULES, Diffusion, keyed_generator
 from sampling import SCATTERED, decode, draw, draw_points, guidance_scale, unconditional
 from evaluate import measure_reference, possible, score_network
 from features import default_space, space_of
-from points import picture, sliced_wasserstein
+from pictures import grid, points_picture, save_image
+from points import sliced_wasserstein
 from unet import UPSAMPLERS
 from vae import kl_divergence, sample_latent
 from vit import divided
@@ -192,7 +193,7 @@ class PointDenoising(Denoising):
         """The distance; as picture, the samples beside the data."""
         held_out, _ = data.load(self.args.data, split="test").batch(np.arange(SCATTERED))
         samples = draw_points(network, self.diffusion, SCATTERED, self.args.seed)
-        save_image(path, picture(samples))
+        save_image(path, points_picture(samples))
         return {"distance": sliced_wasserstein(samples, held_out.flatten(1))}
 
 

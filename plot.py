@@ -20,9 +20,10 @@ import torch
 import data
 import ddpm
 from chart import COLOURS, Chart, faint, spread, table
-from cli import Parser, natural, one_line_errors, parent_of, processes, save_image, write_gif
+from cli import Parser, natural, one_line_errors, parent_of, processes
+from pictures import WINDOW, points_panel, save_image, write_gif
 from sampling import decode, decoder, draw, drawable
-from points import MLP, WINDOW, panel, swiss_roll
+from points import MLP, swiss_roll
 
 SMOOTHED = 5                                     # rows of a log that a curve's point is the mean of
 SCALES = (0, 1, 1.5, 3, 6)                       # of guidance; 0 leaves the class out, 1 is none
@@ -203,7 +204,7 @@ def drift_panel(network, diffusion, points, t, size):
     f = drift(network, diffusion, places, t - 1)
     length = f.norm(dim=1, keepdim=True)                                 # (ARROWS^2, 1)
     f = (f / torch.maximum(length, length.median()).clamp(min=1e-12) * (ends[1] - ends[0])).numpy()
-    chart = panel(points, colour=faint(COLOURS[0]), width=size, height=size)
+    chart = points_panel(points, colour=faint(COLOURS[0]), width=size, height=size)
     chart.arrows(*places.T.numpy(), *f.T, COLOURS[1])
     return chart.image()
 
@@ -218,12 +219,12 @@ def swissroll(args):
     eps = torch.randn(x0.shape, generator=ddpm.keyed_generator((args.seed, 1)))
     path = reverse(network, diffusion, CHAIN, (args.seed, 0))
     forward = [diffusion.q_sample(x0, torch.full((CHAIN,), t - 1), eps).numpy() for t in times]
-    rows = [[panel(points, colour=COLOURS[6], width=size, height=size).image() for points in forward],
-            [panel(path[t], width=size, height=size).image() for t in times],
+    rows = [[points_panel(points, colour=COLOURS[6], width=size, height=size).image() for points in forward],
+            [points_panel(path[t], width=size, height=size).image() for t in times],
             [drift_panel(network, diffusion, points, t, size) for t, points in zip(times, forward)]]
     if args.gif:
         shown = dict.fromkeys(round(T * (1 - i / 60) ** 2) for i in range(61))       # more of them where the roll appears
-        write_gif(args.gif, [panel(path[t], f"t = {t}").image() for t in shown])
+        write_gif(args.gif, [points_panel(path[t], f"t = {t}").image() for t in shown])
     picture = table(np.array(rows), ("forward", "reverse", "drift"), [f"t = {t}" for t in times])
     return picture, ("Noise takes the roll apart (first row, to the right), and the learned reverse process puts it together "
                      "(second row, to the left), led by the drift f(x, t) = mu(x, t) - x (third row, each panel to its own scale).")

@@ -6,11 +6,9 @@ range to clip to. So the process, the samplers and the training loop are those o
 """
 import math
 
-import numpy as np
 import torch
 from torch import nn
 
-from chart import COLOURS, Chart
 from ddpm import keyed_generator
 from vit import timestep_embedding
 
@@ -19,7 +17,6 @@ NOISE = 0.04                                     # deviation around the roll, wh
 TURNS = (1.5 * math.pi, 4.5 * math.pi)           # the angles from the inner end to the outer
 MEAN = (2.0, 2 / (3 * math.pi))                  # of angle (cos, sin) for an angle uniform in TURNS
 SCALE = math.sqrt(4.875) * math.pi               # its variances are 4.875 pi^2 - 4.25 and 4.875 pi^2 + 0.25 - 4 / (9 pi^2)
-WINDOW = (-2.6, 2.6)                             # of x and y, in pictures
 
 
 def swiss_roll(n, seed=0):
@@ -71,17 +68,3 @@ class MLP(nn.Module):
 
 
 SIZES = {"Ti": dict(dim=128, depth=4)}           # ours: a minute on one core
-
-
-def panel(points, title="", colour=COLOURS[0], width=460, height=460):
-    """A chart of points (n, 2), over the whole roll."""
-    chart = Chart(WINDOW, WINDOW, title, width=width, height=height)
-    chart.points(*points.T, colour, radius=1.5)
-    return chart
-
-
-def picture(samples):
-    """Samples (n, 2) beside as many points of the data -> uint8 (H, W, 3)."""
-    data = swiss_roll(len(samples), seed=1)
-    return np.concatenate([panel(data.numpy(), f"{len(data)} points of the data", COLOURS[6]).image(),
-                           panel(np.asarray(samples), f"{len(samples)} samples").image()], axis=1)

@@ -19,13 +19,13 @@ import numpy as np
 
 import restoration
 from cascade import enlarge, load_upsampler
-from cli import (Parser, gathered, grid, not_negative, one_line_errors, parent_of, positive, processes, progress_bar,
-                 save_image, share, write_gif)
+from cli import Parser, gathered, not_negative, one_line_errors, parent_of, positive, processes, progress_bar, share
 from data import to_uint8
 from sampling import (SCATTERED, add_sampling_flags, decode, decoder, draw, drawable, evaluations, guidance_scale, labels_of, parse_classes,
                      pixel_shape, read_prompts, unconditional)
 from files import atomic_file
-from points import MLP, picture
+from pictures import grid, points_picture, save_image, write_gif
+from points import MLP
 
 
 def interval(text):
@@ -78,7 +78,8 @@ def write_outputs(args, images, frames, labels, columns, latent):
     elif is_folder(args.out):
         written.append(args.out)                         # image by image, while they were drawn
     else:
-        save_image(args.out, picture(images) if images.ndim == 2 else grid(images[:400], columns))   # more would be no picture
+        shown = points_picture(images) if images.ndim == 2 else grid(images[:400], columns)          # more would be no picture
+        save_image(args.out, shown)
         written.append(args.out)
     if npz:
         with atomic_file(npz) as file:

@@ -87,7 +87,7 @@ def test_each_line_beside_an_image_is_a_caption_of_it(captioned, tmp_path):
 def test_a_changed_caption_is_read_without_decoding_again(captioned, tmp_path, monkeypatch):
     load(str(captioned), 8, "all", tmp_path)
     (captioned / "05.txt").write_text("changed")
-    monkeypatch.setattr("images._decode_all", None)
+    monkeypatch.setattr("image_files._decode_all", None)
     assert load(str(captioned), 8, "all", tmp_path).captions[5] == ["changed"]
 
 

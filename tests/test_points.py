@@ -14,7 +14,7 @@ import bench
 import checkpoint
 import data
 import evaluate
-import points
+import pictures
 import sample
 import train
 from ddpm import Diffusion, linear_betas
@@ -267,4 +267,4 @@ def test_points_have_no_image_size():
 
 
 def test_the_window_of_pictures_shows_all_of_the_roll():
-    assert swiss_roll(20_000).abs().max() < points.WINDOW[1] == -points.WINDOW[0]
+    assert swiss_roll(20_000).abs().max() < pictures.WINDOW[1] == -pictures.WINDOW[0]

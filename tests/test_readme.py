@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import cascade
-import sampling
 import restoration
+import sampling
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ ON_A_LAPTOP = re.compile(r"train\.py(?!.*(--size (?!Ti|Nano)|--data (?!shapes|sw
 def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatch, capsys):
     """With two steps of eight images, two evaluations a sample, and the files that a reader would bring."""
     monkeypatch.chdir(tmp_path)
-    for module in (cascade, drawing, restoration):
+    for module in (cascade, sampling, restoration):
         monkeypatch.setattr(module, "STEPS", 2)
     pixels = np.pad(np.full((14, 14), 255, np.uint8), 9)
     for name, image in (("digit", 255 - pixels), ("noisy", pixels), ("mask", pixels), ("small", pixels[::4, ::4])):
