@@ -1,8 +1,6 @@
 """Files of a run: save and load run.pt, read official checkpoints and .safetensors, show what is inside.
 
-Report §4-7 … §4-9 (released models). A run is one dict of plain values and tensors: version, step, config (every flag),
-network (class, arguments, text), diffusion (schedule, T, prediction, variance; None for a classifier), data (spec, classes,
-channels, image size), vae (None for pixels), text (None without CLIP), model, ema, optimizer, and what training accumulates.
+Report §4-7 … §4-9 (released models). A `Run` lists all that run.pt holds: plain values and tensors, each field with its type.
 Nothing else is ever unpickled: files are read with weights_only=True. Released files load by name, see released.py.
 
     python checkpoint.py run.pt
@@ -17,7 +15,9 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -32,18 +32,117 @@ from released import clip_encoder, released_run
 
 VERSION = 1
 EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
-FIELDS = {"step": int, "config": dict, "network": dict, "diffusion": (dict, type(None)), "data": dict, "vae": (dict, type(None)),
-          "text": (dict, type(None)), "model": dict, "ema": dict, "optimizer": dict}
 CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin")                # Hugging Face's names for them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+@dataclass
+class Process:
+    """What a denoiser was trained on, see `ddpm.Diffusion`."""
+
+    schedule: str
+    T: int
+    prediction: str
+    variance: str
+    range: tuple | list = ()                     # the schedule's ends, where they are not its defaults
+    time: tuple | list = (1, 0)                  # scale and offset by which the network is told the step
+
+
+@dataclass
+class Data:
+    """What a run was trained on."""
+
+    spec: str | None                             # as --data names it; None of released weights
+    classes: list | None                         # names
+    num_classes: int | None
+    channels: int                                # of what the network sees
+    image_size: int | tuple | list               # likewise
+
+
+@dataclass
+class Autoencoder:
+    """The autoencoder of a run's latents, or what a run that trained one knows of it."""
+
+    scale: float | int                           # what latents are multiplied by
+    path: str | None = None
+    sha256: str | None = None                    # of the file
+    network: dict | None = None                  # its description and weights, where they are ours and small
+    model: dict | None = None
+
+
+@dataclass
+class Clip:
+    """The frozen text encoder of a run."""
+
+    path: str
+    sha256: str                                  # of the file of its weights
+    empty: torch.Tensor                          # (L, D), the context of the empty caption
+
+
+@dataclass
+class Run:
+    """What run.pt holds."""
+
+    version: int
+    step: int | None                             # None of released weights
+    config: dict                                 # every flag of train.py
+    network: dict                                # class, arguments, and those of a text encoder: `models.build` takes it
+    diffusion: Process | None                    # None of a classifier and an autoencoder
+    data: Data
+    model: dict                                  # state dicts
+    ema: dict
+    optimizer: dict | None = None
+    vae: Autoencoder | None = None               # None on pixels
+    text: Clip | None = None                     # None without CLIP
+    bad_steps: int = 0                           # steps in a row, up to this one, whose gradient was not finite
+    log: torch.Tensor | None = None              # (2, G), losses since the last row of the log, and how many, by group
+    norm: float = math.nan                       # of the last gradient
+
+    def build(self, weights="ema"):
+        """The network, in eval mode, and the Diffusion or None; weights: "ema" or "model".  ValueError if they do not fit."""
+        try:
+            network = models.build(self.network)
+            network.load_state_dict(getattr(self, weights), strict=True)
+            diffusion, process = None, self.diffusion
+            if process is not None:
+                betas = SCHEDULES[process.schedule](process.T, *process.range)
+                scale, offset = process.time
+                diffusion = Diffusion(betas, process.prediction, process.variance, np.arange(len(betas)) * scale + offset)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"the checkpoint does not describe its network: {str(error).strip()[:300]}") from None
+        return network.eval(), diffusion
+
+
+def plain(record):
+    """A record as a dict of plain values and tensors: the inverse of `typed`."""
+    return {field.name: plain(value) if is_dataclass(value := getattr(record, field.name)) else value for field in fields(record)}
+
+
+def typed(kind, content):
+    """A record of a kind, a dataclass, of a dict.  ValueError on a field that is missing or of another type."""
+    values = {}
+    for field in fields(kind):
+        if field.name not in content:
+            continue                                     # older files lack what has a default
+        value = content[field.name]
+        record = next(filter(is_dataclass, get_args(field.type) or (field.type,)), None)
+        if record and isinstance(value, dict):
+            value = typed(record, value)
+        if not isinstance(value, field.type):
+            raise ValueError(f"its {field.name} is a {type(value).__name__}")
+        values[field.name] = value
+    try:
+        return kind(**values)
+    except TypeError as error:                           # names what is missing
+        raise ValueError(f"it lacks {str(error).partition(': ')[2]}") from None
 
 
 def save(path, run):
     """Write a run atomically. OSError if it cannot be written, a full disk included; the previous file then stays whole."""
     try:
         with atomic_file(path) as file:
-            torch.save(run, file)
+            torch.save(plain(run), file)
     except (OSError, RuntimeError) as error:             # torch's archive writer hides a full disk behind a RuntimeError
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"cannot write {path}: {reason}") from None
@@ -83,119 +182,87 @@ def read(path):
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
 
 
+def unique(pairs):
+    """A JSON object's pairs as a dict.  ValueError on a name that stands twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name appears twice")
+    return dict(pairs)
+
+
 def read_safetensors(path):
     """Tensors by name, mapped from the file.  Layout: 8 bytes of header length, a JSON header, the raw tensors.
 
-    ValueError if the header is none, or a tensor's place is outside the file, overlaps another's or does not fit its shape.
+    ValueError unless the tensors follow one another without a gap to the end of the file, each as long as its shape says.
     """
-    def refuse(reason):
-        raise ValueError(f"{path} is not a valid safetensors file: {reason}")
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name appears twice")
-        return dict(pairs)
-
     size = Path(path).stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            refuse("it ends before its header does")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=unique)
+    try:
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if not 8 <= start <= size:
+                raise ValueError("it ends before its header does")
+            header = json.loads(file.read(start - 8), object_pairs_hook=unique)
             header.pop("__metadata__", None)
-            entries = []
-            for name, entry in header.items():
-                (begin, end), shape = entry["data_offsets"], entry["shape"]
-                if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
-                    raise ValueError(f"{name} has other than whole numbers from 0 on: {[begin, end]}, {shape}")
-                entries.append((begin, end, name, DTYPES[entry["dtype"]], shape))
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            refuse(f"its header is not understood ({type(error).__name__}: {error})")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)   # read when touched, writable without the file
-    tensors, expected = {}, 0
-    for begin, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:3]):
-        nbytes = math.prod(shape) * dtype.itemsize
-        if end > size - 8 - length:
-            refuse(f"{name} ends outside the file")
-        if begin != expected:
-            refuse(f"{name} overlaps another tensor, or leaves a gap")
-        if end - begin != nbytes:
-            refuse(f"{name} has {end - begin} bytes where its shape {shape} takes {nbytes}")
-        expected = end
-        try:
-            flat = (torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=8 + length + begin) if nbytes
-                    else torch.empty(0, dtype=dtype))
-            tensors[name] = flat.reshape(shape)
-        except (RuntimeError, TypeError):                # no elements, yet sides beyond 64 bits
-            refuse(f"{name} cannot have the shape {shape}")
-    return tensors
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)           # read when touched, writable without the file
+        tensors, place = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if len(shape) > 64 or any(type(side) is not int or not 0 <= side <= size for side in shape):     # before they multiply
+                raise ValueError(f"{name} has an impossible shape {str(shape)[:80]}")
+            count = math.prod(shape)
+            if begin != place or end - begin != count * dtype.itemsize or start + end > size:
+                raise ValueError(f"{name}, bytes {begin} to {end}, leaves a gap, overlaps, or is not of its shape {shape}")
+            flat = torch.frombuffer(content, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
+            tensors[name], place = flat.to(dtype).reshape(shape), end
+        return tensors
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
 
 
 def load(path, config=None):
-    """The run in a run.pt, or one made up around official weights (then without optimizer; config: see `released.infer`).
+    """The Run in a run.pt, or one made up around official weights (then without optimizer; config: see `released.infer`).
 
     ValueError or OSError if there is none that can be read.
     """
     content = read(path)
     try:
         if not (isinstance(content, dict) and "version" in content and "network" in content):
-            return {"version": VERSION, **released_run(content, config)}
+            return typed(Run, {"version": VERSION, **released_run(content, config)})
         if content["version"] != VERSION:
             raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
-        content.setdefault("text", None)                 # runs of before there was text lack it
-        for key, kind in FIELDS.items():
-            if not isinstance(content[key], kind):
-                raise ValueError(f"its {key} is a {type(content[key]).__name__}")
-        return content
+        return typed(Run, content)
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {path}: {reason}") from None
 
 
-def build(run, weights="ema"):
-    """The network and the Diffusion (or None) of a run; weights: "ema" or "model".  ValueError if they do not fit."""
-    try:
-        network = models.build(run["network"])
-        network.load_state_dict(run[weights], strict=True)
-        diffusion, described = None, run["diffusion"]
-        if described is not None:
-            betas = SCHEDULES[described["schedule"]](described["T"], *described.get("range", ()))
-            scale, offset = described.get("time", (1, 0))
-            diffusion = Diffusion(betas, described["prediction"], described["variance"], np.arange(len(betas)) * scale + offset)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"the checkpoint does not describe its network: {str(error).strip()[:300]}") from None
-    return network.eval(), diffusion
-
-
 def load_network(path, config=None):
     """The network of a run.pt (its EMA weights), of an official checkpoint or of a .safetensors file, in eval mode."""
-    return build(load(path, config))[0]
+    return load(path, config).build()[0]
 
 
 def load_autoencoder(path):
     """The autoencoder of a run, or of a released file, .safetensors or a .pt, .bin or .ckpt of plain tensors, in eval mode.
 
-    Its scale is the run's, or Stable Diffusion's. Its `origin` is what a run notes of it that is trained on its latents: path,
-    sha256, and network and model if it is one of ours and small. ValueError or OSError if there is none that can be read.
+    Its scale is the run's, or Stable Diffusion's. Its `origin`, an `Autoencoder`, is what a run on its latents keeps of it.
+    ValueError or OSError if there is none that can be read.
     """
     content = read(path)
     try:
         if isinstance(content, dict) and "network" in content:
             run = load(path)
-            if run["network"].get("class") != "AutoencoderKL":
-                raise ValueError(f"it holds a {run['network'].get('class')}, which is no autoencoder")
-            network, _ = build(run)
-            network.scale = (run["vae"] or {}).get("scale")
-            if not isinstance(network.scale, float):
+            if run.network.get("class") != "AutoencoderKL":
+                raise ValueError(f"it holds a {run.network.get('class')}, which is no autoencoder")
+            if run.vae is None:
                 raise ValueError("it lacks the scale of its latents")
+            network, _ = run.build()
+            network.scale = run.vae.scale
         else:
             run, network = None, vae.from_state(content.get("state_dict", content) if isinstance(content, dict) else content)
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from None
-    network.origin = dict(path=str(Path(path).resolve()), sha256=sha256_of(path))
-    if run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED:
-        network.origin |= dict(network=run["network"], model=network.state_dict())
+    small = run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED
+    network.origin = Autoencoder(network.scale, str(Path(path).resolve()), sha256_of(path),
+                                 *((run.network, network.state_dict()) if small else ()))
     return network
 
 
@@ -233,19 +300,16 @@ def summary(path):
         return ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
 
     run = load(path)
-    try:
-        rows = {
-            "network": f"{run['network']['class']} {listed(run['network']['arguments'])}",
-            "parameters": f"{sum(value.numel() for value in run['model'].values()):,}",
-            "diffusion": listed(run["diffusion"] or {}),
-            "data": listed(run["data"]),
-            "latents": run["vae"] and f"of an autoencoder, scaled by {run['vae']['scale']}",
-            "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
-                              for key, value in run["config"].items() if value is not None and value is not False),
-        }
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} does not describe its network: {error}") from None
-    title = f"{path}: " + ("official weights" if run["step"] is None else f"a run at step {run['step']}")
+    rows = {
+        "network": f"{run.network.get('class')} {listed(run.network.get('arguments', {}))}",
+        "parameters": f"{sum(value.numel() for value in run.model.values()):,}",
+        "diffusion": listed(plain(run.diffusion)) if run.diffusion else "",
+        "data": listed(plain(run.data)),
+        "latents": f"of an autoencoder, scaled by {run.vae.scale}" if run.vae else "",
+        "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
+                          for key, value in run.config.items() if value is not None and value is not False),
+    }
+    title = f"{path}: " + ("official weights" if run.step is None else f"a run at step {run.step}")
     return [title, *(f"{name:10} {value}" for name, value in rows.items() if value)]
 
 
@@ -254,11 +318,10 @@ def slim(run):
 
     ValueError if it is no run, but released weights.
     """
-    if run["step"] is None:
+    if run.step is None:
         raise ValueError("these are released weights, which hold nothing else: only a run of train.py can be made slim")
-    weights = {key: value.half() if value.is_floating_point() else value for key, value in run["ema"].items()}
-    kept = {key: run[key] for key in ("version", "step", "config", "network", "diffusion", "data", "vae", "text")}
-    return {**kept, "model": weights, "ema": weights, "optimizer": {}}   # one tensor is stored once
+    weights = {key: value.half() if value.is_floating_point() else value for key, value in run.ema.items()}
+    return replace(run, model=weights, ema=weights, optimizer=None, log=None)        # one tensor is stored once
 
 
 def flags():

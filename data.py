@@ -63,6 +63,8 @@ class Dataset:
     (H, W), num_classes (None without labels), in_files (whether reading takes a while).
     """
 
+    autoencoder = None                                   # of a data set of latents, see latents.Latents
+
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
         self.spec, self.images, self.labels, self.captions = spec, images, labels, captions
         self.contexts, self.text = None, None            # see `tell`, and train.read_captions

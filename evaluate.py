@@ -15,142 +15,25 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import data
-from cli import Parser, first_in_turn, one_line_errors, parent_of, positive, processes, progress_bar, share
-from sampling import (add_sampling_flags, decode, decoder, draw, draw_once, drawable, evaluations, guidance_scale, labels_of, parse_classes,
-                     pixel_shape, reader, unconditional)
-from features import (Measured, default_space, full_precision, measure, measure_dataset, read_tables, save_statistics,
-                      space_named_in, space_of, with_statistics)
+from cli import Parser, first_in_turn, one_line_errors, parent_of, positive, processes
+from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
 from files import sha256_of
 from image_files import side_of
 from latents import embeddings
-from metrics import distance, frechet_distance, inception_score, precision_recall    # noqa: F401  public names of this module
+from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module
 from points import MLP
+from sampling import (add_sampling_flags, decoder, draw_once, drawable, evaluations, guidance_scale, parse_classes, pixel_shape,
+                      text_reader, unconditional)
+from scoring import METRICS, REFERENCE_IMAGES, lacks, measure_reference, measure_samples, obstacles, scores, singular
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
-REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
-METRICS = ("IS", "FD", "sFD", "precision", "recall", "accuracy")         # in the order in which ADM prints them
 COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "features_sha256", *METRICS, "FD_floor", "classes",
            "cfg_scale", "sampler", "steps", "seed", "torch", "numpy")    # of results.csv
-
-
-class Reference(NamedTuple):
-    """Real images, measured."""
-
-    name: str
-    measured: Measured
-    floor: dict                        # {"FD": …, "sFD": …} between two halves of them: what real images score themselves
-    order: np.ndarray | None = None    # of the images, in which they were measured; None of a file without images
-
-
-# Scores
-
-def number_of(n):
-    """A number of images, as text."""
-    return f"{n:,}" if math.isfinite(n) else "an unknown number"
-
-
-def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
-    """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
-
-    real_lacks, fake_lacks: what the reference and the samples come without, see `lacks`. fewest: images of the side that has
-    fewer.
-    """
-    spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks        # a classifier has none
-    pairs = ("the reference is statistics without images" if "images" in real_lacks else
-             "the samples are statistics without images" if "images" in fake_lacks else
-             f"it needs 4 images on both sides, and there are {fewest}" if fewest < 4 else None)
-    return {
-        "IS": "the samples are statistics without images" if "images" in fake_lacks else None,
-        "FD": None,
-        "sFD": "it needs spatial features on both sides" if spatial else None,
-        "precision": pairs, "recall": pairs,
-        "accuracy": None if space.knows(classes) and "images" not in fake_lacks else
-        "it needs samples with labels, and the features of a classifier that knows these",
-    }
-
-
-def possible(space, classes):
-    """The scores that images of classes (their names, or None) can have in a space."""
-    return [metric for metric, obstacle in obstacles(space, classes).items() if obstacle is None]
-
-
-def scores(fake, real, wanted):
-    """{metric: score} of samples against real images, both Measured in one space, for the metrics wanted.
-
-    ValueError on features that are not finite, or of too few images.
-    """
-    found = {}
-    if "IS" in wanted:
-        found["IS"] = inception_score(fake.probabilities)
-    if "FD" in wanted:
-        found["FD"] = distance(fake.pool, real.pool)
-    if "sFD" in wanted:
-        found["sFD"] = distance(fake.spatial, real.spatial)
-    if "precision" in wanted or "recall" in wanted:
-        with full_precision():
-            found["precision"], found["recall"] = precision_recall(real.rows, fake.rows)
-    if "accuracy" in wanted:
-        found["accuracy"] = (fake.probabilities.argmax(dim=1).cpu() == fake.labels).double().mean().item()
-    return {metric: found[metric] for metric in METRICS if metric in wanted}
-
-
-def measure_reference(dataset, space, name, file=None):
-    """The Reference of a data set, read in a fixed random order, half by half, with a file's statistics if it has some.
-
-    Without a data set: of the file's statistics alone.
-    """
-    if dataset is None:
-        return Reference(name, with_statistics(None, file, space), {})
-    order = np.random.default_rng(0).permutation(len(dataset))
-    half = len(order) // 2
-    with progress_bar("measuring the reference", len(order)) as progress:
-        first, second = (measure_dataset(dataset, rows, space, max(0, REFERENCE_IMAGES - before), progress)
-                         for rows, before in ((order[:half], 0), (order[half:], half)))
-    floor = {}
-    if min(first.pool.n, second.pool.n) > 1:             # on the first process, of at least four images
-        floor["FD"] = distance(first.pool, second.pool)
-        if first.spatial:
-            floor["sFD"] = distance(first.spatial, second.spatial)
-    return Reference(name, with_statistics(first.merge(second), file, space), floor, order)
-
-
-def measure_samples(dataset, n, space, file=None):
-    """The Measured of the first n samples of a data set; of all if n is None, then with a file's statistics if it has some.
-
-    Without a data set: of the file's statistics alone.
-    """
-    if dataset is None:
-        return with_statistics(None, file, space)
-    order = np.arange(len(dataset))
-    if file and Path(file).is_dir():                     # sorted by class perhaps, which the Inception score's chunks must not be
-        order = np.random.default_rng(0).permutation(len(dataset))
-    with progress_bar("measuring the samples", n or len(dataset)) as progress:
-        measured = measure_dataset(dataset, order[:n], space, bar=progress)
-    return measured if n else with_statistics(measured, file, space)
-
-
-def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None, contexts=None,
-                  y_null=None):
-    """The scores of n samples, drawn by `sample.py`'s defaults, against real, Measured; each process draws its share.
-
-    classes: their names, which the samples take in turn, or None. contexts: of captions, which the samples of a text network take
-    in turn; y_null: of the empty caption. autoencoder: decodes a latent network's samples. Only the first process gets the
-    scores, the others {}.
-    """
-    numbers = None if classes is None else list(range(len(classes)))
-    drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
-                 cfg_scale=guidance_scale(network, scale, y_null), y_null=y_null)
-    fake = measure((data.to_uint8(x if autoencoder is None else decode(autoencoder, x)) for _, x in drawn), space)
-    if not fake.n:
-        return {}
-    fake.labels = labels_of(range(n), numbers)
-    return scores(fake, real, possible(space, classes))
 
 
 # What is scored, and against what
@@ -158,12 +41,6 @@ def score_network(network, diffusion, real, space, n, classes=None, seed=0, scal
 def in_files(spec):
     """Whether a --samples or --reference is a folder or an .npz, whose images count all, and no data set by name."""
     return spec.endswith(".npz") or Path(spec).is_dir()
-
-
-def lacks(images, file):
-    """What a side lacks: "images" if it is statistics alone, "spatial" ones if its file has only pooled ones."""
-    tables = read_tables(file) if file and file.endswith(".npz") else None
-    return ({"images"} if images is None else set()) | ({"spatial"} if tables and "mu_s" not in tables else set())
 
 
 def images_of(spec, split, args):
@@ -176,18 +53,17 @@ def images_of(spec, split, args):
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
-def read_images(args, described, shape):
+def read_images(args, run, shape):
     """The data sets of the reference and of --samples, each None if there is none.  ValueError on what cannot be compared.
 
-    described: the run of --ckpt, whose training part is the reference if none is given; shape: (H, W, C) of what it draws.
+    run: that of --ckpt, whose training part is the reference if none is given; shape: (H, W, C) of what it draws.
     """
     if args.reference:
         real = images_of(args.reference, "train", args)
     else:
-        config = described["config"]
+        config = run.config
         with first_in_turn():
-            real = data.load(described["data"]["spec"], config["image_size"], "train", args.cache or config["cache"],
-                             config["skip_bad"])
+            real = data.load(run.data.spec, config["image_size"], "train", args.cache or config["cache"], config["skip_bad"])
     if args.save_reference and real is None:
         raise ValueError(f"--save-reference: {args.reference} holds no images, which the file should show")
     fake = images_of(args.samples, "test", args) if args.samples else None
@@ -201,16 +77,17 @@ def read_images(args, described, shape):
     return real, fake
 
 
-def captioned(images, tokenizer, encoder, n, cache):
-    """The contexts of n captions of the reference, in a fixed random order, for a text network to draw, and a hash of what they
+def captioned(images, reader, n, cache):
+    """The conditions of n captions of the reference, in a fixed random order, for a text network to draw, and a hash of what they
     depend on besides n (of a larger n, the first n are the same).
 
-    tokenizer, encoder: `sampling.reader`'s. ValueError if there are no captions.
+    reader: the network's TextReader. ValueError if there are no captions.
     """
     if images is None or images.captions is None:
         raise ValueError("--reference: the network draws what captions say, and there are none: give a data set that has some")
     captions = [caption for row in images.rows for caption in images.captions[row]]
     chosen = [captions[i] for i in np.resize(np.random.default_rng(0).permutation(len(captions)), n)]
+    encoder, tokenizer = reader.encoder, reader.tokenizer
     contexts = tokenizer.tokenize(chosen).numpy() if encoder is None else embeddings(chosen, encoder, tokenizer, cache)
     about = json.dumps([captions, encoder and encoder.origin["sha256"]])
     return contexts, hashlib.sha256(about.encode()).hexdigest()
@@ -279,19 +156,17 @@ def suited(args, images):
 
 
 def open_run(args):
-    """The description, network, process and autoencoder of --ckpt.  ValueError if its samples cannot be scored."""
-    described, network, diffusion = drawable(args.ckpt)
+    """The Run, network, process, autoencoder and text reader of --ckpt.  ValueError if its samples cannot be scored."""
+    run, network, diffusion = drawable(args.ckpt)
     if isinstance(network, MLP):
         raise ValueError(f"{args.ckpt} draws points, which have no features: python bench.py swissroll --ckpt {args.ckpt} measures "
                          "them")
-    if not args.reference and not described["data"]["spec"]:
+    if not args.reference and not run.data.spec:
         raise ValueError(f"--reference: {args.ckpt} does not say what it was trained on; give real images to compare with")
-    autoencoder = decoder(args.vae, described, network)
-    if described["vae"] and autoencoder is None:
+    autoencoder = decoder(args.vae, run, network)
+    if run.vae and autoencoder is None:
         raise ValueError(f"{args.ckpt} draws an autoencoder's latents: --vae FILE names the one that decodes them")
-    if args.clip and network.context_dim is None:
-        raise ValueError("--clip: the network was not trained with texts")
-    return described, network, diffusion, autoencoder
+    return run, network, diffusion, autoencoder, text_reader(run, network, args.clip)
 
 
 def agreed(wanted, against, space):
@@ -302,16 +177,19 @@ def agreed(wanted, against, space):
     return wanted or [metric for metric in METRICS if not against[metric]]
 
 
+def number_of(n):
+    """A number of images, as text."""
+    return f"{n:,}" if math.isfinite(n) else "an unknown number"
+
+
 def report(args, found, reference, fake, space, how):
     """Print the table and add the row; on stderr, that a distance is one of few samples.
 
     how: what --ckpt's samples were drawn with, a row's columns among it; {} for --samples.
     """
     real = reference.measured
-    for metric, a, b in (("FD", fake.pool, real.pool), ("sFD", fake.spatial, real.spatial)):
-        if metric in found and min(a.n, b.n) <= len(a.mu):
-            print(f"evaluate.py: warning: {min(a.n, b.n)} samples of {len(a.mu)} features have a singular covariance: the Fréchet "
-                  "distance is far above that of more samples", file=sys.stderr)
+    for line in singular(found, fake.pool.n, real):
+        print(f"evaluate.py: {line}", file=sys.stderr)
     drawn = "" if not how else (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} "
                                 f"steps, guidance {how['cfg_scale']:g}, seed {how['seed']}")
     held_out = ", held-out part" if args.samples and not in_files(args.samples) else ""
@@ -324,7 +202,8 @@ def report(args, found, reference, fake, space, how):
         if metric in ("precision", "recall"):
             line += f"   {number_of(len(real.rows))} real images"
         if metric in reference.floor:
-            line += f"   two halves of the reference, {number_of(len(reference.order) // 2)} images each: {reference.floor[metric]:.3f}"
+            half = number_of(len(reference.order) // 2)
+            line += f"   two halves of the reference, {half} images each: {reference.floor[metric]:.3f}"
         print(line)
     with open(args.results, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -337,26 +216,29 @@ def report(args, found, reference, fake, space, how):
             **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if how}))
 
 
+def check_saving(args, paths):
+    """ValueError if --save-reference would replace a file that is read."""
+    for path in filter(None, paths):
+        if args.save_reference and os.path.realpath(path) == os.path.realpath(args.save_reference):
+            raise ValueError(f"--save-reference {args.save_reference} would replace what is measured")
+
+
 def score_samples(args):
     """Measure the reference and the samples, score, print a table and add a row."""
-    wanted, how, described = validate(args), {}, None
+    wanted, how, run, reader = validate(args), {}, None, None
     names, shape, contexts = None, None, None            # of the samples
     if args.ckpt:
-        described, network, diffusion, autoencoder = open_run(args)
-        told = network.context_dim is not None                           # a text: what its samples show is no class
-        tokenizer, encoder = reader(described, network, args.clip) if told else (None, None)
-        y_null, sampler = unconditional(network, described["text"], described["config"]), args.sampler or "dpm++"
-        names, shape = None if told else described["data"]["classes"], pixel_shape(network, autoencoder)
+        run, network, diffusion, autoencoder, reader = open_run(args)
+        y_null, sampler = unconditional(network, reader, run.config.get("cfg_drop")), args.sampler or "dpm++"
+        names, shape = None if reader else run.data.classes, pixel_shape(network, autoencoder)   # what captions show is no class
         how = dict(vae=args.vae and sha256_of(args.vae), classes=parse_classes(args.classes, names, network.num_classes),
                    cfg_scale=guidance_scale(network, args.cfg_scale, y_null), sampler=sampler,
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
-    name = args.reference or described["data"]["spec"]
-    for path in filter(None, (args.ckpt, args.samples, name)):
-        if args.save_reference and os.path.realpath(path) == os.path.realpath(args.save_reference):
-            raise ValueError(f"--save-reference {args.save_reference} would replace what is measured")
+    name = args.reference or run.data.spec
+    check_saving(args, (args.ckpt, args.samples, name))
     device, rank, _ = processes(args.device)
 
-    real_images, fake_images = read_images(args, described, shape)
+    real_images, fake_images = read_images(args, run, shape)
     if fake_images:
         names, shape = fake_images.classes, fake_images.images.shape[1:]
     with first_in_turn():
@@ -373,9 +255,11 @@ def score_samples(args):
     for example in examples:                             # what the space does not take is refused before the work
         measure([example.to(device)], space)
 
-    if how and told:
-        contexts, how["captions"] = captioned(real_images, tokenizer, encoder and encoder.to(device), n, args.cache)
-    reference = measure_reference(real_images, space, name, args.reference)
+    if reader:
+        if reader.encoder:
+            reader.encoder.to(device)
+        contexts, how["captions"] = captioned(real_images, reader, n, args.cache)
+    reference = measure_reference(real_images, space, name, args.reference, args.cache)
     if args.save_reference and rank == 0:
         images, _ = real_images.batch(reference.order[:REFERENCE_IMAGES])
         save_statistics(args.save_reference, reference.measured, images, space)
@@ -383,7 +267,7 @@ def score_samples(args):
     if how:
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
                                 autoencoder and autoencoder.to(device), contexts, y_null)
-        how["step"] = described["step"]                  # for the row alone: the cache knows the samples by the file's hash
+        how["step"] = run.step                           # for the row alone: the cache knows the samples by the file's hash
     elif not args.samples:
         return
     fake = measure_samples(fake_images, args.n, space, args.samples)

@@ -17,7 +17,7 @@ import torch
 
 import data
 import inception
-from checkpoint import build, load, read
+from checkpoint import load, read
 from cli import gathered, share
 from files import atomic_file, sha256_of
 from metrics import Statistics
@@ -59,11 +59,11 @@ def inception_space(network, device, tf1_resize=True):
 def vit_space(path, device):
     """The space of a ViT that train.py made: its class token after the last norm.  ValueError if the file holds another network."""
     run = load(path)
-    if run["network"]["class"] != "ViT":
-        raise ValueError(f"--features {path} holds a {run['network']['class']}: features are those of a ViT classifier or of FID's "
-                         "Inception")
-    network, described = build(run)[0].to(device), run["data"]
-    expected = (*network.image_size, described["channels"])
+    if run.network.get("class") != "ViT":
+        raise ValueError(f"--features {path} holds a {run.network.get('class')}: features are those of a ViT classifier or of "
+                         "FID's Inception")
+    network = run.build()[0].to(device)
+    expected = (*network.image_size, network.channels)
 
     def extract(images):
         if tuple(images.shape[1:]) != expected:
@@ -71,7 +71,7 @@ def vit_space(path, device):
                              f"{' x '.join(map(str, expected))}")
         token = network.tokens(data.to_float(images))[:, 0]                              # (n, D)
         return dict(pool=token, probabilities=network.head(token).softmax(dim=1))
-    return Space(f"vit-{Path(str(described['spec'])).stem}", sha256_of(path), extract, described["classes"], device)
+    return Space(f"vit-{Path(str(run.data.spec)).stem}", sha256_of(path), extract, run.data.classes, device)
 
 
 def space_of(spec, device, cache=None, tf1_resize=True):

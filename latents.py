@@ -18,7 +18,7 @@ import torch.distributed as dist
 from cli import first_in_turn, progress_bar, share
 from data import Dataset, to_float
 from files import atomic_file, cache_folder
-from vae import in_pieces
+from vae import in_pieces, sample_latent
 
 BATCH = 64                             # images at once
 FLUSH = 20                             # batches between records of how far it is
@@ -166,3 +166,15 @@ def rows_done(path, about):
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return 0
     return done if found == about and isinstance(done, int) and done > 0 else 0
+
+
+@torch.no_grad()
+def measured_scale(autoencoder, dataset, device):
+    """The scale that gives a data set's latents a standard deviation of 1, from at most 1,024 of them (§2-5)."""
+    images, _ = dataset.batch(np.linspace(0, len(dataset) - 1, min(1024, len(dataset)), dtype=int))
+    generator = torch.Generator().manual_seed(0)
+
+    def encoded(batch):
+        mean, log_variance = autoencoder.encode(to_float(batch.to(device)))
+        return sample_latent(mean, log_variance, torch.randn(mean.shape, generator=generator).to(device))
+    return 1 / in_pieces(encoded, images, BATCH).std().item()

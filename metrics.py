@@ -29,17 +29,15 @@ class Statistics:
     a variance of 1e-4 costs no digit. .n; .mu (D,) and .sigma (D, D), the covariance with n - 1 as numpy.cov's, float64.
     """
 
-    def __init__(self):
-        self.n, self.mu, self.scatter = 0, None, None
+    def __init__(self, n=0, mu=None, scatter=None):
+        self.n, self.mu, self.scatter = n, mu, scatter
 
     def add(self, features):
         """Add rows (n, D)."""
         features = features.double()
-        batch = Statistics()
-        batch.n, batch.mu = len(features), features.mean(dim=0)
-        centred = features - batch.mu
-        batch.scatter = centred.T @ centred                              # (D, D)
-        return self.merge(batch)
+        mu = features.mean(dim=0)                                        # (D,)
+        centred = features - mu
+        return self.merge(Statistics(len(features), mu, centred.T @ centred))
 
     def merge(self, other):
         """Add another's rows."""

@@ -1,4 +1,4 @@
-"""Drawing from a network: what it is told, its batches, guidance, decoding; and a set of samples that is drawn once.
+"""Sampling from a network: its conditions, its batches, guidance, decoding; and a set of samples that is drawn once.
 
 Report §4-5 (inference), §2-5 (latents are decoded), §4-1 (a text is encoded), §3 (guidance). sample.py is the command; pictures
 of runs, evaluate.py and bench.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
@@ -9,14 +9,16 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import ddpm
-from checkpoint import build, load, load_autoencoder, load_clip
+from checkpoint import Clip, load, load_autoencoder, load_clip
 from cli import first_in_turn, natural, not_negative, positive, progress_bar, share
 from data import Dataset, to_uint8
 from files import cache_folder, sha256_of
@@ -28,7 +30,7 @@ STEPS = 20                       # of DPM-Solver++; more barely change the pictu
 
 
 def labels_of(indices, classes):
-    """The conditions (n, …) of images number `indices`: of classes, K numbers or the rows (K, …) of a text, in turn; or None."""
+    """The conditions (n, …) of images number `indices`, or None: of classes, K numbers or the rows (K, …) of a text, in turn."""
     return None if classes is None else torch.from_numpy(np.asarray(classes)[[i % len(classes) for i in indices]])
 
 
@@ -43,16 +45,34 @@ def encode_condition(network, y):
     return y.float() if y.is_floating_point() else network.text_encoder(y)               # (n, L, D)
 
 
-def unconditional(network, text, config):
+class TextReader(NamedTuple):
+    """What makes conditions of captions."""
+
+    tokenizer: object                                    # a network's own text encoder, or CLIP's tokenizer
+    encoder: object = None                               # CLIP's encoder; None where the network encodes the ids itself
+    empty: torch.Tensor | None = None                    # the empty caption's ids or context, where a run keeps it
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """Ids (K, L, W) of a network's own encoder, or CLIP's contexts (K, L, D), of a list of captions."""
+        ids = self.tokenizer.tokenize(captions)
+        return ids if self.encoder is None else self.encoder(ids.to(next(self.encoder.parameters()).device)).cpu()
+
+    def record(self):
+        """What a run keeps of CLIP; None of an encoder of its own."""
+        return None if self.encoder is None else Clip(**self.encoder.origin, empty=self([""])[0])
+
+
+def unconditional(network, reader=None, cfg_drop=None):
     """The unconditional input of guidance: a null label, or the empty caption's ids or context (L, D); None if it was not learned.
 
-    text: what a run notes of CLIP, or None; config: its flags.
+    reader: a text network's; cfg_drop: the share of captions that were dropped in its training, where that is known.
     """
     if network.context_dim is None:
         return network.null_label
-    if config.get("cfg_drop") == 0:
+    if cfg_drop == 0:
         return None
-    return text["empty"] if text else network.text_encoder.tokenize([""])[0]
+    return reader([""])[0] if reader.empty is None else reader.empty
 
 
 def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, **options):
@@ -67,10 +87,10 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, **o
     if network.context_dim is not None and options.get("y_null") is not None:
         options["y_null"] = encode_condition(network, options["y_null"][None])[0]
 
-    def some(part):
-        return part, ddpm.sample(diffusion, network, (len(part), network.channels, *network.image_size),
-                                 encode_condition(network, labels_of(part, classes)), seeds=[(seed, i) for i in part], **options)
-    return pieces(some, indices, batch_size)
+    def drawn(batch):
+        return batch, ddpm.sample(diffusion, network, (len(batch), network.channels, *network.image_size),
+                                  encode_condition(network, labels_of(batch, classes)), seeds=[(seed, i) for i in batch], **options)
+    return pieces(drawn, indices, batch_size)
 
 
 def draw_points(network, diffusion, n, seed=0):
@@ -79,98 +99,93 @@ def draw_points(network, diffusion, n, seed=0):
 
 
 def drawable(path):
-    """A checkpoint's description, network and process.  ValueError if there is nothing that can be sampled from it."""
-    described = load(path)
-    network, diffusion = build(described)
-    kind = described["network"]["class"]
+    """The Run in a file, its network and its process.  ValueError if there is nothing that can be sampled from it."""
+    run = load(path)
+    network, diffusion = run.build()
+    kind = run.network["class"]
     if diffusion is None or kind == "SuperResUNet":
         raise ValueError(f"{path} holds a {kind}, which " + {
             "ViT": "classifies: there is nothing to sample",
             "AutoencoderKL": "encodes and decodes: a network trained on its latents samples",
             "SuperResUNet": f"enlarges images: it needs small ones to start from, as --ckpt BASE.pt --cascade {path} draws",
         }.get(kind, "was trained in continuous time: it can be loaded, but not sampled here"))
-    if network.context_dim is not None and described["step"] is None and kind == "UNet":
-        raise ValueError(f"{path} is told LDM's class as a token, which nothing here encodes: it can be loaded and counted, but "
-                         "not sampled")
-    return described, network, diffusion
+    if network.context_dim is not None and run.step is None and kind == "UNet":
+        raise ValueError(f"{path} takes LDM's class as a token, which nothing here encodes: it can be loaded and counted, but not "
+                         "sampled")
+    return run, network, diffusion
 
 
-@torch.no_grad()
-def clip_record(encoder, tokenizer):
-    """What a run notes of CLIP's encoder: its path and sha256, and the context (L, D) of the empty caption."""
-    empty = encoder(tokenizer.tokenize([""]).to(next(encoder.parameters()).device))
-    return {**encoder.origin, "empty": empty[0].cpu()}
+def text_reader(run, network, clip=None):
+    """The TextReader of a run's network; None if it was not trained with texts.
 
-
-def reader(described, network, clip=None):
-    """What reads a text network's captions -> a tokenizer, and CLIP's encoder, or None where the network has one of its own.
-
-    clip: where CLIP is, if not where it was in training. Released weights know nothing of it: what a run notes of CLIP is added
-    to what is described. ValueError without CLIP, or if it is another than in training.
+    clip: where CLIP is, if not where it was in training. ValueError without CLIP, or if it is another than in training.
     """
+    if network.context_dim is None:
+        if clip is not None:
+            raise ValueError("--clip: the network was not trained with texts")
+        return None
     if hasattr(network, "text_encoder"):
         if clip is not None:
             raise ValueError("--clip: the run has a text encoder of its own")
-        return network.text_encoder, None
-    kept = described["text"] or {}
-    if clip is None and "path" not in kept:
+        return TextReader(network.text_encoder)
+    if clip is None and run.text is None:
         raise ValueError("the network was trained with CLIP: --clip DIR names a folder of its encoder and vocabulary")
-    if clip is None and not Path(kept["path"]).exists():
-        raise ValueError(f"the text encoder is no longer at {kept['path']}: --clip DIR says where it is")
-    encoder, tokenizer = load_clip(clip or kept["path"])
-    if kept.get("sha256", encoder.origin["sha256"]) != encoder.origin["sha256"]:
-        raise ValueError(f"--clip {clip or kept['path']} is another text encoder than the network was trained with: its SHA-256 is "
-                         f"{encoder.origin['sha256']}, not {kept['sha256']}")
+    if clip is None and not Path(run.text.path).exists():
+        raise ValueError(f"the text encoder is no longer at {run.text.path}: --clip DIR says where it is")
+    clip = clip or run.text.path
+    encoder, tokenizer = load_clip(clip)
+    sha256 = encoder.origin["sha256"]
+    if run.text and run.text.sha256 != sha256:
+        raise ValueError(f"--clip {clip} is another text encoder than the network was trained with: its SHA-256 is {sha256}, not "
+                         f"{run.text.sha256}")
     if encoder.dim != network.context_dim:
         raise ValueError(f"--clip {clip}: its contexts are {encoder.dim} wide, the network wants {network.context_dim}")
-    described["text"] = described["text"] or clip_record(encoder, tokenizer)
-    return tokenizer, encoder
+    return TextReader(tokenizer, encoder, run.text.empty if run.text else None)
 
 
-@torch.no_grad()
-def read_prompts(prompts, clip, described, network):
-    """Ids (K, …) or contexts (K, L, D) of --prompt, a list of texts; None for a network that is told none.
+def read_prompts(prompts, reader, network):
+    """Ids or contexts of --prompt, a list of texts, see `TextReader`; None for a network without texts, whose reader is None.
 
     Says on stderr what of a prompt is cut off. ValueError if the network wants a prompt and there is none, or the reverse.
     """
-    if network.context_dim is None:
-        if prompts or clip:
-            raise ValueError(f"--{'prompt' if prompts else 'clip'}: the network was not trained with texts" +
+    if reader is None:
+        if prompts:
+            raise ValueError("--prompt: the network was not trained with texts" +
                              ("; --classes says what it shall draw" if network.num_classes else ""))
         return None
     if not prompts:
         raise ValueError('the network draws what a text says: --prompt "…"')
-    tokenizer, encoder = reader(described, network, clip)
     for prompt in prompts:
-        if lost := tokenizer.cut(prompt):
-            print(f"warning: the prompt is too long for {tokenizer.length} tokens; this is cut off: {lost!r}", file=sys.stderr)
-    ids = tokenizer.tokenize(prompts)                                                    # (K, L, W) of ours, (K, L) of CLIP's
-    return ids if encoder is None else encoder(ids)                                      # (K, L, D)
+        if lost := reader.tokenizer.cut(prompt):
+            print(f"warning: the prompt is too long for {reader.tokenizer.length} tokens; this is cut off: {lost!r}",
+                  file=sys.stderr)
+    return reader(prompts)
 
 
-def decoder(path, described, network):
+def decoder(path, run, network):
     """The autoencoder that decodes a network's latents: that of --vae, or the run's own, in it or where it was; None without.
 
     ValueError if it does not fit, or is another than the run was trained with.
     """
-    kept = described["vae"]
+    kept = run.vae
     if kept is None:
         if path is not None:
             raise ValueError("--vae: the network works on pixels, there is nothing to decode")
         return None
-    if path is None and "model" in kept:
-        autoencoder, _ = build({**described, **kept, "diffusion": None}, "model")
-    elif path is None and not Path(kept.get("path", "")).is_file():
+    if path is None and kept.model:
+        autoencoder, _ = replace(run, network=kept.network, model=kept.model, diffusion=None).build("model")
+    elif path is None and not (kept.path and Path(kept.path).is_file()):
         return None
     else:
-        autoencoder = load_autoencoder(path or kept["path"])
-        if kept.get("sha256", autoencoder.origin["sha256"]) != autoencoder.origin["sha256"]:
-            raise ValueError(f"{path or kept['path']} is another autoencoder than the network was trained with: its SHA-256 is "
-                             f"{autoencoder.origin['sha256']}, not {kept['sha256']}")
+        path = path or kept.path
+        autoencoder = load_autoencoder(path)
+        if kept.sha256 and kept.sha256 != autoencoder.origin.sha256:
+            raise ValueError(f"{path} is another autoencoder than the network was trained with: its SHA-256 is "
+                             f"{autoencoder.origin.sha256}, not {kept.sha256}")
     if autoencoder.latent_channels != network.channels:
         raise ValueError(f"--vae {path}: its latents have {autoencoder.latent_channels} channels, those of the network "
                          f"{network.channels}")
-    autoencoder.scale = kept["scale"]
+    autoencoder.scale = kept.scale
     return autoencoder
 
 

@@ -1,0 +1,277 @@
+"""What training shows at intervals: the log, a picture of what the network does, and scores on images that were held out.
+
+Report §4-5, §2-4, §2-5, Fig. 2-1. A report is called with the averaged network and the path of its picture. It writes the
+picture and returns its scores, whose names are its `columns`. Held-out images are read and computed in batches, which are halved
+where the device's memory does not hold them.
+"""
+import contextlib
+import csv
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from cascade import enlarge, shrink
+from files import atomic_file
+from pictures import grid, points_picture, save_image
+from points import sliced_wasserstein
+from sampling import SCATTERED, decode, draw, draw_points, guidance_scale
+from settings import learning_rate
+from unet import UPSAMPLERS
+from vae import pieces
+
+LOG_EVERY = 50                         # steps between rows of run.csv
+BATCH = 64                             # held-out images at once
+
+
+# The log
+
+def say(line):
+    """Print a line above the bar, at once."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def due(every, step, args):
+    """Whether what is done every so many steps is due after a step, of which the last one is always due."""
+    return bool(every) and (step % every == 0 or step == args.steps)
+
+
+def row_due(step, args):
+    """Whether the log has a row of a step: the only steps that wait for the device."""
+    return any(due(every, step, args) for every in (LOG_EVERY, args.sample_every, args.eval_every))
+
+
+def read_log(path, step):
+    """The columns of a log, and its whole rows up to a step: a kill may have cut the last one off, and what follows is redone."""
+    if not path.exists():
+        return (), []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if None not in (*row, *row.values()) and row.get("step", "").isdigit()
+                and int(row["step"]) <= step]
+        return tuple(reader.fieldnames or ()), rows
+
+
+def row_missing(path, run, args):
+    """Whether a Run was stopped between the save of its last step and the row that is due there: the losses are in the run."""
+    _, rows = read_log(path, run.step)
+    told = bool(rows) and int(rows[-1]["step"]) == run.step
+    return row_due(run.step, args) and not told and bool(run.log[1].sum() > 0)
+
+
+def wait_for_device():
+    """Wait until a GPU has done all that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class Log:
+    """run.csv and the line or bar on the terminal.  images/s are training's own: the clock stands still where it is `paused`."""
+
+    def __init__(self, path, args, groups, scores, start, rank):
+        self.path, self.args, self.groups, self.names, self.rank = path, args, groups, scores, rank
+        self.columns = ("step", "images", "loss", *groups, *scores, "grad_norm", "lr", "images_per_s")
+        self.scores = {}                                 # of the next row
+        self.start, self.since, self.fifth = start, (start, time.perf_counter()), None
+        self.bar = tqdm(total=args.steps, initial=start, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
+        if rank > 0:
+            return
+        columns, rows = read_log(path, start) if start else ((), [])
+        self.columns += tuple(name for name in columns if name not in self.columns)      # scores given up since
+        lines = [self.columns, *([row.get(name, "") for name in self.columns] for row in rows)]
+        with atomic_file(path) as file:
+            file.write("".join(",".join(line) + "\n" for line in lines).encode())
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Keep the time of a save, a picture or a score out of images/s."""
+        wait_for_device()
+        began = time.perf_counter()
+        yield
+        step, since = self.since
+        self.since = step, since + time.perf_counter() - began
+
+    def write(self, sums, step, norm):
+        """Append the row of the steps since the last one; sums are those of all processes."""
+        losses, counts = sums.tolist()                   # waits for the device
+        now, (last, since) = time.perf_counter(), self.since
+        rate = (step - last) * self.args.batch_size / (now - since)
+        self.since = step, now
+        if self.rank > 0:
+            return
+        mean = sum(losses) / sum(counts)
+        by_group = [loss / count if count else math.nan for loss, count in zip(losses, counts)] if self.groups else []
+        values = (mean, *by_group, *map(self.scores.get, self.names), norm.item(), learning_rate(step - 1, self.args))
+        row = [str(step), str(step * self.args.batch_size), *("" if value is None else f"{value:.8g}" for value in values),
+               f"{rate:.1f}" if rate else ""]            # none of a row that a stop had left out
+        with open(self.path, "a") as file:
+            file.write(",".join(row + [""] * (len(self.columns) - len(row))) + "\n")
+        shown = "".join(f", {name} {value:.4g}" for name, value in self.scores.items())
+        self.scores = {}
+        self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
+        if rate and (self.bar.disable or shown):
+            left = (self.args.steps - step) * self.args.batch_size / rate / 60
+            say(f"step {step}: loss {mean:.4f}{shown}, {rate:.0f} images/s, {left:.1f} minutes left")
+
+    def advance(self, step):
+        """Count a step on the bar.  After ten, say how long the rest will take by the last five: the first compile and warm up."""
+        self.bar.update()
+        if step == self.start + 5:
+            wait_for_device()
+            self.fifth = time.perf_counter()
+        if step == self.start + 10 and self.rank == 0:
+            wait_for_device()
+            say(f"about {(time.perf_counter() - self.fifth) / 5 * (self.args.steps - step) / 60:.1f} minutes to go")
+
+
+def first_line(training):
+    """What a `train.Training` trains on what."""
+    args, dataset, start = training.args, training.dataset, training.start
+    count = sum(value.numel() for value in training.state.network.state_dict().values())
+    size = "x".join(map(str, dataset.image_size)) + (" latents" if args.vae else " pixels")
+    return (f"{training.described['class']} {args.size}, {count:,} parameters, on {len(dataset):,} images of {args.data}, {size}, "
+            f"{dataset.channels} channel{'s' * (dataset.channels > 1)}; {training.device}, {args.precision}, {training.world} "
+            f"process{'es' * (training.world > 1)}; steps {start} to {args.steps} of {args.batch_size} images")
+
+
+def last_line(training, done, minutes):
+    """What was saved where, and which command goes on."""
+    args, out = training.args, training.out
+    line = f"{done - training.start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}"
+    if done < args.steps:
+        return f"{line} at step {done}; python train.py --resume --out {out} goes on"
+    line += f", {out.with_suffix('.png')}"
+    if args.schedule:                                    # it denoises
+        flags = "--ckpt BASE.pt --cascade" if args.size in UPSAMPLERS else "--ckpt"
+        line += f"; python sample.py {flags} {out}{' --prompt TEXT' * bool(args.text)} draws more"
+    return line
+
+
+# Pictures and held-out scores
+
+
+def save_rows(path, *sets):
+    """Write a picture of sets of n images, uint8 (n, H, W, C), in rows of ten: below each row of the first set the others'."""
+    n = len(sets[0]) // 10 * 10 or len(sets[0])          # whole rows
+    rows = zip(*(images[:n].split(10) for images in sets))
+    save_image(path, grid(torch.cat([row for group in rows for row in group]).numpy(), min(10, n)))
+
+
+def in_batches(function, dataset):
+    """function(x, y) of a data set's images (n, C, H, W) on the CPU, and its labels: an iterator, batch by batch, in order."""
+    def computed(indices):
+        images, labels = dataset.batch(indices)
+        return function(data.to_float(images), labels)
+    return pieces(computed, np.arange(len(dataset)), BATCH)
+
+
+class SampleReport:
+    """Samples of a denoiser in eight rows; one column a class, for the first ten classes, or a caption."""
+
+    columns = ()
+
+    def __init__(self, dataset, diffusion, seed, y_null=None):
+        self.dataset, self.diffusion, self.seed, self.y_null = dataset, diffusion, seed, y_null
+
+    def __call__(self, network, path):
+        contexts, autoencoder = self.dataset.contexts, self.dataset.autoencoder
+        columns = min((self.dataset.num_classes if contexts is None else len(contexts)) or 8, 10)
+        shown = list(range(columns)) if self.dataset.num_classes else None
+        if contexts is not None:
+            rows = np.linspace(0, len(contexts) - 1, columns, dtype=int)
+            shown = contexts[rows]
+            print("captions of the picture's columns: " + "; ".join(self.dataset.distinct[row] for row in rows), flush=True)
+        batches = draw(network, self.diffusion, range(8 * columns), shown, self.seed, clip=autoencoder is None,
+                       cfg_scale=guidance_scale(network, y_null=self.y_null), y_null=self.y_null)
+        images = [data.to_uint8(x if autoencoder is None else decode(autoencoder, x)).cpu() for _, x in batches]
+        save_image(path, grid(torch.cat(images).numpy(), columns))
+        return {}
+
+
+class UpsamplingReport:
+    """For every ten of up to 30 held-out images three rows: small, what an upsampler draws of those, and the originals."""
+
+    columns = ()
+
+    def __init__(self, held_out, diffusion, seed, device):
+        self.held_out, self.diffusion, self.seed, self.device = held_out, diffusion, seed, device
+
+    def __call__(self, network, path):
+        n = min(30, len(self.held_out))
+        images, labels = self.held_out.batch(np.arange(n))
+        low = shrink(data.to_float(images.to(self.device)))
+        drawn = data.to_uint8(enlarge(network, self.diffusion, low, labels, self.seed, range(n))).cpu()
+        small = data.to_uint8(low).cpu().repeat_interleave(network.factor, dim=1).repeat_interleave(network.factor, dim=2)
+        save_rows(path, small, drawn, images)
+        return {}
+
+
+class PointReport:
+    """The sliced Wasserstein distance of samples to as many points held out; as picture, the samples beside the data."""
+
+    columns = ("distance",)
+
+    def __init__(self, held_out, diffusion, seed):
+        self.held_out, self.diffusion, self.seed = held_out, diffusion, seed
+
+    def __call__(self, network, path):
+        points, _ = self.held_out.batch(np.arange(SCATTERED))
+        samples = draw_points(network, self.diffusion, SCATTERED, self.seed)
+        save_image(path, points_picture(samples))
+        return {"distance": sliced_wasserstein(samples, points.flatten(1))}
+
+
+class AccuracyReport:
+    """The accuracy on held-out images; as picture, what is taken for each of the first ten classes, mistakes on top."""
+
+    columns = ("accuracy",)
+
+    def __init__(self, held_out, device):
+        self.held_out, self.device = held_out, device
+
+    @torch.no_grad()
+    def __call__(self, network, path):
+        found = in_batches(lambda x, y: (network(x.to(self.device)).argmax(dim=1).cpu(), y), self.held_out)
+        taken, labels = (torch.cat(parts) for parts in zip(*found))      # (N,), (N,)
+        wrong = taken != labels
+        columns, picture = min(self.held_out.num_classes, 10), None
+        for k in range(columns):
+            rows = torch.cat([(wrong & (taken == k)).nonzero(), (~wrong & (taken == k)).nonzero()]).flatten()[:8]
+            images, _ = self.held_out.batch(rows.numpy())
+            if picture is None:
+                picture = torch.full((8, columns, *images.shape[1:]), 128, dtype=torch.uint8)
+            picture[:len(rows), k] = images
+        save_image(path, grid(picture.flatten(0, 1).numpy(), columns))
+        return {"accuracy": 1 - wrong.double().mean().item()}
+
+
+class ReconstructionReport:
+    """The PSNR in dB of held-out images that an autoencoder gives back; as picture, 40 of them, below each row what comes back.
+
+    PSNR = 10 log10(2^2 / mean square error), of means decoded.
+    """
+
+    columns = ("psnr",)
+
+    def __init__(self, held_out, device):
+        self.held_out, self.device = held_out, device
+
+    @torch.no_grad()
+    def __call__(self, network, path):
+        def returned(x, _):
+            x = x.to(self.device)
+            decoded = network.decode(network.encode(x)[0]).clamp(-1, 1)
+            return (decoded - x).double().square().flatten(1).mean(dim=1).sum().item(), data.to_uint8(decoded).cpu()
+        error, shown = 0.0, []
+        for error_of_batch, decoded in in_batches(returned, self.held_out):
+            error += error_of_batch
+            if len(shown) < 40:
+                shown += decoded[:40 - len(shown)]
+        originals, _ = self.held_out.batch(np.arange(len(shown)))
+        save_rows(path, originals, torch.stack(shown))
+        return {"psnr": 10 * math.log10(4 * len(self.held_out) / error) if error else math.inf}

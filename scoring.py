@@ -1,0 +1,208 @@
+"""Scores: what samples can be compared by, the reference that they are compared with, and the scores of a network in training.
+
+Report §4-6, §4-10, Fig. 5-2. metrics.py defines the scores, features.py the spaces in which they are measured. evaluate.py is the
+command; train.py's --eval-every and bench.py score through here as well.
+"""
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import data
+from cli import place, progress_bar, share, total
+from features import Measured, full_precision, measure, measure_dataset, read_tables, with_statistics
+from files import atomic_file, cache_folder
+from latents import fingerprint
+from metrics import Statistics, distance, inception_score, precision_recall
+from sampling import decode, draw, guidance_scale, labels_of
+
+REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
+METRICS = ("IS", "FD", "sFD", "precision", "recall", "accuracy")         # in the order in which ADM prints them
+
+
+class Reference(NamedTuple):
+    """Real images, measured."""
+
+    name: str
+    measured: Measured
+    floor: dict                        # {"FD": …, "sFD": …} between two halves of them: what real images score themselves
+    order: np.ndarray | None = None    # of the images, in which they were measured; None of a file without images
+
+
+def lacks(images, file):
+    """What a side lacks: "images" if it is statistics alone, "spatial" ones if its file has only pooled ones."""
+    tables = read_tables(file) if file and file.endswith(".npz") else None
+    return ({"images"} if images is None else set()) | ({"spatial"} if tables and "mu_s" not in tables else set())
+
+
+def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
+    """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
+
+    real_lacks, fake_lacks: what the reference and the samples come without, see `lacks`. fewest: images of the side that has
+    fewer.
+    """
+    spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks        # a classifier has none
+    pairs = ("the reference is statistics without images" if "images" in real_lacks else
+             "the samples are statistics without images" if "images" in fake_lacks else
+             f"it needs 4 images on both sides, and there are {fewest}" if fewest < 4 else None)
+    return {
+        "IS": "the samples are statistics without images" if "images" in fake_lacks else None,
+        "FD": None,
+        "sFD": "it needs spatial features on both sides" if spatial else None,
+        "precision": pairs, "recall": pairs,
+        "accuracy": None if space.knows(classes) and "images" not in fake_lacks else
+        "it needs samples with labels, and the features of a classifier that knows these",
+    }
+
+
+def possible(space, classes, real_lacks=()):
+    """The scores that images of classes (their names, or None) can have in a space, against a reference, see `obstacles`."""
+    return [metric for metric, obstacle in obstacles(space, classes, real_lacks).items() if obstacle is None]
+
+
+def scores(fake, real, wanted):
+    """{metric: score} of samples against real images, both Measured in one space, for the metrics wanted.
+
+    ValueError on features that are not finite, or of too few images.
+    """
+    found = {}
+    if "IS" in wanted:
+        found["IS"] = inception_score(fake.probabilities)
+    if "FD" in wanted:
+        found["FD"] = distance(fake.pool, real.pool)
+    if "sFD" in wanted:
+        found["sFD"] = distance(fake.spatial, real.spatial)
+    if "precision" in wanted or "recall" in wanted:
+        with full_precision():
+            found["precision"], found["recall"] = precision_recall(real.rows, fake.rows)
+    if "accuracy" in wanted:
+        found["accuracy"] = (fake.probabilities.argmax(dim=1).cpu() == fake.labels).double().mean().item()
+    return {metric: found[metric] for metric in METRICS if metric in wanted}
+
+
+def singular(metrics, n, real):
+    """A warning for each Fréchet distance among the metrics that n samples are too few for: a list of lines."""
+    sides = {"FD": real.pool, "sFD": real.spatial}
+    return [f"warning: {min(n, side.n)} samples of {len(side.mu)} features have a singular covariance: the Fréchet distance is far "
+            "above that of more samples"
+            for metric, side in sides.items() if metric in metrics and min(n, side.n) <= len(side.mu)]
+
+
+def keep_measured(path, measured, floor):
+    """Write a reference's Measured and floor into a file of the cache."""
+    tables = {"n": measured.n, "mu": measured.pool.mu, "scatter": measured.pool.scatter, "rows": measured.rows}
+    if measured.spatial:
+        tables |= {"mu_s": measured.spatial.mu, "scatter_s": measured.spatial.scatter}
+    with atomic_file(path) as file:
+        np.savez(file, **{name: np.asarray(torch.as_tensor(value).cpu()) for name, value in tables.items()},
+                 **{f"floor_{metric}": value for metric, value in floor.items()})
+
+
+def kept_measured(path, device):
+    """The Measured and the floor in a file of the cache; None if there is none that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            tables = {name: torch.from_numpy(archive[name]).to(device) for name in archive.files if not name.startswith("floor_")}
+            floor = {name[6:]: float(archive[name]) for name in archive.files if name.startswith("floor_")}
+        n = int(tables["n"])
+        pool = Statistics(n, tables["mu"], tables["scatter"])
+        spatial = Statistics(n, tables["mu_s"], tables["scatter_s"]) if "mu_s" in tables else None
+        return Measured(n, pool, spatial, tables["rows"]), floor
+    except Exception:                                    # zipfile and numpy raise anything at all on a damaged file
+        return None
+
+
+def measure_halves(dataset, order, space):
+    """The Measured of a data set in an order, half by half, and the distances between both halves."""
+    half = len(order) // 2
+    with progress_bar("measuring the reference", len(order)) as progress:
+        first, second = (measure_dataset(dataset, rows, space, max(0, REFERENCE_IMAGES - before), progress)
+                         for rows, before in ((order[:half], 0), (order[half:], half)))
+    floor = {}
+    if min(first.pool.n, second.pool.n) > 1:             # on the first process, of at least four images
+        floor["FD"] = distance(first.pool, second.pool)
+        if first.spatial:
+            floor["sFD"] = distance(first.spatial, second.spatial)
+    return first.merge(second), floor
+
+
+def measure_reference(dataset, space, name, file=None, cache=None):
+    """The Reference of a data set, read in a fixed random order, with a file's statistics if it has some.
+
+    What was measured is kept in the cache, and read from there the next time. Without a data set: of the file's statistics alone.
+    Only the first process gets the whole.
+    """
+    if dataset is None:
+        return Reference(name, with_statistics(None, file, space), {})
+    order = np.random.default_rng(0).permutation(len(dataset))
+    rank, world = place()
+    about = json.dumps([fingerprint(dataset), space.name, space.sha256, REFERENCE_IMAGES])
+    path = cache_folder(cache) / f"reference-{hashlib.sha256(about.encode()).hexdigest()[:16]}.npz"
+    kept = kept_measured(path, space.device) if rank == 0 and path.exists() else None
+    if total(torch.tensor(float(kept is not None)), world):
+        measured, floor = kept or (Measured(), {})
+    else:
+        measured, floor = measure_halves(dataset, order, space)
+        if rank == 0:
+            keep_measured(path, measured, floor)
+    return Reference(name, with_statistics(measured, file, space), floor, order)
+
+
+def measure_samples(dataset, n, space, file=None):
+    """The Measured of the first n samples of a data set; of all if n is None, then with a file's statistics if it has some.
+
+    Without a data set: of the file's statistics alone.
+    """
+    if dataset is None:
+        return with_statistics(None, file, space)
+    order = np.arange(len(dataset))
+    if file and Path(file).is_dir():                     # sorted by class perhaps, which the Inception score's chunks must not be
+        order = np.random.default_rng(0).permutation(len(dataset))
+    with progress_bar("measuring the samples", n or len(dataset)) as progress:
+        measured = measure_dataset(dataset, order[:n], space, bar=progress)
+    return measured if n else with_statistics(measured, file, space)
+
+
+def score_network(network, diffusion, real, space, n, classes=None, seed=0, scale=None, autoencoder=None, contexts=None,
+                  y_null=None, wanted=None):
+    """The scores of n samples, drawn by `sample.py`'s defaults, against real, Measured; each process draws its share.
+
+    classes: their names, which the samples take in turn, or None. contexts: of captions, which the samples of a text network take
+    in turn; y_null: of the empty caption. autoencoder: decodes a latent network's samples. wanted: the metrics, all that are
+    possible by default. Only the first process gets the scores, the others {}.
+    """
+    numbers = None if classes is None else list(range(len(classes)))
+    drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
+                 cfg_scale=guidance_scale(network, scale, y_null), y_null=y_null)
+    fake = measure((data.to_uint8(x if autoencoder is None else decode(autoencoder, x)) for _, x in drawn), space)
+    if not fake.n:
+        return {}
+    fake.labels = labels_of(range(n), numbers)
+    return scores(fake, real, possible(space, classes) if wanted is None else wanted)
+
+
+class SampleScores:
+    """The scores of a network while it is trained: of n samples, drawn by `sample.py`'s defaults, against real images, Measured.
+
+    wanted: the metrics. The samples are told the data set's classes or its captions in turn. `columns`: the scores' names.
+    """
+
+    def __init__(self, real, space, wanted, dataset, diffusion, n, seed, y_null=None):
+        self.real, self.space, self.wanted, self.dataset = real, space, wanted, dataset
+        self.diffusion, self.n, self.seed, self.y_null = diffusion, n, seed, y_null
+        self.columns = tuple(map(space.title, wanted))
+        for line in singular(wanted, n, real) if real.n else ():         # on the first process
+            print(line, file=sys.stderr, flush=True)
+
+    def __call__(self, network):
+        """{column: score} on the first process, {} on the others, which draw their share."""
+        contexts = None if self.dataset.contexts is None else self.dataset.some_contexts(self.n)
+        found = score_network(network, self.diffusion, self.real, self.space, self.n,
+                              self.dataset.classes if contexts is None else None, self.seed, autoencoder=self.dataset.autoencoder,
+                              contexts=contexts, y_null=self.y_null, wanted=self.wanted)
+        return {self.space.title(metric): value for metric, value in found.items()}

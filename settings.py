@@ -1,0 +1,211 @@
+"""Settings of training: recipes, the command line, what goes together, and what may change when a run is resumed.
+
+Report §4-5. A recipe is a row of hyperparameters for a model and its size, from its paper. A flag that is given replaces the
+recipe's value. A resumed run keeps its own settings, besides those of MAY_CHANGE.
+"""
+import argparse
+import math
+import re
+from pathlib import Path
+
+import checkpoint
+import dit
+import unet
+from cli import Parser, natural, not_negative, parent_of, positive
+from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
+from models import TRAINABLE, check_options, describe, named
+
+COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,
+              text=False, clip=None, flip=False, skip_bad=False, cache=None, eval_every=None, eval_n=2000, features=None,
+              reference=None, accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt",
+              resume=False)
+LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
+              decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
+FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
+DIT = dict(schedule="linear", prediction="eps", variance="learned", steps=400_000, batch_size=256, lr=1e-4, warmup=0,
+           decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, shift=0, sample_every=5000, save_every=1000)
+UVIT = {**DIT, "variance": "small", "steps": 500_000, "batch_size": 128, "lr": 2e-4, "weight_decay": 0.03, "warmup": 2500}
+DDPM = {**DIT, "variance": "large", "steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "clip_grad": 1.0}
+IDDPM = {**DIT, "schedule": "cosine", "steps": 500_000, "batch_size": 128}
+VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 0.05, "warmup": 6250, "decay": "cosine",
+       "clip_grad": 1.0}
+VAE = {**DIT, "steps": 250_000, "batch_size": 96}
+DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags of no use to the OTHERS
+             "eval_every", "eval_n", "features", "reference", "vae", "latent_scale", "text", "clip")
+OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "eval_every", "checkpointing")      # points do without
+OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
+RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
+    "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
+    "uvit": {"Nano": LAPTOP, "Ti": LAPTOP, None: UVIT},                  # Bao et al. 2023, appendix, for CIFAR-10
+    "unet": {"Nano": FEW, "Ti": FEW,
+             "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020, for CIFAR-10
+    "vit": {"Ti": {**LAPTOP, "steps": 2200, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05, "shift": 2},
+            "Nano": {**LAPTOP, "steps": 2800, "batch_size": 64, "weight_decay": 0.05, "shift": 2},
+            None: VIT},                                                  # Touvron et al. 2021, table 9, and ViT's clipping
+    "mlp": {None: {**LAPTOP, "schedule": "linear", "prediction": "v",    # of eps, errors grow where alpha_bar is near 0
+                   "steps": 8000, "batch_size": 256, "lr": 4e-3, "sample_every": 2000, "save_every": 1000}},
+    "vae": {"Ti": {**LAPTOP, "steps": 1600, "lr": 1e-3, "sample_every": 400, "save_every": 200},
+            None: VAE},                                                  # ours: the paper's losses are others
+}
+DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti", "mlp": "Ti"}       # for a laptop
+TEXT_LR = 7e-4                                   # upper limit with captions: at 2e-3 the class of shape is learned late
+TEXT_DIM, TEXT_TOKENS = 192, 32                  # of our text encoder: its width, and its length if no caption is shorter
+MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
+              "eval_every", "eval_n", "features", "reference", "cache", "out", "resume"}
+# on --resume may change: the end (a cosine stretches to it), the machine, when to save and what to score
+MOVED = {"vae": "vae", "clip": "text"}           # and files that lie elsewhere now: by the field of a run that knows their hash
+
+
+def flags():
+    """The command line; what it leaves out is None, and filled in by `read_settings`."""
+    def default(key):
+        return f"default: {LAPTOP[key]} for dit Ti, {DIT[key]} for dit B; others have their own"
+    switch = dict(action="store_true", default=None)
+    parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, a ViT to classify, or an autoencoder. "
+                    "Flags left out take the recipe of the model and its size.")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=TRAINABLE, help="default: dit, or mlp for swissroll")
+    add("--size", help="Ti S B L XL … and the patch, as B/4; a U-Net's has no patch (default: Ti/8 or Ti, for a laptop; an "
+        "unknown one gets the list)")
+    add("--conditioning", choices=dit.BLOCKS, help="how a DiT sees time and class (default: adaln-zero; a text: "
+        "cross-attention)")
+    add("--hybrid", **switch, help="a ViT's patches are a small CNN's features")
+    add("--schedule", choices=SCHEDULES, help=f"of the noise ({default('schedule')})")
+    add("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
+    add("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="mnist, shapes[:one], swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, or an .npz (default: "
+        "mnist)")
+    add("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
+    add("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
+    add("--latent-scale", type=not_negative, help="what latents are multiplied by (default: the autoencoder's: measured, or Stable "
+        "Diffusion's 0.18215; U-ViT's on MS-COCO is 0.2301)")
+    add("--text", **switch, help="learn from the data's captions, with a small text encoder that is trained too")
+    add("--clip", metavar="DIR", help="with CLIP's text encoder instead, which stays as it is: a folder of Hugging Face's files")
+    add("--flip", **switch, help="mirror half of the images; not for digits")
+    add("--shift", type=natural, help="move images by up to N pixels (default: 2 for vit Ti and Nano, else 0)")
+    add("--skip-bad", **switch, help="leave out image files that cannot be read")
+    add("--cache", help="folder for decoded images and downloads (default: the user's cache)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=positive, help=default('steps'))
+    add("--batch-size", type=positive, help=f"images a step, of all processes ({default('batch_size')})")
+    add("--lr", type=not_negative, help=f"AdamW's learning rate ({default('lr')}; with --text {TEXT_LR} at most)")
+    add("--warmup", type=natural, help=f"steps in which the learning rate rises ({default('warmup')})")
+    add("--decay", choices=("none", "cosine"), help=f"of the learning rate, to 0 ({default('decay')})")
+    add("--weight-decay", type=not_negative, help=default('weight_decay'))
+    add("--clip-grad", type=not_negative, help=f"largest gradient norm; 0 is none ({default('clip_grad')})")
+    add("--ema", type=not_negative, help=f"decay of the averaged weights ({default('ema')})")
+    add("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
+    add("--accumulate", type=positive, help="micro-batches a step, to save memory (default: 1)")
+    add("--seed", type=natural, help="default: 0")
+    add = parser.add_argument_group("precision and devices").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on CUDA, fp32 on the CPU")
+    add("--compile", **switch, help="torch.compile the network")
+    add("--checkpointing", **switch, help="recompute activations: less memory, a third more work")
+    add = parser.add_argument_group("saving").add_argument
+    add("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
+    add("--resume", **switch, help="go on with --out; flags left out are the run's own")
+    add("--save-every", type=positive, help=f"steps between saves ({default('save_every')})")
+    add("--sample-every", type=positive, help=f"steps between pictures and held-out scores ({default('sample_every')})")
+    add("--eval-every", type=positive, help="steps between evaluate.py's scores in run.csv, of --eval-n samples (default: never)")
+    add("--eval-n", type=positive, help="samples for them; papers take 50000 (default: 2000)")
+    add("--features", help="as evaluate.py's: inception, or a file (default: the shipped ViT for the digits, else inception)")
+    add("--reference", metavar="FILE", help="compare with an .npz of evaluate.py --save-reference (default: the training data, "
+        "measured once)")
+    return parser
+
+
+def recipe(chosen):
+    """The recipe of the model and size chosen, or of the default ones."""
+    model = chosen.get("model", COMMON["model"])
+    size = chosen.get("size", DEFAULT_SIZE[model])
+    recipes = RECIPES[model]
+    found = {**recipes.get(re.split("[/-]", size)[0], recipes[None]), "size": size}
+    if chosen.get("text") or chosen.get("clip"):
+        found["lr"] = min(found["lr"], TEXT_LR)
+    return {**found, **dict.fromkeys(DENOISING)} if model in OTHERS else found
+
+
+def flag(key):
+    """A setting's name on the command line."""
+    return f"--{key.replace('_', '-')}"
+
+
+def read_settings(argv):
+    """All flags, and the Run to resume or None.  What the command line leaves out the run decides, else the recipe."""
+    given = {key: value for key, value in vars(flags().parse_args(argv)).items() if value is not None}
+    if given.get("data") == "swissroll":
+        given.setdefault("model", "mlp")
+    out = Path(given.get("out", COMMON["out"]))
+    parent_of(out)
+    if out.suffix != ".pt":
+        raise ValueError(f"--out {out}: a run's name ends in .pt")
+    run = resumable(out, given) if given.get("resume") else None
+    if run is None and out.exists():
+        raise ValueError(f"{out} exists: --resume goes on with it, --out NAME.pt starts another")
+    config = run.config if run else {}                   # of a run that may have been moved since
+    args = argparse.Namespace(**{**COMMON, **recipe({**given, **config}), **config, **given, "out": str(out)})
+    args.text = args.text or args.clip is not None
+    check_flags(args, given)
+    return args, run
+
+
+def resumable(out, given):
+    """The Run in a file that --resume goes on with.  ValueError if it is none, or has other settings than those given."""
+    run = checkpoint.load(out)
+    if run.optimizer is None or run.log is None:
+        raise ValueError(f"--resume: {out} is not a run of train.py")
+    clashes = [f"{flag(key)} is {run.config.get(key)} there, not {value}" for key, value in given.items()
+               if key not in MAY_CHANGE and value != run.config.get(key)
+               and not (key in MOVED and getattr(run, MOVED[key]))]
+    if clashes:
+        raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
+    return run
+
+
+def check_flags(args, given):
+    """ValueError, before anything is read, on settings that do not go together; given: those on the command line."""
+    for keys, useless, why in (
+            (DENOISING, args.model in OTHERS, f"{OTHERS.get(args.model)}, it does not denoise"),
+            (OF_IMAGES, args.model == "mlp", "points have no use for it"),
+            (("checkpointing",), args.model == "vae", "an autoencoder keeps its activations; use --accumulate to save memory"),
+            (("eval_n", "features", "reference"), not args.eval_every, "it says how to score, which only --eval-every does"),
+            (("latent_scale",), not (args.vae and args.latent_scale), "it is a number above 0, of the latents of --vae"),
+            (("shift",), args.vae and args.shift, "it moves pixels, and --vae encodes them once: leave one out"),
+            (("vae", "text", "clip", "eval_every"), args.size in unet.UPSAMPLERS,
+             f"--size {args.size} enlarges the pixels that another network draws; python sample.py --cascade runs both, and "
+             "evaluate.py --samples scores what they draw")):
+        for key in keys:
+            if useless and key in given:
+                raise ValueError(f"{flag(key)}: {why}")
+    if (args.model == "mlp") != (args.data == "swissroll"):
+        raise ValueError(f"--model {args.model} --data {args.data}: mlp learns points, which swissroll has, and all others images")
+    if args.vae and not Path(args.vae).is_file():
+        raise ValueError(f"--vae {args.vae}: there is no such file")
+    if args.clip and not Path(args.clip).exists():
+        raise ValueError(f"--clip {args.clip}: there is no such folder")
+    if max(args.ema, args.cfg_drop or 0) >= 1:
+        raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
+    check_options(args.model, args.size, args.variance == "learned", args.conditioning, TEXT_DIM if args.text else None,
+                  args.hybrid)
+    if "context_dim" in named(args.model, args.size)[1] and not args.text:
+        raise ValueError(f"--size {args.size} takes a text: give --text")
+
+
+def description(args, image_size, channels, num_classes, context_dim=None, context_tokens=None, encoder=None):
+    """The description of the network that the flags name, see `models.describe`, for the data's image size, channels and classes.
+
+    context_dim, context_tokens: a text's; encoder: the arguments of a text encoder that is trained along, or None.
+    """
+    context = {} if context_dim is None else dict(context_dim=context_dim, context_tokens=context_tokens)
+    described = describe(args.model, args.size, image_size, channels, num_classes, bool(args.cfg_drop), args.variance == "learned",
+                         args.conditioning, hybrid=args.hybrid, **context)
+    return {**described, **({"text": encoder} if encoder else {})}
+
+
+def learning_rate(step, args):
+    """The learning rate of a step: a linear rise over --warmup, then constant, or a half cosine to 0 at --steps."""
+    rise = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.decay == "cosine" else 1.0
+    return args.lr * rise * fall
