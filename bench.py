@@ -140,7 +140,7 @@ def restoration_quality(args):
     rows = []
     for name, degrade in (("centre 14x14 filled in", restoration.masked(hidden)), ("4 times enlarged", restoration.pooled(4))):
         A, A_plus = degrade
-        with_label, without = (ddpm.restore(
+        with_label, without = (restoration.restore(
             diffusion, network, A(images), degrade, y, steps=args.steps, repeats=args.repeats, seeds=keys, clip=True)
             for y in (labels, null))
         neighbours = nearest(A(images).cpu(), A(real).cpu(), k=1)[:, 0]

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 
 import ddpm
-from checkpoint import build, load
-from sampling import STEPS
 from unet import SuperResUNet
 from vae import in_pieces
 
+STEPS = 20                       # of DPM-Solver++, as where there is no low
 MAX_SIGMA = 0.2                  # of low's noise in training; pixels lie in [-1, 1]
 UPSAMPLED = 1                    # in a key of noise: the upsampler's, which the base must not share
 
@@ -39,31 +38,6 @@ def augmented(low, sigma, eps):
     return low + MAX_SIGMA * sigma.reshape(-1, 1, 1, 1) * eps
 
 
-def load_upsampler(path, base, labelled, shape):
-    """The upsampler in a file, and its process, for images (H, W, C) = shape that the network of a run draws.
-
-    base: that run, as `checkpoint.load` gives it; labelled: its network's number of classes, or None. ValueError if the file
-    holds no upsampler, or one of other images or classes.
-    """
-    described = load(path)
-    network, diffusion = build(described)
-    if not isinstance(network, SuperResUNet):
-        raise ValueError(f"--cascade {path} holds a {type(network).__name__}, which enlarges nothing: an upsampler is trained by "
-                         "train.py --model unet --size Ti-up")
-    height, width = (side // network.factor for side in network.image_size)
-    if (height, width, network.channels) != tuple(shape):
-        raise ValueError(f"--cascade {path} enlarges {height}x{width} pixels of {network.channels} channels, and --ckpt draws "
-                         "{}x{} of {}".format(*shape))
-    if network.num_classes is not None:
-        names, own_names = (run["data"].get("classes") for run in (base, described))     # None where they are not known
-        fits = labelled == network.num_classes and (not names or not own_names or names == own_names)
-        if labelled is None:                             # then it is told its null class
-            fits = network.null_label is not None
-        if not fits:
-            raise ValueError(f"--cascade {path} was trained with {network.num_classes} classes, which are not those of --ckpt")
-    return network, diffusion
-
-
 @torch.no_grad()
 def enlarge(network, diffusion, low, y, seed, indices):
     """Images (n, C, 4 h, 4 w) that low (n, C, h, w), numbers `indices` of a seed, may be the small ones of.
@@ -75,9 +49,9 @@ def enlarge(network, diffusion, low, y, seed, indices):
     low, indices = low.clamp(-1, 1), list(indices)       # what an autoencoder decoded may lie beyond
     y = None if y is None or network.num_classes is None else y.to(low.device)
 
-    def some(rows):
+    def enlarged(rows):
         noise = torch.stack([torch.randn(network.channels, *network.image_size,
                                          generator=ddpm.keyed_generator((seed, indices[i], UPSAMPLED))) for i in rows])
         return ddpm.sample(diffusion, partial(network, low=low[rows]), noise.shape, None if y is None else y[rows], "dpm++",
                            min(STEPS, diffusion.T), noise=noise.to(low.device), clip=True)
-    return in_pieces(some, torch.arange(len(low)), len(low))
+    return in_pieces(enlarged, torch.arange(len(low)), len(low))

@@ -1,8 +1,9 @@
-"""Denoising diffusion: the forward and reverse processes, losses, samplers, guidance, restoration and likelihood.
+"""Denoising diffusion: the forward and reverse processes, losses, likelihood, samplers and guidance.
 
-Report §2-1, Eq. 2-1 … 2-11, and §3 (improved sampling, guidance). Papers: Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021
-(cosine schedule, learned variance, respacing); Song et al. 2021 (DDIM); Ho & Salimans 2022 (guidance); Salimans & Ho 2022
-(v-prediction); Lu et al. 2022 (DPM-Solver++); Wang et al. 2023 (DDNM) and Lugmayr et al. 2022 (RePaint), restoration.
+Report §2-1 and §3 (improved sampling, guidance). In `Diffusion` stand Eq. 2-1 … 2-4 (forward), 2-7 (reverse) and 2-8 … 2-11
+(posterior), in this order; Eq. 2-6, the chain of reverse steps, is `ddpm_steps`, and Eq. 2-5, where it begins, `begin`.
+Papers: Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021 (cosine schedule, learned variance, respacing); Song et al. 2021 (DDIM);
+Ho & Salimans 2022 (guidance); Salimans & Ho 2022 (v-prediction); Lu et al. 2022 (DPM-Solver++).
 
 Time: the report counts t = 1 … T, the code 0 … T-1; the report's t is t + 1 here. Symbols are the report's:
 alpha = 1 - beta, and alpha_bar is the product of the alphas so far. Images x are (N, C, H, W) float32, pixels in [-1, 1] or
@@ -10,7 +11,7 @@ scaled latents; t is (N,) int64. A model is any callable model(x, t, y) that ret
 variance follows as C more channels. It always receives the original step, also under respacing.
 """
 import math
-from itertools import product
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ def scaled_linear_betas(T=1000, start=0.00085, end=0.012):
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "scaled-linear": scaled_linear_betas}
 PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("small", "large", "learned")
+SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
 def mean_flat(x):
@@ -89,17 +91,14 @@ class Diffusion:
         first = self.beta_tildes[1] if self.T > 1 else self.betas[0]
         small, large = np.append(first, self.beta_tildes[1:]), np.append(first, self.betas[1:])
         self.tables = {name: torch.tensor(table) for name, table in {
-            "sqrt_alpha": np.sqrt(self.alphas),
-            "sqrt_beta": np.sqrt(self.betas),
-            "sqrt_alpha_bar": np.sqrt(self.alpha_bars),
-            "sqrt_one_minus_alpha_bar": np.sqrt(1 - self.alpha_bars),
+            "sqrt_alpha": np.sqrt(self.alphas), "sqrt_beta": np.sqrt(self.betas),
+            "sqrt_alpha_bar": np.sqrt(self.alpha_bars), "sqrt_one_minus_alpha_bar": np.sqrt(1 - self.alpha_bars),
             "log_one_minus_alpha_bar": np.log1p(-self.alpha_bars),
             # Eq. 2-11, corrected: see REPORT.md
             "posterior_x0": np.sqrt(self.alpha_bars_prev) * self.betas / (1 - self.alpha_bars),
             "posterior_xt": np.sqrt(self.alphas) * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars),
             "beta_tilde": self.beta_tildes,
-            "log_beta_tilde": np.log(small),
-            "log_beta": np.log(self.betas),
+            "log_beta_tilde": np.log(small), "log_beta": np.log(self.betas),
             "fixed_variance": large if variance == "large" else self.beta_tildes,
             "fixed_log_variance": np.log(large if variance == "large" else small),
             "timestep": self.timesteps,
@@ -131,14 +130,6 @@ class Diffusion:
         """
         return self.at("sqrt_alpha_bar", t, x0) * x0 + self.at("sqrt_one_minus_alpha_bar", t, x0) * eps
 
-    def q_posterior(self, x0, xt, t):
-        """q(x_{t-1} | x_t, x_0), Eq. 2-8, by Bayes' rule, Eq. 2-9 -> mean mu_tilde, variance beta_tilde, and its logarithm.
-
-        The mean is like xt, the others are (N, 1, 1, 1); the logarithm at t = 0 is that of t = 1.
-        """
-        mu_tilde = self.at("posterior_x0", t, xt) * x0 + self.at("posterior_xt", t, xt) * xt         # Eq. 2-11
-        return mu_tilde, self.at("beta_tilde", t, xt), self.at("log_beta_tilde", t, xt)              # Eq. 2-10
-
     def predict(self, output, xt, t):
         """x0 and eps that a network's output (without its variance half) means at x_t.  Both solve Eq. 2-3."""
         a, s = self.at("sqrt_alpha_bar", t, xt), self.at("sqrt_one_minus_alpha_bar", t, xt)
@@ -159,11 +150,11 @@ class Diffusion:
                              f"{self.variance!r} needs {halves} x {x.shape[1]} channels")
         return output.chunk(2, dim=1) if halves == 2 else (output, None)
 
-    def p_mean_variance(self, output, xt, t, clip=False):
+    def p_mean_variance(self, output, xt, t, clip=False, correct=None):
         """The reverse step p(x_{t-1} | x_t), Eq. 2-7 -> mean, variance, log variance, x0.
 
         output (N, C or 2C, H, W) as the network returns it. The mean is Eq. 2-11 at the predicted x0, which clip clamps to
-        [-1, 1] first; a function as clip is applied to it instead. Variances are (N, 1, 1, 1), or like x where they are learned.
+        [-1, 1] and the function `correct` replaces, in this order. Variances are (N, 1, 1, 1), or like x where they are learned.
         """
         prediction, interpolation = self.split(output, xt)
         if interpolation is not None:
@@ -173,9 +164,17 @@ class Diffusion:
         else:
             variance, log_variance = self.at("fixed_variance", t, xt), self.at("fixed_log_variance", t, xt)
         x0, _ = self.predict(prediction, xt, t)
-        if clip:
-            x0 = clip(x0) if callable(clip) else x0.clamp(-1, 1)
+        x0 = x0.clamp(-1, 1) if clip else x0
+        x0 = x0 if correct is None else correct(x0)
         return self.q_posterior(x0, xt, t)[0], variance, log_variance, x0
+
+    def q_posterior(self, x0, xt, t):
+        """q(x_{t-1} | x_t, x_0), Eq. 2-8, by Bayes' rule, Eq. 2-9 -> mean mu_tilde, variance beta_tilde, and its logarithm.
+
+        The mean is like xt, the others are (N, 1, 1, 1); the logarithm at t = 0 is that of t = 1.
+        """
+        mu_tilde = self.at("posterior_x0", t, xt) * x0 + self.at("posterior_xt", t, xt) * xt         # Eq. 2-11
+        return mu_tilde, self.at("beta_tilde", t, xt), self.at("log_beta_tilde", t, xt)              # Eq. 2-10
 
     def variational_bound(self, output, x0, xt, t, clip=False):
         """L_t of Ho et al. 2020, Eq. 5, (N,) in bits per dimension -> that term, and the predicted x0.
@@ -234,21 +233,20 @@ class Diffusion:
         steps: a count, spread evenly from the first step to the last; a list of counts, one for each of as many equal sections;
         or "ddimN", N steps at a constant stride from step 0. ValueError if there are not so many.
         """
-        kept = _kept_steps(self.T, steps)
+        kept = kept_steps(self.T, steps)
         alpha_bars = self.alpha_bars[kept]
         betas = 1 - alpha_bars / np.append(1.0, alpha_bars[:-1])
         return Diffusion(betas, self.prediction, self.variance, self.timesteps[kept])
 
 
-def _kept_steps(T, steps):
+def kept_steps(T, steps):
     """Indices of the steps that `Diffusion.respaced` keeps, rising."""
     if isinstance(steps, str):
-        if not (steps.startswith("ddim") and steps[4:].isdigit()):
-            raise ValueError(f"steps {steps!r} is neither a count, nor a list of counts, nor 'ddimN'")
-        for stride in range(1, T + 1):
-            if len(range(0, T, stride)) == int(steps[4:]):
-                return list(range(0, T, stride))
-        raise ValueError(f"no whole stride over {T} steps takes {steps[4:]} of them")
+        stride = next((stride for stride in range(1, T + 1) if steps == f"ddim{len(range(0, T, stride))}"), None)
+        if stride is None:
+            raise ValueError(f"steps {steps!r} is neither a count, nor a list of counts, nor 'ddimN' where a whole stride over {T} "
+                             "steps takes N of them")
+        return list(range(0, T, stride))
     counts = [steps] if isinstance(steps, (int, np.integer)) else steps
     kept, start = [], 0
     for i, count in enumerate(counts):
@@ -256,10 +254,8 @@ def _kept_steps(T, steps):
         if not 1 <= count <= size:
             raise ValueError(f"cannot take {count} steps out of {size}")
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        place = 0.0
-        for _ in range(count):
-            kept.append(start + round(place))
-            place += stride                              # summed as in OpenAI's code, so that roundings fall alike
+        places = accumulate([stride] * (count - 1), initial=0.0)         # summed as in OpenAI's code, so that roundings fall alike
+        kept += [start + round(place) for place in places]
         start += size
     return kept
 
@@ -272,8 +268,6 @@ def guided(model, y, y_null, scale, channels=None, interval=None):
     the time that the model is told, inclusive, guides only there and evaluates the condition alone elsewhere.
     """
     def model_with_guidance(x, t):
-        if channels is not None and channels > x.shape[1]:
-            raise ValueError(f"guidance on {channels} channels, where x has {x.shape[1]}")
         if scale == 1 or (interval is not None and not interval[0] <= int(t[0]) <= interval[1]):
             return model(x, t, y)
         output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))     # (2N, C or 2C, H, W)
@@ -284,27 +278,28 @@ def guided(model, y, y_null, scale, channels=None, interval=None):
     return model_with_guidance
 
 
-def ddpm_steps(diffusion, model, x, noises, clip, repeats=1):
-    """Ancestral sampling, Ho et al. 2020, algorithm 2, along Eq. 2-6: x_{t-1} ~ p(x_{t-1} | x_t).  Yields step, x, x0.
-
-    repeats: a forward step makes x_t of x_{t-1} again, and the step is taken anew, Lugmayr et al. 2022, algorithm 1.
-    """
-    for i, again in product(reversed(range(diffusion.T)), range(repeats)):
+def reverse_process(diffusion, model, clip=False, correct=None):
+    """p(x_{t-1} | x_t), Eq. 2-7, as a callable(x, i), i the same step for all images: what `Diffusion.p_mean_variance` returns."""
+    def reverse(x, i):
         t = torch.full((len(x),), i, device=x.device)
-        x = diffusion.q_step(x, t, next(noises)) if again else x
-        mean, _, log_variance, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
+        return diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip, correct)
+    return reverse
+
+
+def ddpm_steps(diffusion, reverse, x, noises):
+    """Ancestral sampling, Ho et al. 2020, algorithm 2: the chain of Eq. 2-6, from x = x_T.  Yields step, x_{t-1}, x0."""
+    for i in reversed(range(diffusion.T)):
+        mean, _, log_variance, x0 = reverse(x, i)
         x = mean + (0.5 * log_variance).exp() * next(noises) if i > 0 else mean          # the last step adds no noise
         yield diffusion.timesteps[i], x, x0
 
 
-def ddim_steps(diffusion, model, x, noises, clip, repeats=1, eta=0.0):
+def ddim_steps(diffusion, reverse, x, noises, eta=0.0):
     """Song et al. 2021, Eq. 12 and 16: deterministic for eta = 0, DDPM's moments for eta = 1.  Otherwise as `ddpm_steps`."""
-    for i, again in product(reversed(range(diffusion.T)), range(repeats)):
-        t = torch.full((len(x),), i, device=x.device)
-        x = diffusion.q_step(x, t, next(noises)) if again else x
+    for i in reversed(range(diffusion.T)):
+        *_, x0 = reverse(x, i)
         alpha_bar, alpha_bar_prev = diffusion.alpha_bars[i], diffusion.alpha_bars_prev[i]
-        *_, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
-        eps = (x - alpha_bar ** 0.5 * x0) / (1 - alpha_bar) ** 0.5                       # Eq. 2-3 at the clipped x0
+        eps = (x - alpha_bar ** 0.5 * x0) / (1 - alpha_bar) ** 0.5                       # Eq. 2-3 at this x0
         sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
         x = alpha_bar_prev ** 0.5 * x0 + max(1 - alpha_bar_prev - sigma ** 2, 0) ** 0.5 * eps
         if sigma > 0:
@@ -334,24 +329,18 @@ def dpm_update(x, x0, x0_prev, log_snrs, alpha_bar, alpha_bar_next):
     return ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5 * x - alpha_bar_next ** 0.5 * math.expm1(-h) * x0
 
 
-def dpm_steps(diffusion, model, x, nodes, clip):
+def dpm_steps(diffusion, reverse, x, nodes):
     """DPM-Solver++(2M) over falling nodes, then a first-order step to no noise, where x = x0.  Yields step, x, x0."""
     alpha_bars = [diffusion.alpha_bars[i] for i in nodes]
     log_snrs = [0.5 * math.log(alpha_bar / (1 - alpha_bar)) for alpha_bar in alpha_bars]
     x0_prev = None
     for k, i in enumerate(nodes):
-        t = torch.full((len(x),), i, device=x.device)
-        *_, x0 = diffusion.p_mean_variance(model(x, diffusion.original(t)), x, t, clip)
-        if k + 1 < len(nodes):
-            before = log_snrs[k - 1]                     # at k = 0 unused, as x0_prev is None
-            x = dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
-        else:
-            x = x0
+        *_, x0 = reverse(x, i)
+        before = log_snrs[k - 1]                         # at k = 0 unused, as x0_prev is None
+        last = k + 1 == len(nodes)
+        x = x0 if last else dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
         x0_prev = x0
         yield diffusion.timesteps[i], x, x0
-
-
-SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
 def key_seed(key):
@@ -366,8 +355,8 @@ def keyed_generator(key, device="cpu"):
     return torch.Generator(device).manual_seed(key_seed(key))
 
 
-def _noises(shape, noise, seeds, device):
-    """Yield x_T, Eq. 2-5, then the noise of one step after the other. A seeded image has a generator of its own, on the CPU."""
+def normal_noises(shape, noise, seeds, device):
+    """Yield x_T, then the noise of one step after the other: given, or standard normal, of one generator on the CPU a seed."""
     if noise is not None and noise.ndim == len(shape) + 1:
         yield from noise
         raise ValueError(f"noise of {len(noise)} rows, where there are more steps")
@@ -381,47 +370,64 @@ def _noises(shape, noise, seeds, device):
             yield torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device)
 
 
+def unconditional_rows(model, y, y_null, cfg_scale):
+    """y_null, by default model.null_label, for each row of y; None without guidance, ValueError where guidance lacks one of them."""
+    if cfg_scale == 1:
+        return None
+    y_null = getattr(model, "null_label", None) if y_null is None else y_null
+    if y is None or y_null is None:
+        raise ValueError(f"guidance scale {cfg_scale} needs a condition and a model with an unconditional input")
+    return y_null.to(y).expand_as(y) if torch.is_tensor(y_null) else torch.full_like(y, y_null)
+
+
+def begin(process, model, shape, y=None, cfg_scale=1.0, cfg_channels=None, cfg_interval=None, y_null=None, noise=None, seeds=None,
+          clip=False, correct=None):
+    """Where a sampler begins -> x_T, the noises of its steps, and the guided `reverse_process`.  The arguments are `sample`'s."""
+    if seeds is not None and len(seeds) != shape[0]:
+        raise ValueError(f"{len(seeds)} seeds for {shape[0]} images")
+    if cfg_channels is not None and cfg_channels > shape[1]:
+        raise ValueError(f"guidance on {cfg_channels} channels, where x has {shape[1]}")
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    device = next((z.device for z in (noise, y, *parameters) if z is not None), "cpu")
+    noises = normal_noises(shape, noise, seeds, device)
+    x = next(noises)                                                                     # x_T ~ N(0, I), Eq. 2-5
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"noise of shape {tuple(x.shape)} where x has {tuple(shape)}")
+    predict = guided(model, y, unconditional_rows(model, y, y_null, cfg_scale), cfg_scale, cfg_channels, cfg_interval)
+    return x, noises, reverse_process(process, predict, clip, correct)
+
+
+def check_sampler(sampler, steps, eta, T):
+    """ValueError on a sampler that is none, an eta that it does not take, or steps that dpm++ cannot take out of T."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta is a setting of ddim, not of {sampler}")
+    if sampler == "dpm++" and steps is not None and not (isinstance(steps, int) and 1 <= steps <= T):
+        raise ValueError(f"cannot take {steps!r} steps out of {T}")
+
+
 @torch.no_grad()
 def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0, cfg_scale=1.0, cfg_channels=None,
-           cfg_interval=None, y_null=None, noise=None, seeds=None, clip=False, callback=None, repeats=1):
+           cfg_interval=None, y_null=None, noise=None, seeds=None, clip=False, callback=None, correct=None):
     """Draw x0 of the given shape (N, C, H, W) by running the reverse process, Eq. 2-5 … 2-7, from x_T ~ N(0, I).
 
     y: labels (N,) or a context (N, M, D), on the model's device. steps: evaluations along the trajectory (guidance's pair
     counts once), all T by default, as in `Diffusion.respaced`; dpm++ takes a count only. eta: DDIM's noise. cfg_*: see `guided`;
     y_null, a label or a context (M, D), defaults to model.null_label. noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T and
     then the noise of each step. seeds: one for each image, see `key_seed`, which then comes out the same in whatever batch.
-    clip: see `p_mean_variance`; for pixels, not latents. callback(t, x, x0) sees each step. repeats: how often ddpm and ddim take
-    each step. ValueError on guidance without an unconditional input, and on what else does not fit.
+    clip clamps each predicted x0 to [-1, 1]: pixels, not latents; the function `correct` is then applied to it. callback(t, x, x0)
+    sees each step. ValueError on guidance without an unconditional input, and on what else does not fit.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
-    if cfg_scale != 1:
-        y_null = getattr(model, "null_label", None) if y_null is None else y_null
-        if y is None or y_null is None:
-            raise ValueError(f"guidance scale {cfg_scale} needs a condition and a model with an unconditional input")
-        y_null = y_null.to(y).expand_as(y) if torch.is_tensor(y_null) else torch.full_like(y, y_null)
-    if seeds is not None and len(seeds) != shape[0]:
-        raise ValueError(f"{len(seeds)} seeds for {shape[0]} images")
-    if eta and sampler != "ddim":
-        raise ValueError(f"eta is a setting of ddim, not of {sampler}")
-    if repeats < 1 or (repeats > 1 and sampler == "dpm++"):
-        raise ValueError(f"{sampler} cannot repeat its steps {repeats} times: ddpm and ddim can, 1 time or more")
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    device = next((z.device for z in (noise, y, *parameters) if z is not None), "cpu")
-    noises = _noises(shape, noise, seeds, device)
-    x = next(noises)                                                                     # Eq. 2-5
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"noise of shape {tuple(x.shape)} where x has {tuple(shape)}")
-    predict = guided(model, y, y_null, cfg_scale, cfg_channels, cfg_interval)
-    if sampler == "dpm++":
-        n = diffusion.T if steps is None else steps
-        if not isinstance(n, int) or not 1 <= n <= diffusion.T:
-            raise ValueError(f"cannot take {n!r} steps out of {diffusion.T}")
-        trajectory = dpm_steps(diffusion, predict, x, dpm_nodes(diffusion.T, n), clip)
+    check_sampler(sampler, steps, eta, diffusion.T)
+    process = diffusion if steps is None or sampler == "dpm++" else diffusion.respaced(steps)
+    x, noises, reverse = begin(process, model, shape, y, cfg_scale, cfg_channels, cfg_interval, y_null, noise, seeds, clip, correct)
+    if sampler == "ddpm":
+        trajectory = ddpm_steps(process, reverse, x, noises)
+    elif sampler == "ddim":
+        trajectory = ddim_steps(process, reverse, x, noises, eta)
     else:
-        process = diffusion if steps is None else diffusion.respaced(steps)
-        trajectory = (ddpm_steps(process, predict, x, noises, clip, repeats) if sampler == "ddpm" else
-                      ddim_steps(process, predict, x, noises, clip, repeats, eta))
+        trajectory = dpm_steps(process, reverse, x, dpm_nodes(process.T, steps or process.T))
     for step, x, x0 in trajectory:
         if callback is not None:
             callback(step, x, x0)
@@ -443,31 +449,3 @@ def ddim_invert(diffusion, model, x0, y=None, steps=None):
         x0_pred, eps = process.predict(process.split(output, x)[0], x, t)
         x = alpha_bar_next ** 0.5 * x0_pred + (1 - alpha_bar_next) ** 0.5 * eps
     return x
-
-
-def consistent(y, degrade, clip=False):
-    """The function x0 -> x0 + A+ (y - A x0), which A maps to y; what A does not see stays.  Wang et al. 2023, algorithm 1.
-
-    degrade: two functions, the linear A from (N, C, H, W) to y's shape, and its pseudo-inverse A+ back. clip: clamp x0 to [-1, 1]
-    first.
-    """
-    A, A_plus = degrade
-
-    def correct(x0):
-        x0 = x0.clamp(-1, 1) if clip else x0
-        return x0 + A_plus(y - A(x0))
-    return correct
-
-
-def restore(diffusion, model, y, degrade, condition=None, sampler="ddpm", clip=False, **options):
-    """Draw x0 (N, C, H, W) of which y = A x0 is known, with any model, trained for this or not (§1-2, §2-1).
-
-    Each x0 that the reverse process predicts is made `consistent` with y, and so is the result, to rounding. degrade: A and A+.
-    condition: the labels or the context, `sample`'s y; options: its others, such as steps, repeats, seeds, cfg_scale.
-
-    The draw is from p(x0 | A x0 = y) if what A sees and what it does not are independent; else its mean is biased towards that of
-    p(x0), the less the more often each step is repeated. Two pixels of correlation 0.9, of which one is known to lie two
-    standard deviations high: the other should lie 1.8 high on average. dpm++ says 0.9, 100 steps of ddpm 1.2; repeated twice 1.5,
-    4 times 1.7, 10 times 1.75.
-    """
-    return sample(diffusion, model, degrade[1](y).shape, condition, sampler, clip=consistent(y, degrade, clip), **options)

@@ -1,13 +1,13 @@
 """Draw images from a trained run, or from released weights.
 
-Report §4-5 (inference), §4-8, §4-9 (guidance). The defaults, DPM-Solver++ in 20 steps with guidance scale 1.5, suit what
-train.py leaves. The drawing itself is sampling.py's.
+Report §4-5 (inference), §4-8, §4-9 (guidance), §1-2 (restoration). The defaults, DPM-Solver++ in 20 steps with guidance scale
+1.5, suit what train.py leaves. Batches, conditions and decoding are sampling.py's; how an image is restored, restoration.py's.
 
     python sample.py --ckpt run.pt
     python sample.py --ckpt run.pt --n 100 --classes 3,5 --cfg-scale 3 --out digits/
     python sample.py --ckpt run.pt --prompt "a large green triangle"
     python sample.py --ckpt DiT-XL-2-256x256.pt --vae sd-vae-ft-mse.safetensors --classes 207,360 --cfg-scale 4
-    python sample.py --ckpt run.pt --inpaint photo.png --mask hole.png                     (see restoration.py)
+    python sample.py --ckpt run.pt --inpaint photo.png --mask hole.png
     torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
 import argparse
@@ -16,16 +16,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 import restoration
-from cascade import enlarge, load_upsampler
+from cascade import enlarge
 from cli import Parser, gathered, not_negative, one_line_errors, parent_of, positive, processes, progress_bar, share
-from data import to_uint8
-from sampling import (SCATTERED, add_sampling_flags, decode, decoder, draw, drawable, evaluations, guidance_scale, labels_of, parse_classes,
-                     pixel_shape, read_prompts, unconditional)
+from data import to_float, to_uint8
 from files import atomic_file
+from image_files import center_crop, open_image
 from pictures import grid, points_picture, save_image, write_gif
 from points import MLP
+from sampling import (SCATTERED, add_sampling_flags, decode, decoder, draw, drawable, evaluations, guidance_scale, labels_of,
+                      load_upsampler, parse_classes, pixel_shape, read_prompts, unconditional)
+from vae import in_pieces
 
 
 def interval(text):
@@ -42,6 +46,23 @@ def interval(text):
 def is_folder(out):
     """Whether --out names a folder: by a slash at its end, or because it is one."""
     return out.endswith("/") or Path(out).is_dir()
+
+
+def add_restoration_flags(parser):
+    """The flags of sample.py that name an image to restore."""
+    parser = parser.add_argument_group("restoring an image", "where --sampler is ddpm and --cfg-scale 1 by default")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image, in 4 ways or --n; without "
+                        "--classes the run is told no class")
+    images.add_argument("--upscale", metavar="IMAGE", help="draw 4 images, or --n, whose means over squares of --factor pixels "
+                        "are this one")
+    images.add_argument("--denoise", metavar="IMAGE", help="remove white noise (which a file cuts off at black and white): the "
+                        "mean of all possible originals; --n 2 or more draws some of them")
+    parser.add_argument("--mask", metavar="IMAGE", help="white is hidden, black is kept; as large as the image of --inpaint")
+    parser.add_argument("--factor", type=int, choices=(2, 4), help="of --upscale")
+    parser.add_argument("--sigma", type=not_negative, help="the noise's deviation, where black is -1 and white 1")
+    parser.add_argument("--repeats", type=positive, help="of each step of --inpaint and --upscale: what is drawn agrees more with "
+                        f"what is known (default: {restoration.REPEATS})")
 
 
 def flags():
@@ -61,8 +82,24 @@ def flags():
     parser.add_argument("--cfg-interval", type=interval, help="LOW,HIGH: guide between these steps of 0 … T-1 only")
     parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    restoration.add_restoration_flags(parser)
+    add_restoration_flags(parser)
     return parser
+
+
+def save_numbered(folder, numbers, images):
+    """Write images uint8 (n, H, W, C) into a folder, each named by its number."""
+    for i, image in zip(numbers, images):
+        save_image(Path(folder) / f"{i:06d}.png", image)
+
+
+# Drawing
+
+def number_and_columns(args, classes, points):
+    """How many images there shall be, and in how many columns of the grid they stand."""
+    kinds = len(classes or args.prompt or ())
+    few = (2 if args.prompt else 1) <= kinds <= 16       # then each has a column
+    n = args.n or (SCATTERED if points else 4 * kinds if few else 16)
+    return n, kinds if few else math.ceil(math.sqrt(min(n, 64)))
 
 
 def write_outputs(args, images, frames, labels, columns, latent):
@@ -91,24 +128,6 @@ def write_outputs(args, images, frames, labels, columns, latent):
     return ", ".join(written)
 
 
-def write_restored(args, task):
-    """Write the image that --inpaint, --upscale or --denoise names, beside it what becomes of it; or, into a folder, only that."""
-    described, network, diffusion = drawable(args.ckpt)
-    classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes) if args.classes else None
-    autoencoder = decoder(args.vae, described, network)
-    restoration.check_task(args, task, network, bool(described["vae"]), autoencoder, classes)
-    guidance_scale(network, args.cfg_scale)                    # refuses a scale that the network lacks the input for,
-    evaluations(args.steps, args.sampler, diffusion)     # and more steps than the process has
-    images, how = restoration.restore_image(args, task, network, diffusion, autoencoder, classes)
-    if is_folder(args.out):
-        Path(args.out).mkdir(exist_ok=True)
-        for i, image in enumerate(images[1:]):
-            save_image(Path(args.out) / f"{i:06d}.png", image)
-    else:
-        save_image(args.out, grid(images, len(images)))
-    print(f"{how}: wrote {args.out}")
-
-
 def check_pictures(args, points, on_latents, decoded):
     """ValueError where pictures are asked for of what is none: points, or latents, decoded perhaps once they are drawn."""
     if points and (args.trajectory or is_folder(args.out)):
@@ -120,66 +139,212 @@ def check_pictures(args, points, on_latents, decoded):
         raise ValueError("--cascade: the network works on an autoencoder's latents; --vae FILE makes them images first")
 
 
+def draw_share(args, network, diffusion, n, conditions, finished, folder, columns, **options):
+    """Draw this process's share of n images -> a list of batches, as `finished` makes them, and the trajectory's frames.
+
+    conditions and options are `sampling.draw`'s. If there is a folder, each image is written into it at once.
+    """
+    images, frames = [], {}
+
+    def keep_frame(t, x, x0):
+        if not images:                                   # of the first batch; a smaller try after a full memory replaces them
+            frames[t] = grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns)
+
+    with progress_bar("drawing", n) as bar:
+        for part, x in draw(network, diffusion, share(n), conditions, args.seed, args.batch_size,
+                            callback=keep_frame if args.trajectory else None, **options):
+            bar.update(len(part))
+            images.append(finished(part, x))
+            if folder:
+                save_numbered(folder, part, images[-1])
+    return images, list(frames.values())
+
+
 def draw_and_write(args):
     """Draw what the flags ask for and write it; under torchrun each process draws its share."""
-    for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
-        parent_of(path)
-    task = restoration.task_of(args)
-    if task:
-        return write_restored(args, task)
-    args.sampler = args.sampler or "dpm++"
     described, network, diffusion = drawable(args.ckpt)
     classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
     contexts = read_prompts(args.prompt, args.clip, described, network)
     y_null = unconditional(network, described["text"], described["config"])
-    scale = guidance_scale(network, args.cfg_scale, y_null)
-    steps = evaluations(args.steps, args.sampler, diffusion)
+    sampler, scale = args.sampler or "dpm++", guidance_scale(network, args.cfg_scale, y_null)
+    steps = evaluations(args.steps, sampler, diffusion)
     autoencoder = decoder(args.vae, described, network)
     points, on_latents = isinstance(network, MLP), bool(described["vae"])
     check_pictures(args, points, on_latents, autoencoder)
     latent = on_latents and autoencoder is None          # is what is written
     upsampler, upsampling = (load_upsampler(args.cascade, described, network.num_classes, pixel_shape(network, autoencoder))
                              if args.cascade else (None, None))
-    kinds = len(classes or args.prompt or ())
-    few = (2 if args.prompt else 1) <= kinds <= 16       # then each has a column
-    n = args.n or (SCATTERED if points else 4 * kinds if few else 16)
-    columns = kinds if few else math.ceil(math.sqrt(min(n, 64)))
+    n, columns = number_and_columns(args, classes, points)
 
     device, rank, _ = processes(args.device)
     network, autoencoder, upsampler = (part and part.to(device) for part in (network, autoencoder, upsampler))
-    one_by_one = is_folder(args.out) and not latent
-    if one_by_one:
-        Path(args.out).mkdir(exist_ok=True)
-    frames, images = {}, []
+    folder = args.out if is_folder(args.out) and not latent else None
+    if folder:
+        Path(folder).mkdir(exist_ok=True)
 
-    def keep_frame(t, x, x0):
-        if rank == 0 and not images:                     # of the first batch; a smaller try after a full memory replaces them
-            frames[t] = grid(to_uint8(x[:4 * columns]).cpu().numpy(), columns)
+    def finished(part, x):
+        """What is written of images number `part`: points (n, 2), latents, or uint8 (n, H, W, C)."""
+        x = decode(autoencoder, x) if autoencoder else x
+        x = enlarge(upsampler, upsampling, x, labels_of(part, classes), args.seed, part) if upsampler else x
+        return (x.flatten(1) if points else x if latent else to_uint8(x)).cpu().numpy()
 
-    with progress_bar("drawing", n) as bar:
-        for part, x in draw(network, diffusion, share(n), classes if contexts is None else contexts, args.seed, args.batch_size,
-                            sampler=args.sampler, steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels,
-                            cfg_interval=args.cfg_interval, y_null=y_null, clip=not (on_latents or points),
-                            callback=keep_frame if args.trajectory else None):
-            bar.update(len(part))
-            x = decode(autoencoder, x) if autoencoder else x
-            x = enlarge(upsampler, upsampling, x, labels_of(part, classes), args.seed, part) if upsampler else x
-            images.append((x.flatten(1) if points else x if latent else to_uint8(x)).cpu().numpy())
-            if one_by_one:
-                for i, image in zip(part, images[-1]):
-                    save_image(Path(args.out) / f"{i:06d}.png", image)
-    everyones = gathered(images) if args.npz or not one_by_one else []   # else they are on disk already
+    images, frames = draw_share(args, network, diffusion, n, classes if contexts is None else contexts, finished, folder, columns,
+                                sampler=sampler, steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels,
+                                cfg_interval=args.cfg_interval, y_null=y_null, clip=not (on_latents or points))
+    everyones = gathered(images) if args.npz or not folder else []       # else they are on disk already
     if rank == 0:
         images = np.concatenate([batch for batches in everyones for batch in batches]) if everyones else None
-        written = write_outputs(args, images, list(frames.values()), labels_of(range(n), classes), columns, latent)
-        print(f"{n} images, {args.sampler}, {steps} steps, guidance {scale:g}, seed {args.seed}: wrote {written}")
+        written = write_outputs(args, images, frames, labels_of(range(n), classes), columns, latent)
+        print(f"{n} images, {sampler}, {steps} steps, guidance {scale:g}, seed {args.seed}: wrote {written}")
+
+
+# Restoring an image
+
+def task_of(args):
+    """The task, "inpaint", "upscale" or "denoise"; None if none is asked for.  ValueError on flags that do not go together."""
+    task = next((name for name in ("inpaint", "upscale", "denoise") if getattr(args, name)), None)
+    for name, setting in (("inpaint", "mask"), ("upscale", "factor"), ("denoise", "sigma")):
+        if task == name and getattr(args, setting) is None:
+            raise ValueError(f"--{name} needs --{setting}")
+        if task != name and getattr(args, setting) is not None:
+            raise ValueError(f"--{setting} belongs to --{name}")
+    if args.repeats and task not in ("inpaint", "upscale"):
+        raise ValueError("--repeats belongs to --inpaint and --upscale")
+    for name in ("npz", "trajectory", "eta", "cfg_interval", "cfg_channels", "prompt", "clip", "cascade") if task else ():
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --{task}")
+    if task == "denoise" and args.sampler not in (None, "ddpm"):
+        raise ValueError(f"--denoise draws with ddpm: with {args.sampler} every image would be the same")
+    if task == "denoise" and args.n in (None, 1) and args.steps:
+        raise ValueError("--denoise: the mean of all possible originals takes no --steps; --n 2 or more draws some of them")
+    return task
+
+
+def fitted(image, path, size):
+    """A Pillow image of the size (H, W): cropped and scaled if it has another one, which is said.  ValueError if it cannot be."""
+    if (image.height, image.width) == tuple(size):
+        return image
+    long, short = max(image.size), min(image.size)
+    if size[0] != size[1] or max(size) ** 2 * long > Image.MAX_IMAGE_PIXELS * short:
+        raise ValueError(f"{path} has {image.width}x{image.height} pixels, where {size[1]}x{size[0]} are needed: scale it")
+    print(f"{path}: {image.width}x{image.height} pixels, cropped and scaled to {size[1]}x{size[0]}")
+    return center_crop(image, size[0])
+
+
+def pixels_of(path, size, channels):
+    """An image file as (1, C, H, W) for the size (H, W): what is changed to make it fit is said.  ValueError, OSError."""
+    image = fitted(open_image(path), path, size)
+    mode = {1: "L", 3: "RGB"}[channels]
+    if image.mode != mode:
+        print(f"{path}: " + ("made grey, as the run's images are" if channels == 1 else "grey, repeated in all three colours"))
+    pixels = np.array(image.convert(mode)).reshape(1, *size, channels)
+    return to_float(torch.from_numpy(pixels))
+
+
+def hidden_of(path, image_path, size):
+    """A mask's file as zeros and ones (1, 1, H, W): 1 where it is white.  ValueError if it is not as large as the image."""
+    mask, image = open_image(path).convert("L"), open_image(image_path)
+    if mask.size != image.size:
+        raise ValueError(f"--mask {path} has {mask.width}x{mask.height} pixels, --inpaint {image_path} "
+                         f"{image.width}x{image.height}: they must be of one size")
+    return torch.from_numpy(np.array(fitted(mask, path, size)) >= 128).float()[None, None]
+
+
+def measured(args, task, size, channels, device):
+    """What is known of the image in a file -> y, and A and A+; for --denoise y and None.  ValueError if it does not fit."""
+    if task == "denoise":
+        return pixels_of(args.denoise, size, channels).to(device), None
+    if task == "upscale":
+        if any(side % args.factor for side in size):
+            raise ValueError(f"--factor {args.factor} does not divide the run's {size[1]}x{size[0]} pixels")
+        low_size = [side // args.factor for side in size]
+        return pixels_of(args.upscale, low_size, channels).to(device), restoration.pooled(args.factor)
+    hidden, image = hidden_of(args.mask, args.inpaint, size), pixels_of(args.inpaint, size, channels)
+    if hidden.min() == hidden.max():
+        said = "everything: what is drawn has nothing to do with the image" if hidden.max() else "nothing: the image stays as it is"
+        print(f"WARNING: --mask {args.mask} hides {said}", file=sys.stderr)
+    A, A_plus = restoration.masked(hidden.to(device))
+    return A(image.to(device)), (A, A_plus)
+
+
+def check_task(args, task, network, latent, autoencoder, classes):
+    """ValueError, before any work, where a run cannot do what is asked for."""
+    if network.context_dim is not None:
+        raise ValueError(f"{args.ckpt} is told a text: --{task} takes runs with classes, or without a condition")
+    if latent and autoencoder is None:
+        raise ValueError(f"--{task}: {args.ckpt} works on latents: --vae FILE names their autoencoder")
+    if (autoencoder or network).channels not in (1, 3):
+        raise ValueError(f"--{task}: what {args.ckpt} draws is neither grey nor in colour")
+    if latent and task == "denoise":
+        raise ValueError("--denoise: white noise on pixels is no white noise on latents: it needs a run on pixels")
+    if classes is None and network.num_classes is not None and network.null_label is None:
+        raise ValueError(f"--{task}: {args.ckpt} always wants a class: name it with --classes")
+    if classes is None and args.cfg_scale not in (None, 1):
+        raise ValueError("--cfg-scale guides towards a class: name it with --classes")
+
+
+@torch.no_grad()
+def restore_images(args, task, network, diffusion, autoencoder=None, classes=None):
+    """What is known of the image, and n restored ones, as uint8 (1 + n, H, W, C); and how they were made, in words.
+
+    task: `task_of` the flags; classes: those that the images cycle through, None for the null class.
+    """
+    device, _, world = processes(args.device)
+    if world > 1:
+        raise ValueError(f"--{task} restores one image in one process: start it without torchrun")
+    network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)
+    *size, channels = pixel_shape(network, autoencoder)
+    y, degrade = measured(args, task, size, channels, device)
+    n, scale = args.n or (1 if task == "denoise" else 4), 1.0 if args.cfg_scale is None else args.cfg_scale
+    sampler, steps = args.sampler or "ddpm", args.steps or min(restoration.STEPS, diffusion.T)
+    repeats = args.repeats or (1 if task == "denoise" or sampler == "dpm++" else restoration.REPEATS)
+    how = f"{n} images, {sampler}, {steps} steps" + f" repeated {repeats} times" * (repeats > 1) + f", seed {args.seed}"
+    if task == "denoise" and n == 1:
+        sampler, steps, how = "dpm++", 1, "the mean of all possible originals"
+
+    def restored(rows):
+        known = y.expand(len(rows), -1, -1, -1)
+        condition = None if classes is None else torch.tensor(classes, device=device)[rows % len(classes)]
+        options = dict(condition=condition, sampler=sampler, steps=steps, cfg_scale=scale,
+                       seeds=[(args.seed, i) for i in rows.tolist()])
+        if task == "denoise":
+            return restoration.denoise(diffusion, network, known, args.sigma, clip=True, **options)
+        if autoencoder:
+            return restoration.restore_latents(diffusion, network, autoencoder, known, degrade, repeats=repeats, **options)
+        return restoration.restore(diffusion, network, known, degrade, repeats=repeats, clip=True, **options)
+    images = in_pieces(restored, torch.arange(n, device=device), args.batch_size or 64)
+    shown = torch.cat([y if degrade is None else degrade[1](y), images])
+    return to_uint8(shown).cpu().numpy(), f"{how}, guidance {scale:g}"
+
+
+def restore_and_write(args, task):
+    """Write the image that --inpaint, --upscale or --denoise names, beside it what becomes of it; or, into a folder, only that."""
+    described, network, diffusion = drawable(args.ckpt)
+    classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes) if args.classes else None
+    autoencoder = decoder(args.vae, described, network)
+    check_task(args, task, network, bool(described["vae"]), autoencoder, classes)
+    guidance_scale(network, args.cfg_scale)              # refuses a scale that the network lacks the input for,
+    evaluations(args.steps, args.sampler, diffusion)     # and more steps than the process has
+    images, how = restore_images(args, task, network, diffusion, autoencoder, classes)
+    if is_folder(args.out):
+        Path(args.out).mkdir(exist_ok=True)
+        save_numbered(args.out, range(len(images) - 1), images[1:])
+    else:
+        save_image(args.out, grid(images, len(images)))
+    print(f"{how}: wrote {args.out}")
 
 
 def main(argv=None):
     """The command: parse, run, report errors in one line."""
     args = flags().parse_args(argv)
     with one_line_errors("sample.py"):
-        draw_and_write(args)
+        for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
+            parent_of(path)
+        task = task_of(args)
+        if task:
+            restore_and_write(args, task)
+        else:
+            draw_and_write(args)
 
 
 if __name__ == "__main__":

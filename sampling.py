@@ -22,6 +22,7 @@ from checkpoint import Clip, load, load_autoencoder, load_clip
 from cli import first_in_turn, natural, not_negative, positive, progress_bar, share
 from data import Dataset, to_uint8
 from files import cache_folder, sha256_of
+from unet import SuperResUNet
 from vae import in_pieces, pieces
 
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
@@ -303,3 +304,28 @@ def add_sampling_flags(parser):
     parser.add_argument("--steps", type=positive, help=f"evaluations along the trajectory (default: {STEPS}; 250 for ddpm)")
     parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
     parser.add_argument("--seed", type=natural, default=0, help="default: 0")
+
+
+def load_upsampler(path, base, labelled, shape):
+    """The upsampler in a file, and its process, for images (H, W, C) = shape that the network of a run draws.
+
+    base: that run, as `checkpoint.load` gives it; labelled: its network's number of classes, or None. ValueError if the file
+    holds no upsampler, or one of other images or classes.
+    """
+    described = load(path)
+    network, diffusion = build(described)
+    if not isinstance(network, SuperResUNet):
+        raise ValueError(f"--cascade {path} holds a {type(network).__name__}, which enlarges nothing: an upsampler is trained by "
+                         "train.py --model unet --size Ti-up")
+    height, width = (side // network.factor for side in network.image_size)
+    if (height, width, network.channels) != tuple(shape):
+        raise ValueError(f"--cascade {path} enlarges {height}x{width} pixels of {network.channels} channels, and --ckpt draws "
+                         "{}x{} of {}".format(*shape))
+    if network.num_classes is not None:
+        names, own_names = (run["data"].get("classes") for run in (base, described))     # None where they are not known
+        fits = labelled == network.num_classes and (not names or not own_names or names == own_names)
+        if labelled is None:                             # then it is told its null class
+            fits = network.null_label is not None
+        if not fits:
+            raise ValueError(f"--cascade {path} was trained with {network.num_classes} classes, which are not those of --ckpt")
+    return network, diffusion

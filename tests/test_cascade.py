@@ -19,6 +19,7 @@ import gflops
 import models
 import objectives
 import sample
+import sampling
 import train
 import unet
 from formula import fill
@@ -367,26 +368,26 @@ def test_classes_of_base_and_upsampler_must_be_the_same_or_missing(tmp_path):
     without, none = saved(tmp_path / "without.pt", classes=3, null_class=False), saved(tmp_path / "none.pt")
     unlabelled = FITS | dict(base=dict(data=dict(classes=None)), labelled=None)
     for path, how in ((with_null, FITS), (without, FITS), (none, FITS), (none, unlabelled), (with_null, unlabelled)):
-        network, process = cascade.load_upsampler(path, **how)
+        network, process = sampling.load_upsampler(path, **how)
         assert isinstance(network, unet.SuperResUNet) and process.prediction == "x0"
     said = "was trained with 3 classes, which are not those of --ckpt"
     for path, how in ((without, unlabelled), (with_null, FITS | dict(labelled=4)),
                       (with_null, FITS | dict(base=dict(data=dict(classes=["a", "c", "b"]))))):
-        refusal(lambda: cascade.load_upsampler(path, **how), path, said)
+        refusal(lambda: sampling.load_upsampler(path, **how), path, said)
 
 
 @pytest.mark.parametrize("shape", [(4, 2, 1), (2, 4, 1), (2, 2, 3), (8, 8, 1)])
 def test_an_upsampler_of_another_size_or_other_channels_is_refused(tmp_path, shape):
     path = saved(tmp_path / "sr.pt")
-    refusal(lambda: cascade.load_upsampler(path, **FITS | dict(shape=shape)), "enlarges 2x2 pixels of 1 channels",
+    refusal(lambda: sampling.load_upsampler(path, **FITS | dict(shape=shape)), "enlarges 2x2 pixels of 1 channels",
             "{}x{} of {}".format(*shape))
 
 
 def test_what_is_no_upsampler_enlarges_nothing(tmp_path, tiny_run):
     for path, kind in ((tiny_run, "DiT"), (saved(tmp_path / "unet.pt", size="Ti"), "UNet"),
                        (saved_autoencoder(tmp_path / "vae.pt"), "AutoencoderKL")):
-        refusal(lambda: cascade.load_upsampler(path, **FITS), f"{path} holds a {kind}, which enlarges nothing", "--size Ti-up")
-    refusal(lambda: cascade.load_upsampler(tmp_path / "gone.pt", **FITS), "there is no such file", kind=OSError)
+        refusal(lambda: sampling.load_upsampler(path, **FITS), f"{path} holds a {kind}, which enlarges nothing", "--size Ti-up")
+    refusal(lambda: sampling.load_upsampler(tmp_path / "gone.pt", **FITS), "there is no such file", kind=OSError)
 
 
 def test_an_upsampler_alone_is_told_of_cascades(tmp_path):

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import ddpm
 from ddpm import (Diffusion, SAMPLERS, SCHEDULES, cosine_betas, ddim_invert, ddim_steps, ddpm_steps, discretized_log_likelihood,
-                  dpm_nodes, dpm_steps, dpm_update, guided, linear_betas, normal_kl, sample, scaled_linear_betas)
+                  dpm_nodes, dpm_steps, dpm_update, guided, linear_betas, normal_kl, reverse_process, sample, scaled_linear_betas)
 
 GAUSS = {"kind": "gauss", "m": 0.3, "s": 0.5}
 MIXTURE = {"kind": "mixture", "m": 0.6, "s": 0.2}
@@ -322,7 +322,7 @@ def test_dpm_solver_updates_equal_uvits_and_diffusers(case):
     nodes = config["timesteps"] if case.startswith("uvit") else data[f"out_{case}_timesteps"].tolist()
     nodes = nodes + [0] if config.get("final") == "sigma_min" else nodes
     if config["order"] == 2:
-        states = [x for _, x, _ in dpm_steps(diffusion, model, data["in_xT"], nodes, clip=False)]
+        states = [x for _, x, _ in dpm_steps(diffusion, reverse_process(diffusion, model), data["in_xT"], nodes)]
     else:
         states = first_order_states(diffusion, model, data["in_xT"], nodes, to_zero=config.get("final") == "zero")
     states = torch.stack(states)[:len(data[f"out_{case}_x"])]            # some references stop before the step to no noise
@@ -548,6 +548,24 @@ def test_clipping_bounds_the_image_and_moves_the_mean_with_it(betas, prediction,
     mean, *_, x0 = diffusion.p_mean_variance(output, x, t, clip=True)
     assert (x0.abs() <= 1).all() and torch.equal(x0[free.abs() <= 1], free[free.abs() <= 1])
     assert torch.equal(mean, diffusion.q_posterior(x0, x, t)[0])
+
+
+@given(schedules, predictions, seeds, st.booleans())
+def test_a_correction_replaces_the_clipped_image_and_moves_the_mean_with_it(betas, prediction, seed, clip):
+    diffusion, t = Diffusion(betas, prediction), every_step(Diffusion(betas))
+    x, output = normal(diffusion.T, 1, 2, 3, seed=seed), 3 * normal(diffusion.T, 1, 2, 3, seed=seed + 1)
+    before = diffusion.p_mean_variance(output, x, t, clip)[3]
+    mean, *_, x0 = diffusion.p_mean_variance(output, x, t, clip, correct=lambda x0: x0.flip(2) + 2)
+    assert torch.equal(x0, before.flip(2) + 2) and torch.equal(mean, diffusion.q_posterior(x0, x, t)[0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_goes_on_from_the_corrected_image(sampler):
+    x0s, target = [], normal(2, 1, 2, 3)
+    x = sample(Diffusion(linear_betas(20)), lambda x, t, y: 0.1 * x, (2, 1, 2, 3), sampler=sampler, seeds=[0, 1], clip=True,
+               correct=lambda x0: target.clone(), callback=lambda step, x, x0: x0s.append(x0))
+    assert all(torch.equal(x0, target) for x0 in x0s)
+    assert_close(x.double(), target, rtol=1e-4, atol=1e-4)               # float32 over 20 steps; target lies beyond 1
 
 
 # Losses
@@ -845,7 +863,7 @@ def test_dpm_solver_has_its_order(order):
 def test_dpm_solver_of_first_order_is_ddim(steps, seed):
     diffusion = Diffusion(cosine_betas(100))
     respaced, model, x = diffusion.respaced(steps), denoiser(diffusion.betas, MIXTURE), normal(1, 1, 2, 3, seed=seed)
-    ddim = [x for _, x, _ in ddim_steps(respaced, model, x, None, clip=False)]
+    ddim = [x for _, x, _ in ddim_steps(respaced, reverse_process(respaced, model), x, None)]
     solver = first_order_states(diffusion, model, x, respaced.timesteps[::-1].tolist(), to_zero=False)
     assert_close(torch.stack(solver), torch.stack(ddim[:-1]), **EXACT)
 
@@ -891,9 +909,9 @@ def test_dpm_solver_nodes_crowd_where_little_noise_is_left():
 def test_ddim_with_eta_one_and_ddpm_draw_the_same_trajectory(betas, prediction, clip, seed):
     """Equal mean and equal variance at each step, so equal x from equal noise."""
     diffusion, start = Diffusion(betas, prediction), normal(2, 1, 2, 3, seed=seed)
-    model = lambda x, t: 0.8 * torch.sin(2 * x)              # any network
+    reverse = reverse_process(diffusion, lambda x, t: 0.8 * torch.sin(2 * x), clip)      # of any network
     noises = normal(len(betas), 2, 1, 2, 3, seed=seed + 1)
-    ddpm, ddim = (torch.stack([x for _, x, _ in steps(diffusion, model, start, iter(noises), clip, **eta)])
+    ddpm, ddim = (torch.stack([x for _, x, _ in steps(diffusion, reverse, start, iter(noises), **eta)])
                   for steps, eta in ((ddpm_steps, {}), (ddim_steps, dict(eta=1.0))))
     assert_close(ddim, ddpm, rtol=1e-6, atol=1e-8)           # a fast step makes x0 of size 1e4 and more, then shrinks it back
 
@@ -904,7 +922,8 @@ def test_every_eta_keeps_the_marginals_of_a_known_image(betas, eta, x0):
     diffusion, T = Diffusion(betas, "x0"), len(betas)
     units = torch.eye(T + 1).double().reshape(T + 1, T + 1, 1, 1, 1)     # row k of the batch gets one unit of noise k alone
     start = diffusion.alpha_bars[-1] ** 0.5 * x0 + (1 - diffusion.alpha_bars[-1]) ** 0.5 * units[0]
-    trajectory = ddim_steps(diffusion, lambda x, t: torch.full_like(x, x0), start, iter(units[1:-1]), False, eta=eta)
+    reverse = reverse_process(diffusion, lambda x, t: torch.full_like(x, x0))
+    trajectory = ddim_steps(diffusion, reverse, start, iter(units[1:-1]), eta)
     xs = torch.stack([x.flatten() for _, x, _ in trajectory])            # (T, T + 1): the last row got none: it is the mean
     mean, variance = xs[:, -1], ((xs - xs[:, -1:]) ** 2).sum(dim=1)      # affine in independent noises: squares add up
     before = torch.from_numpy(np.append(diffusion.alpha_bars[:-1][::-1], 1.0))
@@ -1126,17 +1145,17 @@ def test_guidance_leaves_the_learned_variance_conditional():
 def test_guidance_of_some_channels_leaves_the_others_conditional():
     x, y, t = normal(2, 4, 1, 3), torch.tensor([1, 2]), torch.tensor([0, 5])
     null = torch.full_like(y, NULL)
-    some, every = (guided(labelled_output, y, null, 3.0, channels)(x, t) for channels in (3, None))
-    assert torch.equal(some[:, :3], every[:, :3])
-    assert torch.equal(some[:, 3:], labelled_output(x, t, y)[:, 3:])
+    three, every = (guided(labelled_output, y, null, 3.0, channels)(x, t) for channels in (3, None))
+    assert torch.equal(three[:, :3], every[:, :3])
+    assert torch.equal(three[:, 3:], labelled_output(x, t, y)[:, 3:])
 
 
 def test_sampling_guides_the_channels_that_it_is_told():
     noise, y = normal(2, 4, 1, 3), torch.tensor([1, 2])
     model = lambda x, t, y: torch.sin(x + column(y))         # mixes no channels
-    plain, some, every = (sample(Diffusion(linear_betas(5)), model, noise.shape, y, "ddim", cfg_scale=scale, cfg_channels=channels,
+    plain, three, every = (sample(Diffusion(linear_betas(5)), model, noise.shape, y, "ddim", cfg_scale=scale, cfg_channels=channels,
                                  y_null=NULL, noise=noise) for scale, channels in ((1.0, None), (3.0, 3), (3.0, None)))
-    assert torch.equal(some[:, :3], every[:, :3]) and torch.equal(some[:, 3:], plain[:, 3:])
+    assert torch.equal(three[:, :3], every[:, :3]) and torch.equal(three[:, 3:], plain[:, 3:])
     assert not torch.equal(every[:, 3:], plain[:, 3:])
 
 

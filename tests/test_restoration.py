@@ -1,4 +1,4 @@
-"""restoration.py and ddpm.restore: what is known of an image is kept, the rest is what the exact denoiser of a Gaussian says."""
+"""restoration.py, and sample.py on images to restore: what is known is kept, the rest is what the exact denoiser says."""
 import math
 from types import SimpleNamespace
 
@@ -97,7 +97,7 @@ def test_a_mask_hides_where_it_is_one_and_pooling_is_the_mean_of_squares():
 def test_the_correction_moves_the_measurement_to_y_and_leaves_what_it_does_not_see(operator, seed):
     (A, A_plus), shape = operator
     x0, y = normal(2, *shape, seed=seed), A(normal(2, *shape, seed=seed + 1))
-    correct = ddpm.consistent(y, (A, A_plus))
+    correct = restoration.consistent(y, (A, A_plus))
     assert_close(A(correct(x0)), y, **EXACT)
     assert_close(correct(x0) - A_plus(A(correct(x0))), x0 - A_plus(A(x0)), **EXACT)
     assert_close(correct(correct(x0)), correct(x0), **EXACT)
@@ -113,7 +113,7 @@ def test_the_result_has_the_measurement_whatever_the_sampler_and_clipping(option
     hidden = torch.zeros(1, 1, 8, 8)
     hidden[..., 2:6, 2:6] = 1
     for A, A_plus in (masked(hidden), pooled(2), pooled(4)):
-        x = ddpm.restore(Diffusion(betas, prediction), model, A(real), (A, A_plus), clip=clip, seeds=[0, 1], **options)
+        x = restoration.restore(Diffusion(betas, prediction), model, A(real), (A, A_plus), clip=clip, seeds=[0, 1], **options)
         assert x.shape == real.shape and x.dtype == torch.float32
         assert_close(A(x), A(real), **KEPT)
 
@@ -129,7 +129,7 @@ SURE = torch.tensor([1.5, -1, 0, 0]).double().expand(2000, 1, 1, 4)             
 def drawn(betas, model, y, operator, steps=None, **options):
     """Draws for measurements y (N, ...)."""
     torch.manual_seed(0)
-    return ddpm.restore(Diffusion(betas, "x0"), model, y, operator, steps=steps, **options)
+    return restoration.restore(Diffusion(betas, "x0"), model, y, operator, steps=steps, **options)
 
 
 @pytest.mark.parametrize("options", [{}, dict(sampler="ddim"), dict(sampler="ddim", eta=1.0), dict(sampler="dpm++", steps=100)],
@@ -166,7 +166,7 @@ def test_the_bias_of_correlated_pixels_falls_with_repeats_as_the_docstring_says(
 def test_repeating_steps_keeps_the_moments_of_the_data_where_nothing_is_known():
     betas, S = cosine_betas(1000), torch.block_diag(KNOWN, HIDDEN)
     torch.manual_seed(0)
-    x = ddpm.sample(Diffusion(betas, "x0"), gaussian(betas, MEAN, S), (2000, 1, 1, 4), sampler="ddim", repeats=2, steps=500)
+    x = restoration.repaint(Diffusion(betas, "x0"), gaussian(betas, MEAN, S), (2000, 1, 1, 4), sampler="ddim", repeats=2, steps=500)
     assert_moments(x.double(), MEAN, S)
 
 
@@ -178,8 +178,9 @@ def test_each_step_is_taken_as_often_as_it_is_repeated(sampler):
     def watched(x, t, y=None):
         times.append(int(t[0]))
         return model(x, t, y)
-    drawn(betas, watched, SURE[:2], LAST_TWO, sampler=sampler, steps=4, repeats=3)
-    assert times == [9, 9, 9, 6, 6, 6, 3, 3, 3, 0, 0, 0]
+    seen = []
+    x = drawn(betas, watched, SURE[:2], LAST_TWO, sampler=sampler, steps=4, repeats=3, callback=lambda *state: seen.append(state))
+    assert times == [9, 9, 9, 6, 6, 6, 3, 3, 3, 0, 0, 0] == [step for step, _, _ in seen] and torch.equal(seen[-1][1], x)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, 3.0])
@@ -273,8 +274,8 @@ def test_restoring_through_an_autoencoder_that_loses_nothing_is_restoring_pixels
     noise, real = normal(9, 2, 4, 2, 2), normal(2, 1, 4, 4, seed=1).clamp(-1, 1)
     autoencoder.scale = 1.0
     for A, A_plus in (pooled(2), masked(normal(1, 1, 4, 4).sign().clamp(0, 1))):
-        expected = ddpm.restore(diffusion, pixels, A(real), (A, A_plus), noise=torch.stack([autoencoder.decode(z) for z in noise]),
-                                steps=8, clip=True)
+        decoded = torch.stack([autoencoder.decode(z) for z in noise])
+        expected = restoration.restore(diffusion, pixels, A(real), (A, A_plus), noise=decoded, steps=8, clip=True)
         found = restoration.restore_latents(diffusion, latents, autoencoder, A(real), (A, A_plus), noise=noise, steps=8)
         assert_close(found, expected, **EXACT)
 
@@ -401,7 +402,7 @@ def test_an_image_of_another_size_or_colour_is_made_to_fit_and_that_is_said(tiny
     command(tiny_run, "--upscale", "colour.png", "--factor", "2", *FEW)
     said = capsys.readouterr().out
     assert "colour.png: made grey" in said and "colour.png: 32x32 pixels, cropped and scaled to 16x16" in said
-    assert restoration.pixels_of("digit.png", (32, 32), 3).shape == (1, 3, 32, 32)
+    assert sample.pixels_of("digit.png", (32, 32), 3).shape == (1, 3, 32, 32)
     assert "digit.png: grey, repeated in all three colours" in capsys.readouterr().out
 
 
@@ -484,5 +485,5 @@ def test_a_run_that_cannot_restore_says_why(tiny_run, latent_run, folder, capsys
 def test_runs_that_are_told_a_text_are_refused(tiny_run, context_dim):
     network = SimpleNamespace(context_dim=context_dim, channels=1, num_classes=None, null_label=None)
     args = SimpleNamespace(ckpt="run.pt", cfg_scale=None)
-    call = lambda: restoration.check_task(args, "inpaint", network, False, None, None)
+    call = lambda: sample.check_task(args, "inpaint", network, False, None, None)
     refusal(call, "run.pt is told a text") if context_dim else call()
