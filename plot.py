@@ -159,11 +159,11 @@ def noising(args):
 
 def guidance(args):
     """Samples of each class at rising guidance scales, a column one noise."""
-    described, network, diffusion = drawable(args.ckpt)
+    run, network, diffusion = drawable(args.ckpt)
     if network.num_classes is None or network.null_label is None:
         raise ValueError(f"{args.ckpt}: guidance needs a network with classes and an unconditional input")
-    autoencoder = decoder(None, described, network)
-    if described["vae"] and autoencoder is None:
+    autoencoder = decoder(None, run, network)
+    if run.vae and autoencoder is None:
         raise ValueError(f"{args.ckpt} draws latents, and the autoencoder that decodes them is not at hand")
     device, columns = processes()[0], min(network.num_classes, 10)
     network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)
@@ -172,7 +172,7 @@ def guidance(args):
         drawn = torch.cat([x for _, x in draw(network, diffusion, range(columns), list(range(columns)), args.seed, cfg_scale=scale,
                                               clip=autoencoder is None)])
         rows.append(data.to_uint8(drawn if autoencoder is None else decode(autoencoder, drawn)).cpu().numpy())
-    names = (described["data"]["classes"] or list(map(str, range(columns))))[:columns]
+    names = (run.data.classes or list(map(str, range(columns))))[:columns]
     picture = table(np.stack(rows), [f"{scale:g}" for scale in SCALES], names, "scale")
     return picture, ("From the same noise, a larger guidance scale draws each class more clearly, up to a point; 0 leaves the "
                      "class out.")

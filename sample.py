@@ -28,7 +28,7 @@ from image_files import center_crop, open_image
 from pictures import grid, points_picture, save_image, write_gif
 from points import MLP
 from sampling import (SCATTERED, add_sampling_flags, decode, decoder, draw, drawable, evaluations, guidance_scale, labels_of,
-                      load_upsampler, parse_classes, pixel_shape, read_prompts, unconditional)
+                      load_upsampler, parse_classes, pixel_shape, read_prompts, text_reader, unconditional)
 from vae import in_pieces
 
 
@@ -162,17 +162,18 @@ def draw_share(args, network, diffusion, n, conditions, finished, folder, column
 
 def draw_and_write(args):
     """Draw what the flags ask for and write it; under torchrun each process draws its share."""
-    described, network, diffusion = drawable(args.ckpt)
-    classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes)
-    contexts = read_prompts(args.prompt, args.clip, described, network)
-    y_null = unconditional(network, described["text"], described["config"])
+    run, network, diffusion = drawable(args.ckpt)
+    classes = parse_classes(args.classes, run.data.classes, network.num_classes)
+    reader = text_reader(run, network, args.clip)
+    contexts = read_prompts(args.prompt, reader, network)
+    y_null = unconditional(network, reader, run.config.get("cfg_drop"))
     sampler, scale = args.sampler or "dpm++", guidance_scale(network, args.cfg_scale, y_null)
     steps = evaluations(args.steps, sampler, diffusion)
-    autoencoder = decoder(args.vae, described, network)
-    points, on_latents = isinstance(network, MLP), bool(described["vae"])
+    autoencoder = decoder(args.vae, run, network)
+    points, on_latents = isinstance(network, MLP), bool(run.vae)
     check_pictures(args, points, on_latents, autoencoder)
     latent = on_latents and autoencoder is None          # is what is written
-    upsampler, upsampling = (load_upsampler(args.cascade, described, network.num_classes, pixel_shape(network, autoencoder))
+    upsampler, upsampling = (load_upsampler(args.cascade, run, network.num_classes, pixel_shape(network, autoencoder))
                              if args.cascade else (None, None))
     n, columns = number_and_columns(args, classes, points)
 
@@ -319,10 +320,10 @@ def restore_images(args, task, network, diffusion, autoencoder=None, classes=Non
 
 def restore_and_write(args, task):
     """Write the image that --inpaint, --upscale or --denoise names, beside it what becomes of it; or, into a folder, only that."""
-    described, network, diffusion = drawable(args.ckpt)
-    classes = parse_classes(args.classes, described["data"].get("classes"), network.num_classes) if args.classes else None
-    autoencoder = decoder(args.vae, described, network)
-    check_task(args, task, network, bool(described["vae"]), autoencoder, classes)
+    run, network, diffusion = drawable(args.ckpt)
+    classes = parse_classes(args.classes, run.data.classes, network.num_classes) if args.classes else None
+    autoencoder = decoder(args.vae, run, network)
+    check_task(args, task, network, bool(run.vae), autoencoder, classes)
     guidance_scale(network, args.cfg_scale)              # refuses a scale that the network lacks the input for,
     evaluations(args.steps, args.sampler, diffusion)     # and more steps than the process has
     images, how = restore_images(args, task, network, diffusion, autoencoder, classes)

@@ -312,8 +312,8 @@ def load_upsampler(path, base, labelled, shape):
     base: that run, as `checkpoint.load` gives it; labelled: its network's number of classes, or None. ValueError if the file
     holds no upsampler, or one of other images or classes.
     """
-    described = load(path)
-    network, diffusion = build(described)
+    own = load(path)
+    network, diffusion = own.build()
     if not isinstance(network, SuperResUNet):
         raise ValueError(f"--cascade {path} holds a {type(network).__name__}, which enlarges nothing: an upsampler is trained by "
                          "train.py --model unet --size Ti-up")
@@ -322,7 +322,7 @@ def load_upsampler(path, base, labelled, shape):
         raise ValueError(f"--cascade {path} enlarges {height}x{width} pixels of {network.channels} channels, and --ckpt draws "
                          "{}x{} of {}".format(*shape))
     if network.num_classes is not None:
-        names, own_names = (run["data"].get("classes") for run in (base, described))     # None where they are not known
+        names, own_names = base.data.classes, own.data.classes           # None where they are not known
         fits = labelled == network.num_classes and (not names or not own_names or names == own_names)
         if labelled is None:                             # then it is told its null class
             fits = network.null_label is not None
