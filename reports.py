@@ -57,11 +57,15 @@ def read_log(path, step):
         return tuple(reader.fieldnames or ()), rows
 
 
+def row_told(path, step):
+    """Whether a log has the row of a step."""
+    _, rows = read_log(path, step)
+    return bool(rows) and int(rows[-1]["step"]) == step
+
+
 def row_missing(path, run, args):
     """Whether a Run was stopped between the save of its last step and the row that is due there: the losses are in the run."""
-    _, rows = read_log(path, run.step)
-    told = bool(rows) and int(rows[-1]["step"]) == run.step
-    return row_due(run.step, args) and not told and bool(run.log[1].sum() > 0)
+    return row_due(run.step, args) and not row_told(path, run.step) and bool(run.log[1].sum() > 0)
 
 
 def wait_for_device():

@@ -31,7 +31,7 @@ from latents import embeddings, latents, measured_scale
 from models import build
 from objectives import DROPOUT, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, SuperResolution
 from reports import (AccuracyReport, Log, PointReport, ReconstructionReport, SampleReport, UpsamplingReport, due, first_line,
-                     last_line, row_due, row_missing, say)
+                     last_line, row_due, row_missing, row_told, say)
 from sampling import TextReader, unconditional
 from scoring import SampleScores, lacks, measure_reference, possible
 from settings import TEXT_DIM, TEXT_TOKENS, description, learning_rate, read_settings
@@ -281,11 +281,12 @@ class Training:
 
     def resume(self, run):
         """Go on from a Run, which is emptied: it takes as much memory as the network and its optimizer."""
-        missing = self.rank == 0 and row_missing(self.out.with_suffix(".csv"), run, self.args)
+        log = self.out.with_suffix(".csv")
+        missing = self.rank == 0 and row_missing(log, run, self.args)
         self.unfinished = total(torch.tensor(float(missing)), self.world) > 0        # a row, that of its last step
         self.state.restore(run)
-        if self.rank > 0 or row_due(self.start, self.args) and not self.unfinished:
-            self.state.sums.zero_()                      # which are those of all processes, or in the log already
+        if self.rank > 0 or row_told(log, self.start):   # the sums are those of all processes, or in the log already
+            self.state.sums.zero_()
         run.model = run.ema = run.optimizer = None
 
     def save(self, step):
