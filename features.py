@@ -239,13 +239,13 @@ def read_statistics(path, space):
     return Measured(found["n"], moments("mu", "sigma"), moments("mu_s", "sigma_s"))
 
 
-def save_statistics(path, measured, images, space):
+def save_statistics(path, measured, images, space, **tables):
     """Write an .npz in the layout of ADM's reference batches: arr_0, images (n, H, W, C) uint8 to show and to take precision and
-    recall from, mu, sigma, mu_s, sigma_s; and n, features, features_sha256, which ADM's evaluator does not read."""
-    if space.name.startswith("inception"):
-        images = images.expand(-1, -1, -1, 3)            # ADM's graph takes colour only
-    tables = dict(arr_0=images, mu=measured.pool.mu.cpu(), sigma=measured.pool.sigma.cpu(), features=space.name,
-                  features_sha256=space.sha256)
+    recall from, or None; mu, sigma, mu_s, sigma_s; and n, features, features_sha256 and other tables, which ADM's evaluator does
+    not read."""
+    if images is not None:                               # ADM's graph takes colour only
+        tables["arr_0"] = images.expand(-1, -1, -1, 3) if space.name.startswith("inception") else images
+    tables |= dict(mu=measured.pool.mu.cpu(), sigma=measured.pool.sigma.cpu(), features=space.name, features_sha256=space.sha256)
     if measured.spatial:
         tables |= dict(mu_s=measured.spatial.mu.cpu(), sigma_s=measured.spatial.sigma.cpu())
     if math.isfinite(measured.n):

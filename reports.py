@@ -9,6 +9,7 @@ import csv
 import math
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 import data
 from cascade import enlarge, shrink
+from ddpm import Diffusion
 from files import atomic_file
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
@@ -174,13 +176,14 @@ def in_batches(function, dataset):
     return pieces(computed, np.arange(len(dataset)), BATCH)
 
 
-class SampleReport:
+class SampleReport(NamedTuple):
     """Samples of a denoiser in eight rows; one column a class, for the first ten classes, or a caption."""
 
+    dataset: data.Dataset
+    diffusion: Diffusion
+    seed: int
+    y_null: object = None            # the unconditional input
     columns = ()
-
-    def __init__(self, dataset, diffusion, seed, y_null=None):
-        self.dataset, self.diffusion, self.seed, self.y_null = dataset, diffusion, seed, y_null
 
     def __call__(self, network, path):
         contexts, autoencoder = self.dataset.contexts, self.dataset.autoencoder
@@ -197,13 +200,14 @@ class SampleReport:
         return {}
 
 
-class UpsamplingReport:
+class UpsamplingReport(NamedTuple):
     """For every ten of up to 30 held-out images three rows: small, what an upsampler draws of those, and the originals."""
 
+    held_out: data.Dataset
+    diffusion: Diffusion
+    seed: int
+    device: torch.device
     columns = ()
-
-    def __init__(self, held_out, diffusion, seed, device):
-        self.held_out, self.diffusion, self.seed, self.device = held_out, diffusion, seed, device
 
     def __call__(self, network, path):
         n = min(30, len(self.held_out))
@@ -215,13 +219,13 @@ class UpsamplingReport:
         return {}
 
 
-class PointReport:
+class PointReport(NamedTuple):
     """The sliced Wasserstein distance of samples to as many points held out; as picture, the samples beside the data."""
 
+    held_out: data.Dataset
+    diffusion: Diffusion
+    seed: int
     columns = ("distance",)
-
-    def __init__(self, held_out, diffusion, seed):
-        self.held_out, self.diffusion, self.seed = held_out, diffusion, seed
 
     def __call__(self, network, path):
         points, _ = self.held_out.batch(np.arange(SCATTERED))
@@ -230,13 +234,12 @@ class PointReport:
         return {"distance": sliced_wasserstein(samples, points.flatten(1))}
 
 
-class AccuracyReport:
+class AccuracyReport(NamedTuple):
     """The accuracy on held-out images; as picture, what is taken for each of the first ten classes, mistakes on top."""
 
+    held_out: data.Dataset
+    device: torch.device
     columns = ("accuracy",)
-
-    def __init__(self, held_out, device):
-        self.held_out, self.device = held_out, device
 
     @torch.no_grad()
     def __call__(self, network, path):
@@ -254,16 +257,15 @@ class AccuracyReport:
         return {"accuracy": 1 - wrong.double().mean().item()}
 
 
-class ReconstructionReport:
+class ReconstructionReport(NamedTuple):
     """The PSNR in dB of held-out images that an autoencoder gives back; as picture, 40 of them, below each row what comes back.
 
     PSNR = 10 log10(2^2 / mean square error), of means decoded.
     """
 
+    held_out: data.Dataset
+    device: torch.device
     columns = ("psnr",)
-
-    def __init__(self, held_out, device):
-        self.held_out, self.device = held_out, device
 
     @torch.no_grad()
     def __call__(self, network, path):

@@ -15,10 +15,11 @@ import torch
 
 import data
 from cli import place, progress_bar, share, total
-from features import Measured, full_precision, measure, measure_dataset, read_tables, with_statistics
-from files import atomic_file, cache_folder
+from features import (Measured, full_precision, measure, measure_dataset, read_statistics, read_tables, save_statistics,
+                      with_statistics)
+from files import cache_folder
 from latents import fingerprint
-from metrics import Statistics, distance, inception_score, precision_recall
+from metrics import distance, inception_score, precision_recall
 from sampling import decode, draw, guidance_scale, labels_of
 
 REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
@@ -93,26 +94,14 @@ def singular(metrics, n, real):
             for metric, side in sides.items() if metric in metrics and min(n, side.n) <= len(side.mu)]
 
 
-def keep_measured(path, measured, floor):
-    """Write a reference's Measured and floor into a file of the cache."""
-    tables = {"n": measured.n, "mu": measured.pool.mu, "scatter": measured.pool.scatter, "rows": measured.rows}
-    if measured.spatial:
-        tables |= {"mu_s": measured.spatial.mu, "scatter_s": measured.spatial.scatter}
-    with atomic_file(path) as file:
-        np.savez(file, **{name: np.asarray(torch.as_tensor(value).cpu()) for name, value in tables.items()},
-                 **{f"floor_{metric}": value for metric, value in floor.items()})
-
-
-def kept_measured(path, device):
-    """The Measured and the floor in a file of the cache; None if there is none that can be read."""
+def kept_reference(path, space):
+    """The Measured and the floor that `measure_reference` keeps in a file of the cache; None if there is none that can be read."""
     try:
+        measured = read_statistics(path, space)
         with np.load(path, allow_pickle=False) as archive:
-            tables = {name: torch.from_numpy(archive[name]).to(device) for name in archive.files if not name.startswith("floor_")}
+            measured.rows = torch.from_numpy(archive["rows"]).to(space.device)
             floor = {name[6:]: float(archive[name]) for name in archive.files if name.startswith("floor_")}
-        n = int(tables["n"])
-        pool = Statistics(n, tables["mu"], tables["scatter"])
-        spatial = Statistics(n, tables["mu_s"], tables["scatter_s"]) if "mu_s" in tables else None
-        return Measured(n, pool, spatial, tables["rows"]), floor
+        return measured, floor
     except Exception:                                    # zipfile and numpy raise anything at all on a damaged file
         return None
 
@@ -143,13 +132,14 @@ def measure_reference(dataset, space, name, file=None, cache=None):
     rank, world = place()
     about = json.dumps([fingerprint(dataset), space.name, space.sha256, REFERENCE_IMAGES])
     path = cache_folder(cache) / f"reference-{hashlib.sha256(about.encode()).hexdigest()[:16]}.npz"
-    kept = kept_measured(path, space.device) if rank == 0 and path.exists() else None
+    kept = kept_reference(path, space) if rank == 0 and path.exists() else None
     if total(torch.tensor(float(kept is not None)), world):
         measured, floor = kept or (Measured(), {})
     else:
         measured, floor = measure_halves(dataset, order, space)
         if rank == 0:
-            keep_measured(path, measured, floor)
+            floors = {f"floor_{metric}": value for metric, value in floor.items()}
+            save_statistics(path, measured, None, space, rows=measured.rows.cpu(), **floors)
     return Reference(name, with_statistics(measured, file, space), floor, order)
 
 
