@@ -376,11 +376,11 @@ def by_definition(real, fake, k):
     return share_within(fake, real), share_within(real, fake)
 
 
-some = dict(n=st.integers(6, 20), m=st.integers(6, 20), k=st.integers(1, 5), D=st.integers(1, 6), reach=st.integers(1, 4),
+small_sets = dict(n=st.integers(6, 20), m=st.integers(6, 20), k=st.integers(1, 5), D=st.integers(1, 6), reach=st.integers(1, 4),
             seed=seeds)
 
 
-@given(**some)
+@given(**small_sets)
 def test_precision_and_recall_are_their_definition_with_every_tie(n, m, D, reach, k, seed):
     real, fake = whole_numbers(n, D, reach, seed), whole_numbers(m, D, reach + 1, seed + 1)
     assert precision_recall(real, fake, k) == by_definition(real, fake, k)
@@ -395,7 +395,7 @@ def test_a_tie_at_the_edge_of_a_ball_around_the_mean_counts():
 
 
 @settings(max_examples=10)
-@given(**some, block=st.integers(1, 60))
+@given(**small_sets, block=st.integers(1, 60))
 def test_the_size_of_a_block_changes_nothing(n, m, D, reach, k, seed, block):
     real, fake = whole_numbers(n, D, reach, seed), whole_numbers(m, D, reach + 1, seed + 1)
     at_once = precision_recall(real, fake, k)
@@ -404,7 +404,7 @@ def test_the_size_of_a_block_changes_nothing(n, m, D, reach, k, seed, block):
         assert precision_recall(real, fake, k) == at_once
 
 
-@given(**some)
+@given(**small_sets)
 def test_precision_is_recall_the_other_way_round(n, m, D, reach, k, seed):
     real, fake = whole_numbers(n, D, reach, seed), whole_numbers(m, D, reach + 1, seed + 1)
     assert precision_recall(real, fake, k) == precision_recall(fake, real, k)[::-1]
@@ -454,7 +454,7 @@ def test_a_far_cluster_among_the_samples_lowers_precision_and_not_recall(outlier
     assert after == (pytest.approx(precision * 30 / (33 + outliers)), recall)
 
 
-@given(**some, shift=st.floats(-100, 100).map(round))
+@given(**small_sets, shift=st.floats(-100, 100).map(round))
 def test_a_common_shift_changes_nothing(n, m, D, reach, k, seed, shift):
     real, fake = whole_numbers(n, D, reach, seed), whole_numbers(m, D, reach + 1, seed + 1)
     assert precision_recall(real + shift, fake + shift, k) == precision_recall(real, fake, k)
