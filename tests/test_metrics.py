@@ -377,7 +377,7 @@ def by_definition(real, fake, k):
 
 
 small_sets = dict(n=st.integers(6, 20), m=st.integers(6, 20), k=st.integers(1, 5), D=st.integers(1, 6), reach=st.integers(1, 4),
-            seed=seeds)
+                  seed=seeds)
 
 
 @given(**small_sets)
