@@ -21,7 +21,7 @@ from checkpoint import load_autoencoder
 from dit import DiT
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
 from refusals import refusal
-from released import infer_autoencoder, names_of, released_autoencoder
+from released import compvis_names, infer_autoencoder, released_autoencoder
 from vae import SIZES, AttnBlock, AutoencoderKL, kl_divergence, pieces, sample_latent
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -143,7 +143,7 @@ def test_sizes_have_their_factor(size, factor):
 @pytest.mark.parametrize("name, shape", [(COMPVIS, SHAPE), (NEW, NEW_SHAPE), (OLD, NEW_SHAPE), (NEW, SHAPE), (OLD, SHAPE)])
 def test_both_layouts_old_and_new_map_one_to_one(rows, name, shape):
     rows = KEYS[rows]
-    renamed = names_of({row[name]: torch.empty(row[shape], device="meta") for row in rows})
+    renamed = compvis_names({row[name]: torch.empty(row[shape], device="meta") for row in rows})
     assert list(shapes(renamed).items()) == [(row[COMPVIS], tuple(row[SHAPE])) for row in rows]
 
 
@@ -160,7 +160,7 @@ def test_the_inferred_architecture_is_what_was_built(arguments):
 def test_the_architecture_of_stable_diffusion_is_inferred_from_either_layout():
     for name, shape in ((COMPVIS, SHAPE), (NEW, NEW_SHAPE), (OLD, SHAPE)):
         state = {row[name]: torch.empty(row[shape], device="meta") for row in KEYS["keys"]}
-        found = infer_autoencoder(names_of(state))
+        found = infer_autoencoder(compvis_names(state))
         assert found == dict(channels=3, dim=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4)
 
 
@@ -200,13 +200,13 @@ VARIANTS = {
     "old names": with_old_names,
     "old names and kernels": lambda state: as_kernels(with_old_names(state)),
     "kernels": as_kernels,
-    "CompVis's names": names_of,
+    "CompVis's names": compvis_names,
     "CompVis's names and matrices": lambda state: {name: value.squeeze() if "attn" in name else value
-                                                   for name, value in names_of(state).items()},
+                                                   for name, value in compvis_names(state).items()},
     "another order": lambda state: dict(reversed(state.items())),
-    "within Stable Diffusion": lambda state: within_a_pipeline("first_stage_model.", names_of(state)),
+    "within Stable Diffusion": lambda state: within_a_pipeline("first_stage_model.", compvis_names(state)),
     "within a pipeline": lambda state: within_a_pipeline("vae.", state),
-    "with its loss": lambda state: names_of(state) | {"loss.logvar": torch.ones(()), "model_ema.decay": torch.ones(())},
+    "with its loss": lambda state: compvis_names(state) | {"loss.logvar": torch.ones(()), "model_ema.decay": torch.ones(())},
     "double precision": lambda state: {name: value.double() for name, value in state.items()},
 }
 
