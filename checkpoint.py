@@ -24,11 +24,10 @@ import torch
 
 import models
 import text
-import vae
 from cli import Parser, one_line_errors
 from ddpm import SCHEDULES, Diffusion
 from files import atomic_file, sha256_of
-from released import clip_encoder, released_run
+from released import clip_encoder, released_autoencoder, released_run
 
 VERSION = 1
 EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
@@ -257,7 +256,7 @@ def load_autoencoder(path):
             network, _ = run.build()
             network.scale = run.vae.scale
         else:
-            run, network = None, vae.from_state(content.get("state_dict", content) if isinstance(content, dict) else content)
+            run, network = None, released_autoencoder(content.get("state_dict", content) if isinstance(content, dict) else content)
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from None
     small = run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED

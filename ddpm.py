@@ -220,8 +220,7 @@ class Diffusion:
             eps_pred = (xt - self.at("sqrt_alpha_bar", t, xt) * x0_pred) / self.at("sqrt_one_minus_alpha_bar", t, xt)
             vb.append(term)
             mse.append(mean_flat((eps_pred - eps) ** 2))
-        last = torch.full((len(x0),), self.T - 1, device=x0.device)
-        zero = torch.zeros_like(x0)
+        last, zero = torch.full((len(x0),), self.T - 1, device=x0.device), torch.zeros_like(x0)
         prior = mean_flat(normal_kl(self.at("sqrt_alpha_bar", last, x0) * x0,
                                     self.at("log_one_minus_alpha_bar", last, x0), zero, zero)) / math.log(2)
         vb, mse = torch.stack(vb, dim=1), torch.stack(mse, dim=1)        # (N, T)

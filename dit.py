@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vit import (Attention, Block, Mlp, PatchEmbed, checked_condition, pair, run_block, sincos_position_embedding, timestep_embedding, token_grid,
-                 unpatchify)
+from vit import (Attention, Block, Mlp, PatchEmbed, checked_condition, pair, run_block, sincos_position_embedding,
+                 timestep_embedding, token_grid, unpatchify)
 
 
 def modulate(x, shift, scale):

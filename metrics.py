@@ -8,6 +8,7 @@ where papers differ in a detail, this follows ADM's evaluator (Dhariwal & Nichol
 import torch
 
 BLOCK = 2 ** 25                        # distances held at once: 128 MB in float32
+SLACK = 0.01                           # of the largest variance: a careless sum in float32 is off by a thousandth of it
 ROUNDING = 2e-6                        # of a squared distance in float32, relative to the squared norms: so near is inside a radius
 
 
@@ -58,12 +59,26 @@ class Statistics:
         return self.scatter / (self.n - 1)
 
 
+def check_covariance(sigma, name):
+    """ValueError if sigma (D, D), finite, is no covariance: not symmetric, or of negative variance in some direction, both by more
+    than rounding: SLACK of the largest variance."""
+    if not sigma.any():                                  # features that never vary
+        return
+    largest = sigma.diagonal().max()
+    sigma = sigma / largest                              # so that no scale is too small
+    if (sigma - sigma.T).abs().max() > SLACK:
+        raise ValueError(f"{name} is no covariance: it is not symmetric")
+    slack = SLACK * torch.eye(len(sigma), dtype=sigma.dtype, device=sigma.device)
+    if largest <= 0 or torch.linalg.cholesky_ex(sigma + slack).info:
+        raise ValueError(f"{name} is no covariance: in some direction its variance is negative")
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), squared and not rooted as is usual.  Heusel et al. 2017.
 
     mu (D,), sigma (D, D). With sigma1 = A A^T, sigma1 sigma2 has the eigenvalues of the symmetric A^T sigma2 A, so that two
     symmetric eigenproblems give the trace of the root: it is real, and exact for singular matrices (fewer samples than
-    features). ValueError on shapes that do not fit or numbers that are not finite.
+    features). ValueError on shapes that do not fit, numbers that are not finite, or a sigma that is no covariance.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(value).double() for value in (mu1, sigma1, mu2, sigma2))
     D = mu1.numel()
@@ -72,6 +87,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
                          "both must be a mean (D,) and a covariance (D, D) of one feature space")
     if not all(value.isfinite().all() for value in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("the statistics hold numbers that are NaN or infinite")
+    for sigma, which in ((sigma1, "first"), (sigma2, "second")):
+        check_covariance(sigma, f"the {which} statistics' sigma")
     values, vectors = torch.linalg.eigh(sigma1)
     kept = values > D * torch.finfo(torch.float64).eps * values[-1]      # the rest is rounding, whose root would not be small
     A = vectors[:, kept] * values[kept].sqrt()                           # (D, rank)

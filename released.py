@@ -4,6 +4,7 @@ Report §4-7 … §4-9 (released models). The names and shapes of tensors say mo
 counted, the schedule) comes from tables. checkpoint.py reads the files.
 """
 import math
+import re
 
 import torch
 
@@ -12,12 +13,77 @@ import models
 import text
 import unet
 import uvit
+import vae
 import vit
 
 HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()}
 LDM_PREFIX = "model.diffusion_model."
 IMAGENET_CLASSES = 1000
 SD_SCALE, COCO_SCALE = 0.18215, 0.2301           # of Stable Diffusion's latents in most releases, and in U-ViT's on MS-COCO
+
+
+def counted(state, stem):
+    """The length of a ModuleList of the name stem: how many different numbers stand behind it."""
+    return len({name[len(stem) + 1:].split(".")[0] for name in state if name.startswith(f"{stem}.")})
+
+
+def label_arguments(state, table, config):
+    """num_classes and null_class, from the rows of a label table, or from its lack."""
+    rows = len(state.get(table, ()))
+    num_classes = config.get("num_classes", rows if rows in (0, IMAGENET_CLASSES) else rows - 1) or None
+    return dict(num_classes=num_classes, null_class=num_classes is not None and rows > num_classes)
+
+
+def transformer_arguments(state, embedder, tokens, depth, config):
+    """What all transformers take, from the patch embedding, the number of image tokens and that of blocks."""
+    dim, channels, patch, _ = state[f"{embedder}.proj.weight"].shape
+    side = math.isqrt(max(0, tokens))
+    if side ** 2 != tokens and "image_size" not in config:
+        raise ValueError(f"{tokens} position rows are no square: give image_size")
+    return dict(image_size=side * patch, patch_size=patch, channels=channels, dim=dim, depth=depth,
+                heads=HEADS.get((dim, depth), max(1, dim // 64)))
+
+
+def infer_dit(state, config):
+    """The arguments of a DiT."""
+    found = transformer_arguments(state, "x_embedder", state["pos_embed"].shape[1], counted(state, "blocks"), config)
+    modulation = state.get("blocks.0.adaLN_modulation.1.weight")
+    if "blocks.0.cross_attn.q.weight" in state:
+        conditioning = "cross-attention"
+    elif modulation is None:
+        conditioning = "in-context"
+    else:                                                # shifts and scales, with or without gates
+        conditioning = "adaln-zero" if len(modulation) == 6 * found["dim"] else "adaln"
+    numbers = len(state["final_layer.linear.weight"])    # that are put out for a patch
+    return dict(**found, **label_arguments(state, "y_embedder.embedding_table.weight", config),
+                learn_sigma=numbers == 2 * found["patch_size"] ** 2 * found["channels"], conditioning=conditioning)
+
+
+def infer_uvit(state, config):
+    """The arguments of a U-ViT."""
+    found = label_arguments(state, "label_emb.weight", config)
+    extras = 1 + (found["num_classes"] is not None)      # tokens besides the image's: the time, and the condition
+    if "context_embed.weight" in state:
+        found |= dict(context_dim=state["context_embed.weight"].shape[1], context_tokens=config.get("context_tokens", 77))
+        extras += found["context_tokens"]
+    found |= dict(mlp_time_embed="time_embed.0.weight" in state, conv="final_layer.weight" in state,
+                  skip="out_blocks.0.skip_linear.weight" in state or not counted(state, "out_blocks"))
+    tokens, depth = state["pos_embed"].shape[1] - extras, 2 * counted(state, "in_blocks")
+    return {**found, **transformer_arguments(state, "patch_embed", tokens, depth, config)}
+
+
+def infer_vit(state, config):
+    """The arguments of a ViT."""
+    tokens = state["pos_embed"].shape[1] - 1             # the class token's row
+    found = transformer_arguments(state, "patch_embed", tokens, counted(state, "blocks"), config)
+    return dict(**found, num_classes=len(state["head.weight"]))
+
+
+NAMED = {                                                # class: two names that tell its state dict, and what infers its arguments
+    "DiT": ({"x_embedder.proj.weight", "final_layer.linear.weight"}, infer_dit),
+    "UViT": ({"decoder_pred.weight", "mid_block.norm1.weight"}, infer_uvit),
+    "ViT": ({"cls_token", "head.weight"}, infer_vit),
+}
 
 
 def infer(state, config=None):
@@ -28,50 +94,13 @@ def infer(state, config=None):
     network that is known here.
     """
     name, config = (config, {}) if isinstance(config, str) else (None, config or {})
-
-    def depth(stem):
-        return len({name.split(".")[1] for name in state if name.startswith(f"{stem}.")})
-
-    def labels(table):
-        """num_classes and null_class, from the rows of a label table, or from its lack."""
-        rows = len(state.get(table, ()))
-        num_classes = config.get("num_classes", rows if rows in (0, IMAGENET_CLASSES) else rows - 1) or None
-        return dict(num_classes=num_classes, null_class=num_classes is not None and rows > num_classes)
-
-    def transformer(embedder, tokens, blocks):
-        dim, channels, patch, _ = state[f"{embedder}.proj.weight"].shape
-        side = math.isqrt(max(0, tokens))
-        if side ** 2 != tokens and "image_size" not in config:
-            raise ValueError(f"{tokens} position rows are no square: give image_size")
-        return dict(image_size=side * patch, patch_size=patch, channels=channels, dim=dim, depth=blocks,
-                    heads=HEADS.get((dim, blocks), max(1, dim // 64)))
-
-    if "input_blocks.0.0.weight" in state and "out.2.weight" in state:
-        return infer_unet(state, name, {**labels("label_emb.weight"), **config})
+    if {"input_blocks.0.0.weight", "out.2.weight"} <= state.keys():
+        return infer_unet(state, name, {**label_arguments(state, "label_emb.weight", config), **config})
     if name is not None:
         raise ValueError(f"it is not the U-Net {name}: its tensors have other names")
-    if "x_embedder.proj.weight" in state and "final_layer.linear.weight" in state:
-        found = transformer("x_embedder", state["pos_embed"].shape[1], depth("blocks"))
-        modulation = state.get("blocks.0.adaLN_modulation.1.weight")
-        found |= dict(**labels("y_embedder.embedding_table.weight"),
-                      learn_sigma=len(state["final_layer.linear.weight"]) == 2 * found["patch_size"] ** 2 * found["channels"],
-                      conditioning="cross-attention" if "blocks.0.cross_attn.q.weight" in state else
-                      "in-context" if modulation is None else
-                      "adaln-zero" if len(modulation) == 6 * found["dim"] else "adaln")
-        return {"class": "DiT", "arguments": {**found, **config}}
-    if "decoder_pred.weight" in state and "mid_block.norm1.weight" in state:
-        found = labels("label_emb.weight")
-        extras = 1 + (found["num_classes"] is not None)
-        if "context_embed.weight" in state:
-            found |= dict(context_dim=state["context_embed.weight"].shape[1], context_tokens=config.get("context_tokens", 77))
-            extras += found["context_tokens"]
-        found |= dict(mlp_time_embed="time_embed.0.weight" in state, conv="final_layer.weight" in state,
-                      skip="out_blocks.0.skip_linear.weight" in state or not depth("out_blocks"))
-        return {"class": "UViT", "arguments": {**found, **transformer("patch_embed", state["pos_embed"].shape[1] - extras,
-                                                                      2 * depth("in_blocks")), **config}}
-    if "cls_token" in state and "head.weight" in state:
-        found = transformer("patch_embed", state["pos_embed"].shape[1] - 1, depth("blocks"))
-        return {"class": "ViT", "arguments": {**found, "num_classes": len(state["head.weight"]), **config}}
+    for kind, (names, arguments) in NAMED.items():
+        if names <= state.keys():
+            return {"class": kind, "arguments": {**arguments(state, config), **config}}
     raise ValueError("its tensors have the names of no network known here: it is neither a run of train.py nor a released DiT, "
                      "U-ViT, ViT or U-Net")
 
@@ -160,7 +189,69 @@ def clip_encoder(tensors):
     state = {text.PREFIX + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     (vocab, dim), length = state[text.PREFIX + text.TABLE].shape, len(state[f"{text.PREFIX}embeddings.position_embedding.weight"])
     hidden = len(state[f"{text.PREFIX}encoder.layers.0.mlp.fc1.weight"])
-    depth = len({name.split(".")[3] for name in state if name.startswith(f"{text.PREFIX}encoder.layers.")})
+    depth = counted(state, f"{text.PREFIX}encoder.layers")
     encoder = text.CLIPTextEncoder(vocab, length, dim, depth, max(1, dim // 64), hidden)     # CLIP's heads are 64 wide
     encoder.load_state_dict(state, strict=True)
     return encoder.eval()
+
+
+# Autoencoders, in CompVis's names or the diffusers library's: `released_autoencoder` is the door
+
+AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")      # a training checkpoint has more: loss.*
+DIFFUSERS_NAMES = [                              # a pattern in the diffusers library's names, old or new, and what CompVis calls it
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"attn_1\.group_norm\.", "attn_1.norm."),
+    (r"attn_1\.(to_q|query)\.", "attn_1.q."),
+    (r"attn_1\.(to_k|key)\.", "attn_1.k."),
+    (r"attn_1\.(to_v|value)\.", "attn_1.v."),
+    (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
+    (r"down_blocks\.(\d+)\.", r"down.\1."),
+    (r"up_blocks\.(\d+)\.", lambda match, levels: f"up.{levels - 1 - int(match[1])}."),          # counted from the smallest map
+    (r"\.resnets\.", ".block."),
+    (r"\.(down|up)samplers\.0\.", r".\1sample."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+]
+
+
+def compvis_names(state):
+    """An autoencoder's state dict in CompVis's names and shapes, from theirs or the diffusers library's.
+
+    Within a whole Stable Diffusion checkpoint its names begin with first_stage_model. or vae.; the rest is left out. Attention's
+    weights may be matrices (D, D), as in newer files, and become kernels (D, D, 1, 1).
+    """
+    prefix = next((prefix for prefix in ("first_stage_model.", "vae.") if any(name.startswith(prefix) for name in state)), "")
+    state = {name.removeprefix(prefix): value for name, value in state.items()
+             if name.startswith(tuple(prefix + part for part in AUTOENCODER_PARTS))}
+    levels, renamed = counted(state, "decoder.up_blocks"), {}
+    for name, value in state.items():
+        for pattern, ours in DIFFUSERS_NAMES:
+            name = re.sub(pattern, ours if isinstance(ours, str) else lambda match: ours(match, levels), name)
+        renamed[name] = value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
+    return renamed
+
+
+def infer_autoencoder(state):
+    """The arguments of the autoencoder with this state dict, in CompVis's names. KeyError where a name is missing."""
+    dim, channels = state["encoder.conv_in.weight"].shape[:2]
+    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(counted(state, "encoder.down"))]
+    return dict(channels=channels, dim=dim, multipliers=tuple(max(1, width // dim) for width in widths),
+                res_blocks=counted(state, "encoder.down.0.block"), latent_channels=state["decoder.conv_in.weight"].shape[1])
+
+
+def released_autoencoder(state):
+    """The autoencoder of a released state dict, in either naming, in eval mode, in float32. ValueError if it is none."""
+    try:
+        state = compvis_names(state)
+        with torch.device("meta"):                           # nothing is drawn that the file replaces
+            network = vae.AutoencoderKL(**infer_autoencoder(state))
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, ArithmeticError):
+        raise ValueError("its tensors have the names of no autoencoder known here") from None
+    expected, found = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (network.state_dict(), state))
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}")
+    network.to_empty(device="cpu").load_state_dict(state)
+    return network.eval()

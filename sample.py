@@ -140,10 +140,8 @@ def check_pictures(args, points, on_latents, decoded):
 
 
 def draw_share(args, network, diffusion, n, conditions, finished, folder, columns, **options):
-    """Draw this process's share of n images -> a list of batches, as `finished` makes them, and the trajectory's frames.
-
-    conditions and options are `sampling.draw`'s. If there is a folder, each image is written into it at once.
-    """
+    """Draw this process's share of n images -> a list of batches, as `finished` makes them, and the trajectory's frames.  Each
+    image is written into the folder, if there is one, at once. conditions and options are `sampling.draw`'s."""
     images, frames = [], {}
 
     def keep_frame(t, x, x0):
@@ -286,10 +284,8 @@ def check_task(args, task, network, latent, autoencoder, classes):
 
 @torch.no_grad()
 def restore_images(args, task, network, diffusion, autoencoder=None, classes=None):
-    """What is known of the image, and n restored ones, as uint8 (1 + n, H, W, C); and how they were made, in words.
-
-    task: `task_of` the flags; classes: those that the images cycle through, None for the null class.
-    """
+    """What is known of the image, and n restored ones, as uint8 (1 + n, H, W, C); and how they were made, in words.  classes:
+    those that the images cycle through, None for the null class."""
     device, _, world = processes(args.device)
     if world > 1:
         raise ValueError(f"--{task} restores one image in one process: start it without torchrun")

@@ -130,12 +130,12 @@ class ResBlock(nn.Module):
             h, x = self.resample(h), self.resample(x)                                # (N, C, H', W')
         h = convolve(h)                                                              # (N, C', H', W')
         normalize, activate, dropout, convolve = self.out_layers
-        told = self.emb_layers(emb)[:, :, None, None]                                # (N, C' or 2 C', 1, 1)
+        bias = self.emb_layers(emb)[:, :, None, None]                                # (N, C' or 2 C', 1, 1)
         if self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = bias.chunk(2, dim=1)
             h = normalize(h) * (1 + scale) + shift
         else:
-            h = normalize(h + told)
+            h = normalize(h + bias)
         return self.skip_connection(x) + convolve(dropout(activate(h)))
 
 

@@ -3,9 +3,9 @@
 Report §3 and §4-1, Fig. 4-1. Paper: Bao et al. 2023, "All are Worth Words": time, condition and noisy patches enter one
 sequence; the k-th block from the end also sees what the k-th block put out; a 3 x 3 convolution may end the network.
 
-One signature with the other denoisers: model(x, t, y=None), see `vit.checked_condition`. It returns one prediction like x: U-ViT learns
-no variance. State-dict names are those of the authors' release, which loads strictly; its networks count time in units of
-their own (`released.released_process`). Shapes: L patches, E extra tokens, D width, p patch.
+One signature with the other denoisers: model(x, t, y=None), see `vit.checked_condition`. It returns one prediction like x: U-ViT
+learns no variance. State-dict names are those of the authors' release, which loads strictly; its networks count time in units
+of their own (`released.released_process`). Shapes: L patches, E extra tokens, D width, p patch.
 """
 import math
 

@@ -6,10 +6,9 @@ lower bound of the image's likelihood: log p(x) >= E_q log p(x | z) - KL(q(z | x
 1e-6, so that z loses little: it only keeps latents from drifting apart, and their distribution is left to diffusion.
 
 Images are (N, C, H, W) in [-1, 1], any sides that the factor f divides; latents (N, c, h, w), h = H / f, w = W / f, not yet
-multiplied by `scale`; D is the width of a map. State-dict names are those of CompVis's releases; the diffusers library's are
-renamed.
+multiplied by `scale`; D is the width of a map. State-dict names are those of CompVis's releases; released.py
+knows the diffusers library's.
 """
-import re
 from collections import OrderedDict
 
 import torch
@@ -42,11 +41,12 @@ def pieces(function, x, size):
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-            size //= 2
-            torch.cuda.empty_cache()
         else:
             yield piece
             x = x[size:]
+            continue
+        size //= 2
+        torch.cuda.empty_cache()       # not in the except block, where the error still holds what the try had in memory
 
 
 def in_pieces(function, x, size):
@@ -192,71 +192,6 @@ class AutoencoderKL(nn.Module):
         """Images x, encoded, sampled with standard normal noise like their latents and decoded -> image, mean, log variance."""
         mean, log_variance = self.encode(x)
         return self.decode(sample_latent(mean, log_variance, noise)), mean, log_variance
-
-
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")      # a training checkpoint has more: loss.*
-RULES = [                              # a pattern in the diffusers library's names, old or new, and what CompVis calls it
-    (r"mid_block\.resnets\.0\.", "mid.block_1."),
-    (r"mid_block\.resnets\.1\.", "mid.block_2."),
-    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
-    (r"attn_1\.group_norm\.", "attn_1.norm."),
-    (r"attn_1\.(to_q|query)\.", "attn_1.q."),
-    (r"attn_1\.(to_k|key)\.", "attn_1.k."),
-    (r"attn_1\.(to_v|value)\.", "attn_1.v."),
-    (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
-    (r"down_blocks\.(\d+)\.", r"down.\1."),
-    (r"up_blocks\.(\d+)\.", lambda match, levels: f"up.{levels - 1 - int(match[1])}."),          # counted from the smallest map
-    (r"\.resnets\.", ".block."),
-    (r"\.(down|up)samplers\.0\.", r".\1sample."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.conv_norm_out\.", ".norm_out."),
-]
-
-
-def counted(state, stem):
-    """The length of a ModuleList of the name stem: how many different numbers stand behind it."""
-    return len({name[len(stem) + 1:].split(".")[0] for name in state if name.startswith(f"{stem}.")})
-
-
-def names_of(state):
-    """An autoencoder's state dict in CompVis's names and shapes, from theirs or the diffusers library's.
-
-    Within a whole Stable Diffusion checkpoint its names begin with first_stage_model. or vae.; the rest is left out. Attention's
-    weights may be matrices (D, D), as in newer files, and become kernels (D, D, 1, 1).
-    """
-    prefix = next((prefix for prefix in ("first_stage_model.", "vae.") if any(name.startswith(prefix) for name in state)), "")
-    state = {name.removeprefix(prefix): value for name, value in state.items()
-             if name.startswith(tuple(prefix + part for part in PARTS))}
-    levels, renamed = counted(state, "decoder.up_blocks"), {}
-    for name, value in state.items():
-        for pattern, ours in RULES:
-            name = re.sub(pattern, ours if isinstance(ours, str) else lambda match: ours(match, levels), name)
-        renamed[name] = value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
-    return renamed
-
-
-def infer_autoencoder(state):
-    """The arguments of the autoencoder with this state dict, in CompVis's names. KeyError where a name is missing."""
-    dim, channels = state["encoder.conv_in.weight"].shape[:2]
-    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(counted(state, "encoder.down"))]
-    return dict(channels=channels, dim=dim, multipliers=tuple(max(1, width // dim) for width in widths),
-                res_blocks=counted(state, "encoder.down.0.block"), latent_channels=state["decoder.conv_in.weight"].shape[1])
-
-
-def from_state(state):
-    """The autoencoder of a released state dict, in either naming, in eval mode, in float32. ValueError if it is none."""
-    try:
-        state = names_of(state)
-        with torch.device("meta"):                           # nothing is drawn that the file replaces
-            network = AutoencoderKL(**infer_autoencoder(state))
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError, ArithmeticError):
-        raise ValueError("its tensors have the names of no autoencoder known here") from None
-    expected, found = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (network.state_dict(), state))
-    for name in expected | found:
-        if expected.get(name) != found.get(name):
-            raise ValueError(f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}")
-    network.to_empty(device="cpu").load_state_dict(state)
-    return network.eval()
 
 
 SIZES = {

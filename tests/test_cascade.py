@@ -198,8 +198,8 @@ def test_labels_reach_an_upsampler_that_has_classes_and_no_other():
     for num_classes, expected in ((10, [3, 1, 2]), (None, None)):
         network = Perfect(num_classes=num_classes, room=2)
         cascade.enlarge(network, PROCESS, torch.zeros(3, 1, 2, 3), torch.tensor([3, 1, 2]), 0, range(3))
-        told = [y for _, y in network.seen[::cascade.STEPS]]
-        assert (torch.cat(told).tolist() if expected else told[0]) == expected
+        labels = [y for _, y in network.seen[::cascade.STEPS]]
+        assert (torch.cat(labels).tolist() if expected else labels[0]) == expected
 
 
 # The commands, on images of 8 x 8 pixels from 2 x 2

@@ -269,13 +269,13 @@ def test_every_learned_norm_has_the_epsilon_of_the_others(conditioning):
     assert {module.eps for module in fresh(conditioning).modules() if isinstance(module, torch.nn.LayerNorm)} <= {1e-6}
 
 
-@pytest.mark.parametrize("classes, told", [(5, 2), (None, 1)])
-def test_in_context_tokens_enter_the_blocks_and_leave_before_the_final_layer(classes, told):
+@pytest.mark.parametrize("classes, extras", [(5, 2), (None, 1)])
+def test_in_context_tokens_enter_the_blocks_and_leave_before_the_final_layer(classes, extras):
     network, (x, t, y), lengths = dit("in-context", num_classes=classes), batch(), []
     for module in (*network.blocks, network.final_layer):
         module.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
     network(x, t, y if classes else None)
-    assert lengths == [6 + told, 6 + told, 6]
+    assert lengths == [6 + extras, 6 + extras, 6]
 
 
 # Positions

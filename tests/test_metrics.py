@@ -23,6 +23,7 @@ import data
 import metrics
 from formula import golden
 from metrics import Statistics, distance, frechet_distance, inception_score, precision_recall, squared_distances, squared_radii
+from refusals import refusal
 
 WHOLE, SINGULAR = 1e-9, 1e-6
 
@@ -375,11 +376,11 @@ def by_definition(real, fake, k):
     return share_within(fake, real), share_within(real, fake)
 
 
-some = dict(n=st.integers(6, 20), m=st.integers(6, 20), k=st.integers(1, 5), D=st.integers(1, 6), reach=st.integers(1, 4),
-            seed=seeds)
+small_sets = dict(n=st.integers(6, 20), m=st.integers(6, 20), k=st.integers(1, 5), D=st.integers(1, 6), reach=st.integers(1, 4),
+                  seed=seeds)
 
 
-@given(**some)
+@given(**small_sets)
 def test_precision_and_recall_are_their_definition_with_every_tie(n, m, D, reach, k, seed):
     real, fake = whole_numbers(n, D, reach, seed), whole_numbers(m, D, reach + 1, seed + 1)
     assert precision_recall(real, fake, k) == by_definition(real, fake, k)
@@ -394,7 +395,7 @@ def test_a_tie_at_the_edge_of_a_ball_around_the_mean_counts():
 
 
 @settings(max_examples=10)
-@given(**some, block=st.integers(1, 60))
+@given(**small_sets, block=st.integers(1, 60))
 def test_the_size_of_a_block_changes_nothing(n, m, D, reach, k, seed, block):
     real, fake = whole_numbers(n, D, reach, seed), whole_numbers(m, D, reach + 1, seed + 1)
     at_once = precision_recall(real, fake, k)
@@ -403,7 +404,7 @@ def test_the_size_of_a_block_changes_nothing(n, m, D, reach, k, seed, block):
         assert precision_recall(real, fake, k) == at_once
 
 
-@given(**some)
+@given(**small_sets)
 def test_precision_is_recall_the_other_way_round(n, m, D, reach, k, seed):
     real, fake = whole_numbers(n, D, reach, seed), whole_numbers(m, D, reach + 1, seed + 1)
     assert precision_recall(real, fake, k) == precision_recall(fake, real, k)[::-1]
@@ -453,7 +454,7 @@ def test_a_far_cluster_among_the_samples_lowers_precision_and_not_recall(outlier
     assert after == (pytest.approx(precision * 30 / (33 + outliers)), recall)
 
 
-@given(**some, shift=st.floats(-100, 100).map(round))
+@given(**small_sets, shift=st.floats(-100, 100).map(round))
 def test_a_common_shift_changes_nothing(n, m, D, reach, k, seed, shift):
     real, fake = whole_numbers(n, D, reach, seed), whole_numbers(m, D, reach + 1, seed + 1)
     assert precision_recall(real + shift, fake + shift, k) == precision_recall(real, fake, k)
@@ -504,6 +505,39 @@ REFUSED = {
     "NaN in a mean": (lambda: frechet_distance(*unit, nan[1], torch.eye(3)), "statistics hold numbers that are NaN or infinite"),
     "infinite variance": (lambda: frechet_distance(unit[0], torch.inf * torch.ones(3, 3), *unit), "NaN or infinite"),
 }
+
+
+WRONG = {
+    "asymmetric": (torch.tensor([[1, 0.5], [0.4, 1]]), "not symmetric"),
+    "a triangular factor": (torch.tensor([[1, 0], [0.5, 1.0]]), "not symmetric"),
+    "correlations beyond one": (torch.tensor([[1, 1.2], [1.2, 1]]), "negative"),
+    "a negative variance": (torch.diag(torch.tensor([5, -0.1])), "negative"),
+    "negative variances": (-torch.eye(2), "negative"),
+    "covariance without variance": (torch.tensor([[0, 1.0], [1, 0]]), "negative"),
+    "a tiny one": (1e-200 * torch.diag(torch.tensor([1, -1])).double(), "negative"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_matrix_that_is_no_covariance_has_no_distance(case):
+    (wrong, said), mean, right = WRONG[case], torch.zeros(2), torch.eye(2)
+    refusal(lambda: frechet_distance(mean, wrong, mean, right), "the first statistics' sigma is no covariance", said)
+    refusal(lambda: frechet_distance(mean, right, mean, wrong), "the second statistics' sigma is no covariance", said)
+
+
+@given(st.integers(1, 60), st.integers(2, 80), st.integers(-60, 60), st.integers(0, 3), st.booleans(), seeds)
+def test_covariances_that_float32_rounded_have_a_distance(D, n, exponent, copies, relu, seed):
+    """Of few or many samples, of features that are copies of each other, never negative, or hardly vary beside their mean."""
+    features = normal(n, D, seed=seed).float() + 2 * normal(1, D, seed=seed + 1).float()
+    features = torch.cat([features.clamp(min=0) if relu else features] * (1 + copies), dim=1)
+    centred = features - features.mean(dim=0)
+    sigma = (centred.T @ centred / (n - 1)).double() * 2.0 ** exponent
+    assert frechet_distance(sigma[0], sigma, sigma[0], 2 * sigma) >= -1e-5 * sigma.trace()
+
+
+@pytest.mark.parametrize("D", [1, 5])
+def test_features_that_never_vary_have_a_covariance_of_zero(D):
+    assert frechet_distance(torch.zeros(D), torch.zeros(D, D), torch.ones(D), torch.zeros(D, D)) == D
 
 
 @pytest.mark.parametrize("case", REFUSED)

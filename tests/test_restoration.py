@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 import checkpoint
 import data
-import ddpm
 import dit
 import restoration
 import sample

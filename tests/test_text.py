@@ -169,7 +169,7 @@ def test_what_is_cut_begins_with_the_first_word_that_is_not_held_whole(text, len
     words, lost = list(split(whole)), list(split(cut))
     kept = words[:len(words) - len(lost)]
     assert whole.endswith(cut) and words[len(kept):] == lost
-    used = [sum(len(tokenizer.word_ids(word)) for word in some) for some in (kept, kept + lost[:1])]
+    used = [sum(len(tokenizer.word_ids(word)) for word in taken) for taken in (kept, kept + lost[:1])]
     assert used[0] <= length - 2 and (not lost or used[1] > length - 2)
 
 

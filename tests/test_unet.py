@@ -294,19 +294,19 @@ def test_every_published_denoiser_has_a_size():
 @pytest.mark.parametrize("name", SIZE_OF)
 def test_parameters_are_as_many_as_published(name):
     config, size = PUBLISHED[name]["config"], SIZE_OF[name]
-    told = {key: value for key, value in ours(config).items() if key in ("channels", "out_channels", "num_classes", "null_class")}
+    stated = {key: value for key, value in ours(config).items() if key in ("channels", "out_channels", "num_classes", "null_class")}
     with torch.device("meta"):
-        network = (SuperResUNet if size in UPSAMPLERS else UNet)(**SIZES[size], **told)
+        network = (SuperResUNet if size in UPSAMPLERS else UNet)(**SIZES[size], **stated)
     assert count(network.parameters()) == count(network.state_dict().values()) == PUBLISHED[name]["params"]
 
 
 @pytest.mark.parametrize("name", [name for name in SIZE_OF if "own layout" not in name and "head_channels" not in name])
 def test_sizes_are_the_published_configurations(name):
     config, size = PUBLISHED[name]["config"], SIZE_OF[name]          # heads do not show in the number of parameters
-    told, ignored = ("channels", "out_channels", "num_classes", "null_class"), ("dropout",)
+    stated, ignored = ("channels", "out_channels", "num_classes", "null_class"), ("dropout",)
     defaults = {key: value.default for key, value in inspect.signature(UNet).parameters.items()}
     sized, published = ({key: set(value) if key == "attention_ds" else tuple(value) if key == "multipliers" else value
-                         for key, value in (defaults | arguments).items() if key not in told + ignored}
+                         for key, value in (defaults | arguments).items() if key not in stated + ignored}
                         for arguments in (SIZES[size], ours(config)))
     assert sized == published
     assert (size in UPSAMPLERS) == (config["kind"] == "SuperResModel")

@@ -144,11 +144,11 @@ def test_parameters_follow_the_closed_form(half, depth, p, channels, classes, nu
                    context_dim=context, context_tokens=tokens, mlp_time_embed=mlp, conv=conv, skip=skip)
     rows = 0 if context or not classes else classes + null
     extras = 1 + tokens if context else 1 + (rows > 0)
-    told = (context * D + D if context else rows * D) + mlp * (8 * D * D + 5 * D)
+    conditions = (context * D + D if context else rows * D) + mlp * (8 * D * D + 5 * D)
     blocks = (2 * k + 1) * (12 * D * D + 10 * D) + skip * k * (2 * D * D + D)        # odd and even depth alike
     patches, positions = channels * p * p * D + D, (extras + 6) * D
     final = 2 * D + (D + 1) * p * p * channels + conv * (9 * channels + 1) * channels
-    assert count(network.parameters()) == patches + told + positions + blocks + final
+    assert count(network.parameters()) == patches + conditions + positions + blocks + final
 
 
 @every_depth
@@ -256,8 +256,8 @@ def test_told_tokens_enter_every_block_and_leave_after_the_last(condition, depth
     for module in (*network.in_blocks, network.mid_block, *network.out_blocks):
         module.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
     assert network(*batch(condition)).shape == (3, 3, 4, 6)
-    told = 4 + 1 if condition is TEXT else 2 if condition is LABELS else 1
-    assert lengths == [told + 6] * (2 * (depth // 2) + 1)
+    extras = 4 + 1 if condition is TEXT else 2 if condition is LABELS else 1
+    assert lengths == [extras + 6] * (2 * (depth // 2) + 1)
 
 
 @every_condition

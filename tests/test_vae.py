@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import struct
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from checkpoint import load_autoencoder
 from dit import DiT
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
 from refusals import refusal
-from vae import SIZES, AttnBlock, AutoencoderKL, from_state, infer_autoencoder, kl_divergence, names_of, sample_latent
+from released import compvis_names, infer_autoencoder, released_autoencoder
+from vae import SIZES, AttnBlock, AutoencoderKL, kl_divergence, pieces, sample_latent
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 SMALL = dict(dim=32, multipliers=(1, 2, 2), res_blocks=1)            # of the golden files
@@ -141,7 +143,7 @@ def test_sizes_have_their_factor(size, factor):
 @pytest.mark.parametrize("name, shape", [(COMPVIS, SHAPE), (NEW, NEW_SHAPE), (OLD, NEW_SHAPE), (NEW, SHAPE), (OLD, SHAPE)])
 def test_both_layouts_old_and_new_map_one_to_one(rows, name, shape):
     rows = KEYS[rows]
-    renamed = names_of({row[name]: torch.empty(row[shape], device="meta") for row in rows})
+    renamed = compvis_names({row[name]: torch.empty(row[shape], device="meta") for row in rows})
     assert list(shapes(renamed).items()) == [(row[COMPVIS], tuple(row[SHAPE])) for row in rows]
 
 
@@ -158,7 +160,8 @@ def test_the_inferred_architecture_is_what_was_built(arguments):
 def test_the_architecture_of_stable_diffusion_is_inferred_from_either_layout():
     for name, shape in ((COMPVIS, SHAPE), (NEW, NEW_SHAPE), (OLD, SHAPE)):
         state = {row[name]: torch.empty(row[shape], device="meta") for row in KEYS["keys"]}
-        assert infer_autoencoder(names_of(state)) == dict(channels=3, dim=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4)
+        found = infer_autoencoder(compvis_names(state))
+        assert found == dict(channels=3, dim=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4)
 
 
 # The diffusers library's names
@@ -172,7 +175,7 @@ def library():
 
 @torch.no_grad()
 def test_weights_under_the_librarys_names_give_its_output(library):
-    network, (data, _) = from_state(library), golden("vae_small_diffusers")
+    network, (data, _) = released_autoencoder(library), golden("vae_small_diffusers")
     mean, log_variance = network.encode(data["in_x"])
     assert_close(torch.cat([mean, log_variance], dim=1), data["out_moments"], **TOLERANCE)
     assert_close(kl_divergence(mean, log_variance), data["out_kl"], rtol=1e-5, atol=0)
@@ -197,28 +200,28 @@ VARIANTS = {
     "old names": with_old_names,
     "old names and kernels": lambda state: as_kernels(with_old_names(state)),
     "kernels": as_kernels,
-    "CompVis's names": names_of,
+    "CompVis's names": compvis_names,
     "CompVis's names and matrices": lambda state: {name: value.squeeze() if "attn" in name else value
-                                                   for name, value in names_of(state).items()},
+                                                   for name, value in compvis_names(state).items()},
     "another order": lambda state: dict(reversed(state.items())),
-    "within Stable Diffusion": lambda state: within_a_pipeline("first_stage_model.", names_of(state)),
+    "within Stable Diffusion": lambda state: within_a_pipeline("first_stage_model.", compvis_names(state)),
     "within a pipeline": lambda state: within_a_pipeline("vae.", state),
-    "with its loss": lambda state: names_of(state) | {"loss.logvar": torch.ones(()), "model_ema.decay": torch.ones(())},
+    "with its loss": lambda state: compvis_names(state) | {"loss.logvar": torch.ones(()), "model_ema.decay": torch.ones(())},
     "double precision": lambda state: {name: value.double() for name, value in state.items()},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_layout_loads_the_same_network(library, variant):
-    assert same(from_state(VARIANTS[variant](library)), from_state(library))
+    assert same(released_autoencoder(VARIANTS[variant](library)), released_autoencoder(library))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_read_to_float32(library, dtype):
     state = {name: value.to(dtype) for name, value in library.items()}
-    network = from_state(state)
+    network = released_autoencoder(state)
     assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
-    assert same(network, from_state({name: value.float() for name, value in state.items()}))
+    assert same(network, released_autoencoder({name: value.float() for name, value in state.items()}))
 
 
 # Files
@@ -254,7 +257,7 @@ def test_a_saved_network_comes_back_in_eval_mode(tmp_path, name):
 @pytest.mark.parametrize("name", FILES)
 def test_the_librarys_files_load(tmp_path, library, name):
     FILES[name](tmp_path / name, library)
-    assert same(load_autoencoder(tmp_path / name), from_state(library))
+    assert same(load_autoencoder(tmp_path / name), released_autoencoder(library))
 
 
 class Payload:
@@ -323,7 +326,25 @@ def test_a_tensor_that_does_not_fit_is_named_with_its_shape(tmp_path, case):
 
 @pytest.mark.parametrize("name", ["quant_conv.bias", "decoder.up.2.upsample.conv.weight", "encoder.mid.attn_1.norm.weight"])
 def test_a_missing_tensor_is_named(name):
-    refusal(lambda: from_state({key: value for key, value in STATE.items() if key != name}), f"{name} is missing")
+    refusal(lambda: released_autoencoder({key: value for key, value in STATE.items() if key != name}), f"{name} is missing")
+
+
+# Full memory
+
+def test_what_a_try_had_in_memory_is_gone_before_the_cache_is_emptied(monkeypatch):
+    """An error keeps the frames that it came through, and they their tensors, for as long as it is handled."""
+    tried, alive = [], []
+
+    def double(rows):
+        activation = 2 * rows
+        tried.append(weakref.ref(activation))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return activation
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(tried[-1]() is not None))
+    x = torch.arange(8)
+    assert torch.equal(torch.cat(list(pieces(double, x, 8))), 2 * x)
+    assert len(tried) == 6 and alive == [False, False]                   # of 8 and of 4, then four times 2
 
 
 # What the networks take
