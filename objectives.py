@@ -143,7 +143,7 @@ class Denoising:
     def evaluate(self, network):
         """The scores of --eval-n samples against the training data, drawn with guidance as `sample.py` does."""
         n = self.args.eval_n
-        contexts = None if self.dataset.contexts is None else self.dataset.some_contexts(n)
+        contexts = None if self.dataset.contexts is None else self.dataset.contexts_of(n)
         found = score_network(network, self.diffusion, self.real, self.space, n, self.dataset.classes if contexts is None else None,
                               self.args.seed, autoencoder=self.vae, contexts=contexts, y_null=self.y_null)
         return {self.space.title(metric): value for metric, value in found.items()}

@@ -362,14 +362,14 @@ def read_captions(args, dataset, run, device):
         if run and (run["text"] or {}).get("sha256") != encoder.origin["sha256"]:
             raise ValueError(f"--resume: {args.clip} is another text encoder than the run in {args.out} was trained with")
         encoder = encoder.to(device).requires_grad_(False)
-        dataset.tell(lambda captions: embeddings(captions, encoder, tokenizer, args.cache))
+        dataset.encode_captions(lambda captions: embeddings(captions, encoder, tokenizer, args.cache))
         dataset.text = clip_record(encoder, tokenizer)
         return dict(context_dim=encoder.dim, context_tokens=encoder.length)
     longest = max(sum(len(pieces) for _, pieces in TextEncoder.pieces(caption))
                   for row in dataset.rows for caption in dataset.captions[row])
     arguments = dict(dim=TEXT["context_dim"], length=min(longest + 1, TEXT["context_tokens"]))       # one ends the caption
     encoder = TextEncoder(**arguments)
-    dataset.tell(lambda captions: encoder.tokenize(captions).numpy())
+    dataset.encode_captions(lambda captions: encoder.tokenize(captions).numpy())
     return dict(context_dim=encoder.dim, context_tokens=encoder.length, encoder=arguments)
 
 
