@@ -67,7 +67,7 @@ class Dataset:
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
         self.spec, self.images, self.labels, self.captions = spec, images, labels, captions
-        self.contexts, self.text = None, None            # see `tell`, and train.read_captions
+        self.contexts, self.text = None, None            # see `encode_captions`, and train.read_captions
         self.rows = np.arange(len(images)) if rows is None else rows
         self.image_size, self.channels = tuple(images.shape[1:3]), images.shape[3]
         self.classes = None if labels is None else list(classes)
@@ -82,7 +82,7 @@ class Dataset:
         return torch.from_numpy(np.ascontiguousarray(self.images[self.rows[indices]])), self.condition(indices, epochs)
 
     def condition(self, indices, epochs=0):
-        """Labels (n,) int64, or None without; or where captions were told, their contexts (n, ...).
+        """Labels (n,) int64, or None without; or where captions were encoded, their contexts (n, ...).
 
         An image of several captions shows another one at each reading: epochs, one number or (n,), says how many there were.
         """
@@ -91,17 +91,17 @@ class Dataset:
             return torch.from_numpy(self.contexts[self.context_rows[first + epochs % count]])
         return None if self.labels is None else torch.from_numpy(self.labels[self.rows[indices]].astype(np.int64))
 
-    def tell(self, encode):
+    def encode_captions(self, encode):
         """From now on a batch has contexts instead of labels: rows of the array encode(captions), each caption encoded once."""
         captions = [self.captions[row] for row in self.rows]
         self.first = np.cumsum([0, *map(len, captions)])                 # (N + 1,): image i's are first[i] .. first[i + 1]
-        self.distinct = sorted({text for some in captions for text in some})
+        self.distinct = sorted({text for texts in captions for text in texts})
         places = {text: i for i, text in enumerate(self.distinct)}
-        self.context_rows = np.array([places[text] for some in captions for text in some])
+        self.context_rows = np.array([places[text] for texts in captions for text in texts])
         self.contexts = encode(self.distinct)
         self.in_files |= isinstance(self.contexts, np.memmap)
 
-    def some_contexts(self, n):
+    def contexts_of(self, n):
         """Contexts (n, …) of n captions of this split, the same at each call, drawn at random where there are more."""
         order = np.random.default_rng(0).permutation(len(self.context_rows))
         return np.asarray(self.contexts[self.context_rows[np.resize(order, n)]])
@@ -167,13 +167,13 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif spec.endswith(".npz"):
         dataset = _resized(_npz(spec), image_size)
     elif name == "coco" and Path(argument).is_dir():
-        images, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
-        dataset = Dataset(spec, images, captions=captions)
+        images, rows, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
+        dataset = Dataset(spec, images, rows=rows, captions=captions)
         if own_split:
             return dataset
     elif Path(spec).is_dir():
-        images, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad)
-        dataset = Dataset(str(Path(spec)), images, labels, classes, captions=captions)
+        images, rows, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad)
+        dataset = Dataset(str(Path(spec)), images, labels, classes, rows, captions)
     else:
         raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, an "
                          "existing folder, nor an .npz file")
@@ -210,7 +210,7 @@ def _npz(path):
             large = entry.file_size > MAPPED and entry.compress_type == zipfile.ZIP_STORED
             images = _mapped(path, entry) if large else archive[image_key]
             labels = archive[label_key] if label_key in archive else None
-        return Dataset(path, *_checked(images, labels))
+        return Dataset(path, *_images_and_labels(images, labels))
     except Exception as error:                           # zipfile and numpy raise anything at all on a damaged file
         raise ValueError(f"cannot use {path}: {error}") from None
 
@@ -228,7 +228,7 @@ def _mapped(path, entry):
         return np.memmap(path, dtype, "r", start + member.tell(), shape)
 
 
-def _checked(images, labels):
+def _images_and_labels(images, labels):
     """Arrays of a file as (images uint8 NHWC, labels, class names). ValueError if they are something else."""
     if images.ndim == 3:
         images = images[..., None]                                       # NHW: grey

@@ -1,15 +1,16 @@
 """Image files: one, a folder of them with class sub-folders or a .txt of captions beside each, or MS-COCO.
 
-They are decoded once, centre-cropped as in ADM (Dhariwal & Nichol 2021), into a memory-mapped uint8 cache, of three channels unless
-all are grey. Captions are read each time.
+They are decoded once, centre-cropped as in ADM (Dhariwal & Nichol 2021), into a table of uint8, and have three channels unless all
+are grey. Captions are read each time.
 """
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from glob import escape
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from files import atomic_file, cache_folder
+from files import Table, fill
 
 FOR_A_WORKER = 256               # image files that are worth another process, which takes a second to start
+BAD = 255                        # in place of the number of channels
 
 
 def center_crop(image, size):
@@ -151,12 +153,12 @@ def coco_captions(annotations, skip_bad):
     kept = sorted((path, captions[key]) for key, path in found.items() if path is not None and captions[key])
     if not kept:
         raise ValueError(f"{annotations} has no captioned image")
-    return [path for path, _ in kept], [some for _, some in kept]
+    return [path for path, _ in kept], [texts for _, texts in kept]
 
 
 def coco(folder, split, size, cache, skip_bad):
-    """Images and captions of MS-COCO in a folder, and whether it has a test split of its own, captions_val*.json beside a
-    captions_train*.json. ValueError if there is no captions_*.json."""
+    """Images of MS-COCO in a folder, which of them are good, captions, and whether it has a test split of its own,
+    captions_val*.json beside a captions_train*.json. ValueError if there is no captions_*.json."""
     found = sorted(path for place in (folder, folder / "annotations") for path in place.glob("captions_*.json"))
     train, val = ([path for path in found if path.stem.startswith(f"captions_{part}")] for part in ("train", "val"))
     if not found or len(train) > 1 or len(val) > 1 or len(found) > 1 and not (train and val):
@@ -166,77 +168,67 @@ def coco(folder, split, size, cache, skip_bad):
     chosen = {"train": train, "test": val, "all": found}[split] if own else found
     files, captions = (sum(parts, []) for parts in zip(*(coco_captions(path, skip_bad) for path in chosen)))
     where = folder.resolve() / "+".join(path.stem for path in chosen)
-    images, kept = decoded(where, folder, files, size, cache, skip_bad)
-    return images, [captions[i] for i in kept], own
+    return *decoded(where, folder, files, size, cache, skip_bad), captions, own
 
 
 def image_folder(folder, size, cache, skip_bad):
-    """Images, labels, class names and captions of a folder; labels and names are None without class sub-folders, captions without
-    .txt files."""
+    """Images of a folder, which of them are good, labels, class names and captions; labels and names are None without class
+    sub-folders, captions without .txt files."""
     files, captions = captions_beside(_image_files(folder), skip_bad)
     tops = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in files]
     if None in tops and len(set(tops)) > 1:
         raise ValueError(f"{folder} holds images beside class sub-folders: move {files[tops.index(None)].name} into one")
     classes = None if tops[0] is None else sorted(set(tops))
-    images, kept = decoded(folder.resolve(), folder, files, size, cache, skip_bad)
-    labels = None if classes is None else np.array([classes.index(tops[i]) for i in kept])
-    return images, labels, classes, None if captions is None else [captions[i] for i in kept]
+    labels = None if classes is None else np.array([classes.index(top) for top in tops])
+    return *decoded(folder.resolve(), folder, files, size, cache, skip_bad), labels, classes, captions
 
 
 def decoded(name, folder, files, size, cache, skip_bad):
-    """Image files, decoded and cropped, from the cache if they are there unchanged -> uint8 (M, size, size, 1 or 3), and which
-    of the files they are.  name: a path that tells this list of files of the folder from others."""
+    """Image files, decoded and cropped once -> uint8 (M, size, size, 1 or 3), and the rows (N,) of the good ones, with skip_bad.
+
+    name: a path that tells this list of files of the folder from others. What a killed call decoded is there already; a list
+    whose files changed is decoded anew. ValueError at a bad file, or if all are.
+    """
     if size is None:
         raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
     state = [(os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    fingerprint = hashlib.sha256(json.dumps([state, skip_bad]).encode()).hexdigest()
-    key = hashlib.sha256(f"{name} {size}".encode()).hexdigest()[:16]
-    pixels = cache_folder(cache) / f"{name.name}-{size}-{key}.uint8"
-    meta_file = pixels.with_suffix(".json")
+    about = dict(files=hashlib.sha256(json.dumps(state).encode()).hexdigest())
+    prefix = f"{name.name}-{size}-{hashlib.sha256(f'{name} {size}'.encode()).hexdigest()[:16]}"
+    columns = dict(images=((size, size, 3), np.uint8), channels=((), np.uint8))
+    with Table(prefix, about, len(files), columns, cache) as table:
+        for old in table.folder.parent.glob(f"{escape(prefix)}-*"):
+            if old != table.folder:                      # of the files as they were
+                shutil.rmtree(old, ignore_errors=True)
+        unseen = len(table.missing())
+        fill(table, partial(_decode_rows, files, size, skip_bad), f"decoding {prefix}", shared=False)
+        images, channels = table.arrays()
+    good, bad = np.flatnonzero(channels != BAD), np.flatnonzero(channels == BAD)
+    if len(bad):
+        message = _decode(files[bad[0]], size)
+        if not isinstance(message, str):
+            message = f"{files[bad[0]]} could not be read, and now can be: delete {table.folder}"
+        if not skip_bad:
+            raise ValueError(f"{message} (--skip-bad goes on without it)")
+        if not len(good):
+            raise ValueError(f"none of {len(files)} files could be read; the first: {message}")
+        if unseen:
+            tqdm.write(f"left out {len(bad)} of {len(files)} files; the first: {message}")
+    return images[..., :channels[good].max()], good
+
+
+def _decode_rows(files, size, skip_bad, rows):
+    """Decode files number `rows` for `files.fill`: grey as colour, and how many channels there were."""
+    workers = min(os.cpu_count() or 1, len(rows) // FOR_A_WORKER)
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+    decode, paths = partial(_decode, size=size), [files[row] for row in rows]
     try:
-        meta = json.loads(meta_file.read_text())
-        usable = meta["fingerprint"] == fingerprint and pixels.stat().st_size == np.prod(meta["shape"])
-    except (OSError, ValueError, KeyError, TypeError):
-        usable = False
-    if not usable:
-        meta_file.unlink(missing_ok=True)                # a cut-off rebuild leaves no claim behind
-        meta = {"fingerprint": fingerprint, **_decode_all(files, size, pixels, skip_bad)}
-        with atomic_file(meta_file) as file:
-            file.write(json.dumps(meta).encode())
-    return np.memmap(pixels, np.uint8, "r", shape=tuple(meta["shape"])), meta["kept"]
-
-
-def _decode_all(files, size, target, skip_bad):
-    """Decode files into one raw uint8 file -> {"shape", "kept": their indices}. Three channels unless all are grey."""
-    workers = min(os.cpu_count() or 1, len(files) // FOR_A_WORKER)
-    kept, bad, all_grey = [], [], True
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        raw = Path(scratch) / "pixels"
-        with open(raw, "wb") as out, tqdm(total=len(files), desc=f"decoding {target.stem}", unit="image", disable=None) as bar:
-            pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
-            try:
-                decode = partial(_decode, size=size)
-                for i, image in enumerate(pool.map(decode, files, chunksize=32) if pool else map(decode, files)):
-                    bar.update()
-                    if isinstance(image, str):
-                        if not skip_bad:
-                            raise ValueError(f"{image} (--skip-bad goes on without it)")
-                        bad.append(image)
-                        continue
-                    all_grey &= image.shape[2] == 1
-                    out.write(np.broadcast_to(image, (size, size, 3)).tobytes())
-                    kept.append(i)
-            finally:
-                if pool:
-                    pool.shutdown(cancel_futures=True)
-        if bad:
-            tqdm.write(f"left out {len(bad)} of {len(files)} files; the first: {bad[0]}")
-        if not kept:
-            raise ValueError(f"none of {len(files)} files could be read; the first: {bad[0]}")
-        if all_grey:
-            colour, raw = np.memmap(raw, np.uint8, "r", shape=(len(kept), size, size, 3)), Path(scratch) / "grey"
-            with open(raw, "wb") as out:
-                for image in colour:
-                    out.write(image[..., 0].tobytes())
-        os.replace(raw, target)
-    return {"shape": [len(kept), size, size, 1 if all_grey else 3], "kept": kept}
+        for row, image in zip(rows, pool.map(decode, paths, chunksize=32) if pool else map(decode, paths)):
+            if not isinstance(image, str):
+                yield [row], [image, image.shape[2]]
+            elif skip_bad:
+                yield [row], [0, BAD]
+            else:
+                raise ValueError(f"{image} (--skip-bad goes on without it)")
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)

@@ -4,10 +4,6 @@ Report §4-5 (inference), §2-5 (latents are decoded), §4-1 (a text is encoded)
 of runs, evaluate.py and bench.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
 size or the number of processes.
 """
-import hashlib
-import json
-import math
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import ddpm
 from checkpoint import Clip, load, load_autoencoder, load_clip
-from cli import first_in_turn, natural, not_negative, positive, progress_bar, share
+from cli import natural, not_negative, positive
 from data import Dataset, to_uint8
-from files import cache_folder, sha256_of
+from files import Table, fill, sha256_of
 from unet import SuperResUNet
 from vae import in_pieces, pieces
 
@@ -245,51 +240,27 @@ def pixel_shape(network, autoencoder=None):
 
 def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_size=None, autoencoder=None, contexts=None,
               y_null=None):
-    """The first n samples of a checkpoint, as a data set in the cache: a file that is filled as they are drawn.
+    """The first n samples of a checkpoint, as a data set in the cache: a table that is filled as they are drawn.
 
     how: classes, cfg_scale, sampler, steps, seed, and what else tells samples of the checkpoint apart, plain values; names: of all
     classes, if the samples shall have labels; autoencoder: decodes the network's latents; contexts: of captions, in place of
     classes; y_null: of the empty caption. What an earlier, perhaps killed, call with the same checkpoint and the same `how` drew
     is there already; a larger n adds to it.
     """
-    classes, shape = how["classes"], pixel_shape(network, autoencoder)
-    key = hashlib.sha256(json.dumps([sha256_of(path), how]).encode()).hexdigest()[:16]
-    pixels = cache_folder(cache) / f"{Path(path).stem}-samples-{key}.uint8"
-    done = pixels.with_suffix(".done")                   # a byte an image: 1 once its pixels are on the disk
-    size = math.prod(shape)
-    with first_in_turn():
-        there = pixels.stat().st_size // size if pixels.exists() else 0  # whole images
-        for file_path, whole, unit in ((pixels, there, size), (done, there, 1)):
-            with open(file_path, "ab") as file:
-                end = file.tell()
-                file.truncate(min(whole * unit, end))                    # no claim on pixels that were deleted
-                file.truncate(max(n * unit, end))                        # what is added reads as zeros
-    missing = np.flatnonzero(np.fromfile(done, np.uint8, n) == 0)
-    if dist.is_initialized():
-        dist.barrier()                                   # all have looked before the first one draws
-    mine = share(len(missing))
-    with progress_bar("drawing", len(missing)) as progress, open(pixels, "r+b") as pixels_file, open(done, "r+b") as done_file:
-        for indices, x in draw(network, diffusion, missing[mine.start:mine.stop].tolist(),
-                               classes if contexts is None else contexts, how["seed"], batch_size,
-                               sampler=how["sampler"], steps=how["steps"], cfg_scale=how["cfg_scale"], y_null=y_null,
-                               clip=autoencoder is None):
-            progress.update(len(indices))
-            x = x if autoencoder is None else decode(autoencoder, x)
-            for i, image in zip(indices, to_uint8(x).cpu().numpy()):
-                pixels_file.seek(i * size)
-                pixels_file.write(image.tobytes())
-            pixels_file.flush()
-            os.fsync(pixels_file.fileno())
-            for i in indices:
-                done_file.seek(i)
-                done_file.write(b"\1")
-            done_file.flush()
-    if dist.is_initialized():
-        dist.barrier()
-    if not np.fromfile(done, np.uint8, n).all():
-        raise ValueError(f"{pixels} is not complete: all processes need one cache, --cache DIR")
+    classes = how["classes"]
+
+    def compute(rows):
+        options = {key: how[key] for key in ("sampler", "steps", "cfg_scale")}
+        for indices, x in draw(network, diffusion, rows.tolist(), classes if contexts is None else contexts, how["seed"],
+                               batch_size, y_null=y_null, clip=autoencoder is None, **options):
+            yield indices, [to_uint8(x if autoencoder is None else decode(autoencoder, x)).cpu()]
+
+    columns = {"images": (pixel_shape(network, autoencoder), np.uint8)}
+    with Table(f"{Path(path).stem}-samples", dict(checkpoint=sha256_of(path), **how), n, columns, cache) as table:
+        fill(table, compute, "drawing")
+        images, = table.arrays()
     labels = None if names is None else labels_of(range(n), classes).numpy()             # released weights have no names
-    return Dataset(path, np.memmap(pixels, np.uint8, "r", shape=(n, *shape)), labels, names)
+    return Dataset(path, images, labels, names)
 
 
 def add_sampling_flags(parser):

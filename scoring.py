@@ -191,7 +191,7 @@ class SampleScores:
 
     def __call__(self, network):
         """{column: score} on the first process, {} on the others, which draw their share."""
-        contexts = None if self.dataset.contexts is None else self.dataset.some_contexts(self.n)
+        contexts = None if self.dataset.contexts is None else self.dataset.contexts_of(self.n)
         found = score_network(network, self.diffusion, self.real, self.space, self.n,
                               self.dataset.classes if contexts is None else None, self.seed, autoencoder=self.dataset.autoencoder,
                               contexts=contexts, y_null=self.y_null, wanted=self.wanted)

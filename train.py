@@ -77,12 +77,12 @@ def encode_captions(args, dataset, run, device):
         if run and run.text.sha256 != encoder.origin["sha256"]:
             raise ValueError(f"--resume: {args.clip} is another text encoder than the run in {args.out} was trained with")
         encoder = encoder.to(device).requires_grad_(False)
-        dataset.tell(lambda captions: embeddings(captions, encoder, tokenizer, args.cache))
+        dataset.encode_captions(lambda captions: embeddings(captions, encoder, tokenizer, args.cache))
         return TextReader(tokenizer, encoder)
     longest = max(sum(len(pieces) for _, pieces in TextEncoder.pieces(caption))
                   for row in dataset.rows for caption in dataset.captions[row])
     encoder = TextEncoder(TEXT_DIM, min(longest + 1, TEXT_TOKENS))       # one ends the caption
-    dataset.tell(lambda captions: encoder.tokenize(captions).numpy())
+    dataset.encode_captions(lambda captions: encoder.tokenize(captions).numpy())
     return TextReader(encoder)
 
 

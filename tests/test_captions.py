@@ -87,7 +87,7 @@ def test_each_line_beside_an_image_is_a_caption_of_it(captioned, tmp_path):
 def test_a_changed_caption_is_read_without_decoding_again(captioned, tmp_path, monkeypatch):
     load(str(captioned), 8, "all", tmp_path)
     (captioned / "05.txt").write_text("changed")
-    monkeypatch.setattr("image_files._decode_all", None)
+    monkeypatch.setattr("image_files._decode", lambda path, size: 1 / 0)
     assert load(str(captioned), 8, "all", tmp_path).captions[5] == ["changed"]
 
 
@@ -101,8 +101,8 @@ def test_a_folder_without_texts_has_no_captions(captioned, tmp_path):
 def test_captions_stay_with_their_images_where_some_cannot_be_read(captioned, tmp_path):
     (captioned / "03.png").write_bytes(b"no image")
     dataset = load(str(captioned), 8, "all", tmp_path, skip_bad=True)
-    assert len(dataset.captions) == len(dataset.images) == 23
-    assert all(colour_of(image) in captions[0] for image, captions in zip(dataset.images, dataset.captions))
+    assert len(dataset) == 23
+    assert all(colour_of(dataset.images[row]) in dataset.captions[row][0] for row in dataset.rows)
 
 
 def test_images_without_captions_and_captions_without_images_are_counted_and_named(captioned, tmp_path):
@@ -159,8 +159,8 @@ def test_captions_of_coco_stay_with_their_images_where_some_cannot_be_read(coco,
     root = coco(val2014=6)
     (root / "val2014" / "val2014_1.jpg").write_bytes(b"no image")
     dataset = load(f"coco:{root}", 8, "all", tmp_path, skip_bad=True)
-    assert len(dataset.captions) == len(dataset.images) == 5
-    assert all(captions[0].split()[0] == colour_of(image) for image, captions in zip(dataset.images, dataset.captions))
+    assert len(dataset) == 5
+    assert all(colour_of(dataset.images[row]) == dataset.captions[row][0].split()[0] for row in dataset.rows)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}',
@@ -171,15 +171,11 @@ def test_what_is_no_file_of_captions_is_refused(coco, tmp_path, content):
     refusal(lambda: load(f"coco:{root}", 8, cache=tmp_path), "captions_val2014.json", "MS-COCO")
 
 
-def test_a_folder_without_coco_is_refused(tmp_path):
-    refusal(lambda: load(f"coco:{tmp_path}", 8, cache=tmp_path), "captions_train*.json", "none")
-
-
-# Telling
+# Encoding
 
 def test_an_image_shows_its_captions_in_turn_an_epoch_each(captioned, tmp_path):
     dataset = load(str(captioned), 8, "all", tmp_path)
-    dataset.tell(lambda captions: np.array(captions))
+    dataset.encode_captions(lambda captions: np.array(captions))
     read = {i: [] for i in range(24)}
     batches = Batches(dataset, 10, seed=3)
     dataset.condition, told = (lambda indices, epochs: torch.zeros(len(indices))), dataset.condition     # torch holds no texts
@@ -195,7 +191,7 @@ def test_an_image_shows_its_captions_in_turn_an_epoch_each(captioned, tmp_path):
 
 def test_a_batch_holds_the_ids_of_its_images_captions(captioned, tmp_path):
     dataset, encoder = load(str(captioned), 8, "train", tmp_path), TextEncoder(dim=16)
-    dataset.tell(lambda captions: encoder.tokenize(captions).numpy())
+    dataset.encode_captions(lambda captions: encoder.tokenize(captions).numpy())
     for epoch in range(3):
         images, ids = dataset.batch(np.array([4, 0, 9]), np.full(3, epoch))
         words = [f"all of it is {colour_of(image)}" if epoch != 1 else f"a {colour_of(image)} image" for image in images]
@@ -255,7 +251,7 @@ def denoising(dataset, network, cfg_drop=0.5, N=400):
 
 def test_dropped_captions_are_the_empty_one(captioned, here):
     dataset, network = load(str(captioned), 8, cache=here), train.build(trained(captioned, "--model", "uvit", "--size", "Nano/4")["network"])
-    dataset.tell(lambda captions: network.text_encoder.tokenize(captions).numpy())
+    dataset.encode_captions(lambda captions: network.text_encoder.tokenize(captions).numpy())
     images, ids = dataset.batch(np.arange(400) % 21)
     _, _, y, _ = denoising(dataset, network).draw(5, images, ids, slice(0, 400))
     dropped = (y != ids).flatten(1).any(dim=1)
@@ -351,7 +347,7 @@ def test_the_coco_recipe_runs_on_a_stand_in(coco, clip, here):
 
 def test_a_prompt_and_a_network_must_fit(captioned, tiny_run, clip, here, capsys):
     trained(captioned, "--model", "uvit", "--size", "Nano/4")
-    for flags, *parts in ((["--ckpt", "run.pt"], "--prompt"), (["--ckpt", str(tiny_run), "--prompt", "a 3"], "not trained with texts", "--classes"),
+    for flags, *parts in ((["--ckpt", "run.pt"], "--prompt"),
                           (["--ckpt", str(tiny_run), "--clip", str(clip)], "not trained with texts"),
                           (["--ckpt", "run.pt", "--prompt", "red", "--classes", "3"], "without labels"),
                           (["--ckpt", "run.pt", "--prompt", "red", "--clip", str(clip)], "of its own")):
@@ -363,13 +359,6 @@ def test_what_a_prompt_loses_is_shown_in_a_warning(captioned, here, capsys):
     sample.main(["--ckpt", "run.pt", "--n", "1", "--prompt", "All of it is green and more"])
     out, err = capsys.readouterr()
     assert "'and more'" in err and "6 tokens" in err and len(err.strip().splitlines()) == 1
-
-
-def test_text_needs_captions_and_a_dit_its_cross_attention(captioned, here):
-    refusal(lambda: train.train(*train.settings(["--text", "--out", "a.pt"]), torch.device("cpu"), 0, 1), "mnist has no captions")
-    refusal(lambda: train.settings([*TEXT, "--data", str(captioned), "--conditioning", "adaln", "--out", "a.pt"]), "cross-attention")
-    refusal(lambda: train.settings(["--model", "vit", "--text", "--out", "a.pt"]), "--text", "classifies")
-    refusal(lambda: train.settings(["--latent-scale", "0.5", "--out", "a.pt"]), "--vae")
 
 
 def test_without_dropped_captions_there_is_no_guidance(captioned, here):

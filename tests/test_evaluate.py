@@ -91,23 +91,22 @@ def scores_of(row, but=()):
     return {metric: row[metric] for metric in (*evaluate.METRICS, "FD_floor") if row[metric] != "" and metric not in but}
 
 
-def cached(ending):
-    """The only file of samples in the cache, by its ending."""
-    found, = Path("cache").glob(f"run-samples-*{ending}")
+def cached(name):
+    """A file, by its name, of the only samples in the cache."""
+    found, = Path("cache").glob(f"run-samples-*/{name}.npy")
     return found
 
 
 def pixels(n):
     """The samples in the cache, all n of them."""
-    return np.fromfile(cached(".uint8"), np.uint8).reshape(n, 32, 32, 1)
+    return np.load(cached("images")).reshape(n, 32, 32, 1)
 
 
-def put(images):
-    """Other pixels for some samples in the cache, by their numbers."""
-    with open(cached(".uint8"), "r+b") as file:
-        for i, image in images.items():
-            file.seek(i * 1024)
-            file.write(image.tobytes())
+def put(images, name="images"):
+    """Other pixels for some samples in the cache, or another record of which are there, by their numbers."""
+    table = np.load(cached(name), mmap_mode="r+")
+    for i, image in images.items():
+        table[i] = image
 
 
 @pytest.fixture
@@ -157,14 +156,12 @@ def test_what_was_drawn_is_not_drawn_again_and_more_is_added_to_it(here, digit):
     assert (np.delete(now[:6], 2, 0) == np.delete(before, 2, 0)).all()
     put({2: before[2]})
     assert evaluated(*DRAW, "--n", "6") == first         # a smaller n takes the first
-    assert cached(".done").read_bytes() == b"\1" * 9 and (pixels(9)[6:] == now[6:]).all()
+    assert np.load(cached("done")).tolist() == [1] * 9 and (pixels(9)[6:] == now[6:]).all()
 
 
 def test_a_killed_drawing_goes_on_with_what_is_missing(here, digit):
     first, before = evaluated(*DRAW, "--n", "8", "--batch-size", "1"), pixels(8)
-    done = bytearray(cached(".done").read_bytes())
-    done[1] = done[4] = 0
-    cached(".done").write_bytes(done[:7])                # the last one's byte was not even begun
+    put({1: 0, 4: 0, 7: 0}, "done")
     put({1: 0 * digit, 4: 0 * digit, 7: 0 * digit, 3: digit})
     evaluated(*DRAW, "--n", "8", "--batch-size", "1")
     assert (pixels(8)[3] == digit).all()                 # of those that are there none was drawn again
@@ -176,11 +173,11 @@ def test_samples_that_were_deleted_are_drawn_again(here):
     first, before = evaluated(*DRAW, "--n", "4", "--batch-size", "1"), pixels(4)
     for left in (0, 2 * 1024 + 5, None):                 # bytes; None: the file is gone
         if left is None:
-            cached(".uint8").unlink()
+            cached("images").unlink()
         else:
-            os.truncate(cached(".uint8"), left)
+            os.truncate(cached("images"), 128 + left)    # after the header
         assert evaluated(*DRAW, "--n", "4", "--batch-size", "1") == first and (pixels(4) == before).all()
-    cached(".done").unlink()
+    cached("done").unlink()
     assert evaluated(*DRAW, "--n", "4", "--batch-size", "1") == first
 
 
@@ -195,12 +192,12 @@ def test_samples_drawn_otherwise_are_other_samples(here):
     changes = [[], ["--seed", "1"], ["--cfg-scale", "1"], ["--steps", "3"], ["--sampler", "ddim"], ["--classes", "3"]]
     for count, argv in enumerate(changes, 1):
         evaluated(*DRAW, "--n", "4", "--metrics", "IS", *argv)
-        assert len(list(Path("cache").glob("run-samples-*.uint8"))) == count, argv
+        assert len(list(Path("cache").glob("run-samples-*/images.npy"))) == count, argv
     run = checkpoint.load("run.pt")
     next(iter(run["ema"].values())).add_(1)
     checkpoint.save("run.pt", run)
     evaluated(*DRAW, "--n", "4", "--metrics", "IS", "--batch-size", "2")
-    files = list(Path("cache").glob("run-samples-*.uint8"))
+    files = list(Path("cache").glob("run-samples-*/images.npy"))
     assert len(files) == len(changes) + 1 == len({path.read_bytes() for path in files})
 
 
@@ -244,7 +241,7 @@ def test_two_processes_draw_what_is_missing_and_score_as_one(here):
     row, before = evaluated(*argv), pixels(33)
     assert row["accuracy"] > 0.8 and row["recall"] > 0
     put({i: np.zeros(1024, np.uint8) for i in range(30, 33)})
-    cached(".done").write_bytes(b"\1" * 30 + bytes(3))
+    put({i: 0 for i in range(30, 33)}, "done")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
                            str(ROOT / "evaluate.py"), *argv, *HERE, "--results", "two.csv", "--save-reference", "two.npz"],
                           capture_output=True, text=True)
@@ -253,7 +250,7 @@ def test_two_processes_draw_what_is_missing_and_score_as_one(here):
     numbers = {key for key, value in row.items() if isinstance(value, float)}
     assert {key: two[key] for key in numbers} == pytest.approx({key: row[key] for key in numbers}, rel=1e-6)
     assert {key: two[key] for key in set(row) - numbers} == {key: row[key] for key in set(row) - numbers}
-    assert (pixels(33) == before).all() and cached(".done").read_bytes() == b"\1" * 33
+    assert (pixels(33) == before).all() and np.load(cached("done")).tolist() == [1] * 33
     assert done.stdout.count("FD[vit-mnist]") == done.stdout.count("wrote two.npz: 180 ") == 1
 
 

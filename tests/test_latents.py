@@ -1,20 +1,18 @@
 """latents.py: what is on the disk is what the encoder gives, once, for these data and this autoencoder, whatever interrupts it."""
-import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import data
+import files
 import latents
 import vae
+from test_files import forked
 
-ROOT = Path(__file__).parents[1]
 SMALL = dict(channels=1, dim=32, multipliers=(1, 2), res_blocks=1)           # f = 2
 NAMES = ("mean.npy", "std.npy", "flipped_mean.npy", "flipped_std.npy")
 
@@ -123,57 +121,23 @@ def test_a_second_call_encodes_nothing(tmp_path, autoencoder, pixels, encoded):
     assert torch.equal(first.batch(np.arange(22))[0], again.batch(np.arange(22))[0])
 
 
-@pytest.mark.parametrize("call, done", [(1, 0), (7, 0), (11, 8), (18, 16)])
-def test_a_kill_in_mid_encoding_resumes_at_the_last_record_and_gives_the_same_files(
+@pytest.mark.parametrize("call, done", [(1, 0), (2, 0), (7, 6), (11, 10)])
+def test_a_kill_in_mid_encoding_is_gone_on_from_and_gives_the_same_files(
         tmp_path, monkeypatch, autoencoder, pixels, encoded, call, done):
-    monkeypatch.setattr(latents, "BATCH", 2)
-    monkeypatch.setattr(latents, "FLUSH", 4)             # a record every eight images; each of two encoded, then its mirror image
+    monkeypatch.setattr(latents, "BATCH", 2)             # each of two is encoded, then its mirror image
+    monkeypatch.setattr(files, "SECONDS", 0)
     latents.latents(pixels, autoencoder, "a", True, tmp_path / "whole")
-    assert encoded == [1] + [2] * 22
-    encoded.clear()
-    with monkeypatch.context() as killed:
-        original = autoencoder.encode
 
-        def until_killed(x):
-            if len(encoded) > call:
-                raise KeyboardInterrupt
-            return original(x)
-        killed.setattr(autoencoder, "encode", until_killed)
-        with pytest.raises(KeyboardInterrupt):
-            latents.latents(pixels, autoencoder, "a", True, tmp_path / "cut")
-    folder = folders(tmp_path / "cut")[0]
-    record = folder / "meta.json"
-    assert (json.loads(record.read_text())["done"] if record.exists() else 0) == done
-    for name in NAMES:                                   # what no record says may not be on the disk
-        np.load(folder / name, mmap_mode="r+")[done:] = 0
+    def until_killed():
+        original = autoencoder.encode
+        autoencoder.encode = lambda x: original(x) if len(encoded) < call else os.kill(os.getpid(), signal.SIGKILL)
+        latents.latents(pixels, autoencoder, "a", True, tmp_path / "cut")
     encoded.clear()
+    assert forked(until_killed) == [-signal.SIGKILL]
     latents.latents(pixels, autoencoder, "a", True, tmp_path / "cut")
     assert sum(encoded) == 1 + 2 * (22 - done)
-    assert all(np.array_equal(a, b) for a, b in zip(tables(folder), tables(*folders(tmp_path / "whole")), strict=True))
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"22", b'{"done": 22}', b"\xff\xfe{}"])
-def test_a_damaged_record_has_everything_encoded_again(tmp_path, autoencoder, pixels, encoded, content):
-    latents.latents(pixels, autoencoder, "a", False, tmp_path)
-    folder = folders(tmp_path)[0]
-    record, expected = (folder / "meta.json").read_text(), tables(folder)
-    for name in NAMES[:2]:
-        np.load(folder / name, mmap_mode="r+")[:] = 7
-    (folder / "meta.json").write_bytes(content)
-    encoded.clear()
-    latents.latents(pixels, autoencoder, "a", False, tmp_path)
-    assert encoded == [1, 22] and (folder / "meta.json").read_text() == record
-    assert all(np.array_equal(a, b) for a, b in zip(tables(folder), expected, strict=True))
-
-
-@pytest.mark.parametrize("done", [-1, 3.5, "22", None])
-def test_a_record_of_an_impossible_number_counts_for_nothing(tmp_path, autoencoder, pixels, encoded, done):
-    latents.latents(pixels, autoencoder, "a", False, tmp_path)
-    record = folders(tmp_path)[0] / "meta.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "done": done}))
-    encoded.clear()
-    latents.latents(pixels, autoencoder, "a", False, tmp_path)
-    assert encoded == [1, 22]
+    cut, whole = (tables(*folders(tmp_path / name)) for name in ("cut", "whole"))
+    assert all(np.array_equal(a, b) for a, b in zip(cut, whole, strict=True))
 
 
 def test_other_data_another_split_another_autoencoder_and_flips_have_folders_of_their_own(tmp_path, autoencoder):
@@ -207,50 +171,8 @@ def test_images_that_the_autoencoder_does_not_take_are_refused_before_anything_i
     assert folders(tmp_path) == []
 
 
-def test_a_full_disk_is_an_error_and_no_crash_in_mid_encoding(tmp_path, monkeypatch, autoencoder, pixels):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space"):
-        latents.latents(pixels, autoencoder, "a", False, tmp_path)
-
-
-# Several processes
-
-def test_two_processes_write_what_one_writes(tmp_path, autoencoder, pixels, encoded):
-    torch.save(autoencoder.state_dict(), tmp_path / "vae.pt")
-    (tmp_path / "both.py").write_text(f"""
-import checkpoint, cli, data, latents, numpy
-with cli.one_line_errors("both.py"):                     # which ends the processes as train.py does
-    cli.processes("cpu")
-    dataset = latents.latents(data.load({pixels.spec!r}), checkpoint.load_autoencoder({str(tmp_path / "vae.pt")!r}), "a", True,
-                              {str(tmp_path / "two")!r})
-    if not dataset.batch(numpy.arange(22))[0].flatten(3).any(dim=-1).all():
-        raise ValueError("a process went on before the other had done its share")
-""")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, str(tmp_path / "both.py")], check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(ROOT)})
-    same = checkpoint.load_autoencoder(tmp_path / "vae.pt")
-    latents.latents(pixels, same, "a", True, tmp_path / "one")
-    (one,), (two,) = folders(tmp_path / "one"), folders(tmp_path / "two")
-    assert one.name == two.name and (one / "meta.json").read_text() == (two / "meta.json").read_text()
-    for a, b in zip(tables(one), tables(two), strict=True):
-        assert_close(a, b)
-    assert np.array_equal(np.load(one / "labels.npy"), np.load(two / "labels.npy"))
-    latents.latents(pixels, autoencoder, "a", True, tmp_path / "two")
-    assert encoded == [1]                                # one process finds what two have left
-
-
-def latents_folder(pixels, autoencoder, cache):
-    """The folder of the latents of a data set in a cache of its own."""
-    latents.latents(pixels, autoencoder, "a hash", cache=cache)
-    folder, = folders(cache)
-    return folder
-
-
 def test_a_batch_that_memory_does_not_hold_is_encoded_in_pieces(tmp_path, pixels, autoencoder, monkeypatch):
-    whole = tables(latents_folder(pixels, autoencoder, tmp_path / "whole"))
+    latents.latents(pixels, autoencoder, "a", cache=tmp_path / "whole")
     sizes, original = [], autoencoder.encode
 
     def narrow(x):
@@ -259,7 +181,8 @@ def test_a_batch_that_memory_does_not_hold_is_encoded_in_pieces(tmp_path, pixels
             raise torch.OutOfMemoryError("no more")
         return original(x)
     monkeypatch.setattr(autoencoder, "encode", narrow)
-    pieces = tables(latents_folder(pixels, autoencoder, tmp_path / "pieces"))
+    latents.latents(pixels, autoencoder, "a", cache=tmp_path / "pieces")
     assert sizes == [1, 22, 11, 5, 5, 5, 5, 2]           # one image to see the shape; all, halves of them until they fit
+    whole, pieces = (tables(*folders(tmp_path / name)) for name in ("whole", "pieces"))
     for a, b in zip(whole, pieces, strict=True):                         # other sums of float32 of some hundred terms of size 1
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
