@@ -1,7 +1,7 @@
 """The networks by name: what --model and --size mean, and how a run describes its network.
 
 A description is {"class": name, "arguments": {…}}, plain values that run.pt holds; `build` makes the network of it. With
-"text": {…} the network has a `text.TextEncoder` of these arguments as its .text_encoder, and is told captions by their ids.
+"text": {…} the network has a `text.TextEncoder` of these arguments as its .text_encoder, and takes captions by their ids.
 """
 import dit
 import points
@@ -21,6 +21,11 @@ TRAINABLE = {
     **MODELS,
     "vae": (vae.AutoencoderKL, vae.SIZES),
     "mlp": (points.MLP, points.SIZES),                   # denoises points
+}
+OPTIONS = {                            # of some models only: which, and what is said where another is asked for them
+    "conditioning": (("dit",), "--conditioning {value} is a choice of DiT's, not of {model}"),
+    "hybrid": (("vit",), "--hybrid is a choice of ViT's, not of {model}"),
+    "learn_sigma": (("dit", "unet"), "--variance learned: {model} puts out no variance; use small or large"),
 }
 NETWORKS = {network.__name__: network for network in (*(network for network, _ in TRAINABLE.values()), unet.SuperResUNet)}
 
@@ -42,42 +47,44 @@ def named(model, size):
     return network, sizes[name] | (dict(patch_size=int(patch)) if patched else {})
 
 
+def check_options(model, size, learn_sigma=False, conditioning=None, context_dim=None, hybrid=False):
+    """ValueError on a size that there is not, or on options, those of `describe`, that do not go with the model."""
+    named(model, size)
+    given = dict(learn_sigma=learn_sigma, conditioning=conditioning, hybrid=hybrid)
+    for option, (models, complaint) in OPTIONS.items():
+        if given[option] and model not in models:
+            raise ValueError(complaint.format(value=given[option], model=model))
+    if context_dim is not None and conditioning not in (None, "cross-attention"):
+        raise ValueError(f"--conditioning {conditioning}: a DiT reads a text by cross-attention only")
+
+
 def describe(model, size, image_size, channels, num_classes=None, null_class=True, learn_sigma=False, conditioning=None,
              context_dim=None, context_tokens=77, hybrid=False):
     """The description of a named network for images of a size and a number of channels and classes.
 
     learn_sigma: also put out a variance. context_dim: a text's width, which takes the classes' place; context_tokens: its
-    length. conditioning is DiT's, hybrid ViT's. ValueError on an option that the network does not have.
+    length. conditioning is DiT's, hybrid ViT's. ValueError as of `check_options`, and on a classifier without classes.
     """
-    if conditioning is not None and model != "dit":
-        raise ValueError(f"--conditioning {conditioning} is a choice of DiT's, not of {model}")
+    check_options(model, size, learn_sigma, conditioning, context_dim, hybrid)
     if model == "vit" and num_classes is None:
         raise ValueError("--model vit learns labels, and the data has none")
-    if context_dim is not None and conditioning not in (None, "cross-attention"):
-        raise ValueError(f"--conditioning {conditioning}: a DiT is told a text by cross-attention only")
-    if hybrid and model != "vit":
-        raise ValueError(f"--hybrid is a choice of ViT's, not of {model}")
-    if learn_sigma and model in ("uvit", "mlp"):
-        name = {"uvit": "a U-ViT", "mlp": "an MLP"}[model]
-        raise ValueError(f"--variance learned: {name} puts out no variance; use small or large")
-    network, fixed = named(model, size)
-    if model == "mlp":                                   # of points, which have one shape
-        return {"class": network.__name__, "arguments": fixed}
+    network, arguments = named(model, size)
     if model == "vae":
-        return {"class": network.__name__, "arguments": {**fixed, "channels": channels}}
-    own = {
-        "dit": dict(null_class=null_class, learn_sigma=learn_sigma,
-                    conditioning=conditioning or ("adaln-zero" if context_dim is None else "cross-attention")),
-        "uvit": dict(null_class=null_class),
-        "unet": dict(null_class=null_class, out_channels=channels * (2 if learn_sigma else 1)),
-        "vit": dict(hybrid=hybrid),
-    }[model]
-    if context_dim is not None:
-        num_classes = None
-        own["context_dim"] = context_dim
-        if model == "uvit":
-            own["context_tokens"] = context_tokens
-    arguments = {**fixed, "image_size": image_size, "channels": channels, "num_classes": num_classes, **own}
+        arguments = {**arguments, "channels": channels}
+    elif model != "mlp":                                 # points have one shape
+        own = {
+            "dit": dict(null_class=null_class, learn_sigma=learn_sigma,
+                        conditioning=conditioning or ("adaln-zero" if context_dim is None else "cross-attention")),
+            "uvit": dict(null_class=null_class),
+            "unet": dict(null_class=null_class, out_channels=channels * (2 if learn_sigma else 1)),
+            "vit": dict(hybrid=hybrid),
+        }[model]
+        if context_dim is not None:
+            num_classes = None
+            own["context_dim"] = context_dim
+            if model == "uvit":
+                own["context_tokens"] = context_tokens
+        arguments = {**arguments, "image_size": image_size, "channels": channels, "num_classes": num_classes, **own}
     return {"class": network.__name__, "arguments": arguments}
 
 
