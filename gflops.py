@@ -24,9 +24,9 @@ from text import CLIPTextEncoder
 from vae import AutoencoderKL
 
 # What the networks see: latents of 256 x 256 and 512 x 512 images (four channels, an eighth of the sides), or pixels
-LATENT, LATENT_512 = (dict(image_size=side, channels=4, num_classes=1000) for side in (32, 64))
-DIT, DIT_512 = ({**size, "learn_sigma": True} for size in (LATENT, LATENT_512))
-TEXT = dict(image_size=32, channels=4, context_dim=768)                  # latents and CLIP's 77 tokens
+LATENT_256, LATENT_512 = (dict(image_size=side, channels=4, num_classes=1000) for side in (32, 64))
+DIT_256, DIT_512 = ({**size, "learn_sigma": True} for size in (LATENT_256, LATENT_512))
+COCO = dict(image_size=32, channels=4, context_dim=768)                  # latents and CLIP's 77 tokens
 
 
 def pixels(side, num_classes=None):
@@ -39,47 +39,47 @@ def adm(side):
     return dict(**pixels(side, 1000), null_class=False, learn_sigma=True)
 
 
-# A row: name, the networks that it runs once each, published 10^6 parameters and Gflops as they are printed, remark. Published
-# numbers are the report's, or the papers' as later work quotes them; None where none was at hand.
+# A row: name, the networks that it runs once each, published 10^6 parameters and Gflops as they are printed, perhaps a remark.
+# Published numbers are the report's, or the papers' as later work quotes them; None where none was at hand.
 TABLES = {
     "§4-3: DiT on latents of 256x256 images (Peebles & Xie 2023, tables 1 and 4)": [
-        *((f"DiT-{size}", [("dit", size, DIT)], parameters, gflops, "") for size, parameters, gflops in (
+        *((f"DiT-{size}", [("dit", size, DIT_256)], parameters, gflops) for size, parameters, gflops in (
             ("S/8", None, "0.36"), ("S/4", None, "1.41"), ("S/2", "33", "6.06"),
             ("B/8", None, "1.42"), ("B/4", None, "5.56"), ("B/2", "130", "23.01"),
             ("L/8", None, "5.01"), ("L/4", None, "19.70"), ("L/2", "458", "80.71"),
             ("XL/8", None, "7.39"), ("XL/4", None, "29.05"), ("XL/2", "675", "118.64"))),
-        ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525", ""),
+        ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525"),
     ],
     "§2-8-3: the four blocks of DiT-XL/2 (Peebles & Xie 2023, figure 5)": [
-        (f"DiT-XL/2 {name}", [("dit", "XL/2", {**DIT, "conditioning": name})], None, published, "")
+        (f"DiT-XL/2 {name}", [("dit", "XL/2", {**DIT_256, "conditioning": name})], None, published)
         for name, published in zip(dit.BLOCKS, ("118.64", "118.56", "137.62", "119.37"))
     ],
     "§4-1: U-ViT (Bao et al. 2023, table 1)": [
-        ("U-ViT-S/2 CIFAR-10", [("uvit", "S/2", pixels(32))], None, None, ""),
-        ("U-ViT-S/4 CelebA 64", [("uvit", "S/4", pixels(64))], None, None, ""),
-        ("U-ViT-M/4 ImageNet 64", [("uvit", "M/4", {**pixels(64, 1000), "null_class": False})], "131", None, ""),
-        ("U-ViT-L/4 ImageNet 64", [("uvit", "L/4", {**pixels(64, 1000), "null_class": False})], "287", None, ""),
-        ("U-ViT-L/2 ImageNet 256", [("uvit", "L/2", LATENT)], "287", None, ""),
-        ("U-ViT-H/2 ImageNet 256", [("uvit", "H/2", LATENT)], "501", None, ""),
-        ("U-ViT-L/4 ImageNet 512", [("uvit", "L/4", LATENT_512)], "287", None, ""),
-        ("U-ViT-H/4 ImageNet 512", [("uvit", "H/4", LATENT_512)], "501", None, ""),
+        ("U-ViT-S/2 CIFAR-10", [("uvit", "S/2", pixels(32))], None, None),
+        ("U-ViT-S/4 CelebA 64", [("uvit", "S/4", pixels(64))], None, None),
+        ("U-ViT-M/4 ImageNet 64", [("uvit", "M/4", {**pixels(64, 1000), "null_class": False})], "131", None),
+        ("U-ViT-L/4 ImageNet 64", [("uvit", "L/4", {**pixels(64, 1000), "null_class": False})], "287", None),
+        ("U-ViT-L/2 ImageNet 256", [("uvit", "L/2", LATENT_256)], "287", None),
+        ("U-ViT-H/2 ImageNet 256", [("uvit", "H/2", LATENT_256)], "501", None),
+        ("U-ViT-L/4 ImageNet 512", [("uvit", "L/4", LATENT_512)], "287", None),
+        ("U-ViT-H/4 ImageNet 512", [("uvit", "H/4", LATENT_512)], "501", None),
     ],
     "Fig. 5-1: MS-COCO; the figure adds text encoder (TE) and autoencoder (AE) to the denoiser": [
-        ("U-ViT-S/2", [("uvit", "S/2", TEXT)], "45", None, ""),
-        ("U-ViT-S/2 Deep", [("uvit", "S-deep/2", TEXT)], "58", None, ""),
-        ("U-Net", [("unet", "ldm-coco", TEXT)], "53", None, "a configuration of that size; theirs is not published"),
+        ("U-ViT-S/2", [("uvit", "S/2", COCO)], "45", None),
+        ("U-ViT-S/2 Deep", [("uvit", "S-deep/2", COCO)], "58", None),
+        ("U-Net", [("unet", "ldm-coco", COCO)], "53", None, "a configuration of that size; theirs is not published"),
         ("CLIP's text encoder (TE)", [("clip", None, {})], "123", None, "one caption"),
         ("Stable Diffusion's (AE)", [("vae", None, {})], "84", None, "one 256x256 image, in and out"),
     ],
     "§4-10, Fig. 5-2: ImageNet (Dhariwal & Nichol 2021; Rombach et al. 2022; Peebles & Xie 2023)": [
-        ("ADM at 256x256", [("unet", "adm-256", adm(256))], None, "1120", ""),
-        ("ADM-U at 256x256", [("unet", "adm-64", adm(64)), ("unet", "adm-64-256", adm(256))], None, "742", ""),
-        ("LDM-8", [("unet", "ldm-8", dict(image_size=32, channels=4))], None, "57", ""),
-        ("LDM-4", [("unet", "ldm-4", dict(image_size=64, channels=3))], "400", "103.6", "not explained"),
-        ("DiT-XL/2", [("dit", "XL/2", DIT)], "675", "119", ""),
-        ("ADM at 512x512", [("unet", "adm-512", adm(512))], None, "1983", ""),
-        ("ADM-U at 512x512", [("unet", "adm-128", adm(128)), ("unet", "adm-128-512", adm(512))], None, "2813", ""),
-        ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525", ""),
+        ("ADM at 256x256", [("unet", "adm-256", adm(256))], None, "1120"),
+        ("ADM-U at 256x256", [("unet", "adm-64", adm(64)), ("unet", "adm-64-256", adm(256))], None, "742"),
+        ("LDM-8", [("unet", "ldm-8", dict(image_size=32, channels=4))], None, "57"),
+        ("LDM-4", [("unet", "ldm-4", dict(image_size=64, channels=3))], "400", "103.6"),
+        ("DiT-XL/2", [("dit", "XL/2", DIT_256)], "675", "119"),
+        ("ADM at 512x512", [("unet", "adm-512", adm(512))], None, "1983"),
+        ("ADM-U at 512x512", [("unet", "adm-128", adm(128)), ("unet", "adm-128-512", adm(512))], None, "2813"),
+        ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525"),
     ],
 }
 
@@ -136,10 +136,10 @@ def compared(ours, published):
     if published is None:
         return f"{ours:10.2f} {'':>9} {'':>11}", False
     places = len(published.partition(".")[2])
+    as_printed = f"{ours:.{places}f}" == published
     difference = ours / float(published) - 1
-    if f"{ours:.{places}f}" == published:
-        return f"{ours:10.2f} {published:>9} {'as printed':>11}", False
-    return f"{ours:10.2f} {published:>9} {difference:>+11.2%}", abs(difference) > 0.005
+    said = "as printed" if as_printed else f"{difference:+.2%}"
+    return f"{ours:10.2f} {published:>9} {said:>11}", not as_printed and abs(difference) > 0.005
 
 
 def show(tables):
@@ -147,12 +147,13 @@ def show(tables):
     for title, rows in tables.items():
         print(f"\n{title}")
         print(f"{'':24}{'M parameters':>13} {'published':>9} {'':>11}{'Gflops':>11} {'published':>9}")
-        for name, networks, parameters, gflops, remark in rows:
+        for name, networks, parameters, gflops, *remarks in rows:
             costs = [network_cost(model, size, **options) for model, size, options in networks]
             parameter_columns, parameters_differ = compared(sum(p for p, _ in costs) / 1e6, parameters)
             gflops_columns, gflops_differ = compared(sum(m for _, m in costs) / 1e9, gflops)
-            remark = remark or ("not explained" if parameters_differ or gflops_differ else "")
-            print(f"{name:27}{parameter_columns} {gflops_columns}  {remark}".rstrip())
+            if not remarks and (parameters_differ or gflops_differ):
+                remarks = ["not explained"]
+            print(f"{name:27}{parameter_columns} {gflops_columns}  {''.join(remarks)}".rstrip())
 
 
 def show_one(args):

@@ -1,10 +1,12 @@
-"""From features to scores: Fréchet distance, Inception score, precision and recall.
+"""From features to scores: Fréchet distance, Inception score, precision and recall; nearest neighbours, and PSNR.
 
 Report §4-6 and Fig. 5-2. Heusel et al. 2017 (the Fréchet distance), Salimans et al. 2016 (the Inception score), Kynkäänniemi
 et al. 2019 (precision and recall). Nothing here knows an image or a network: features are rows (n, D), of any space. The
 Fréchet distance of Inception's pooled features is FID, of its spatial ones sFID. Statistics are float64 on the features' device;
 where papers differ in a detail, this follows ADM's evaluator (Dhariwal & Nichol 2021), whose numbers are those in print.
 """
+import math
+
 import torch
 
 BLOCK = 2 ** 25                        # distances held at once: 128 MB in float32
@@ -153,3 +155,26 @@ def precision_recall(real, fake, k=3):
         realistic += (apart <= reach_of_real).any(dim=1).sum().item()
         covered |= (apart <= reach.unsqueeze(1)).any(dim=0)
     return realistic / len(fake), covered.double().mean().item()
+
+
+def nearest(queries, reference, k=3):
+    """Indices (n, k) of the nearest reference images by pixel distance, for n queries of the same shape."""
+    queries, reference = (torch.as_tensor(images).float().flatten(1) for images in (queries, reference))
+    return torch.cat([torch.cdist(part, reference).topk(k, largest=False).indices for part in queries.split(512)])
+
+
+def vote(labels, neighbours):
+    """The majority label of each row's neighbours; the nearest one's where all differ.  labels (M,), neighbours (n, 3)."""
+    first, second, third = labels[neighbours].unbind(dim=1)
+    return torch.where(second == third, second, first)
+
+
+def unique_share(neighbours):
+    """The share of samples whose nearest image, neighbours (n,), is no other sample's nearest."""
+    counts = neighbours.unique(return_counts=True)[1]
+    return (counts == 1).sum().item() / len(neighbours)
+
+
+def psnr(x, real):
+    """The peak signal-to-noise ratio in dB of images in [-1, 1]."""
+    return 10 * math.log10(4 / (x - real).square().mean().item())

@@ -23,6 +23,22 @@ import ddpm
 STEPS, REPEATS = 20, 5           # 100 evaluations an image; as many digits stay what they were with 50 steps repeated twice
 
 
+def blurred(x, deviation):
+    """Images (N, 1, H, W) in a Gaussian blur of a deviation in pixels."""
+    place = torch.arange(-8.0, 9.0, device=x.device)
+    kernel = torch.exp(-place ** 2 / (2 * deviation ** 2))
+    kernel = kernel / kernel.sum()
+    x = F.conv2d(F.pad(x, (8, 8, 8, 8), mode="replicate"), kernel.reshape(1, 1, 1, -1))
+    return F.conv2d(x, kernel.reshape(1, 1, -1, 1))
+
+
+def linear_filter(noisy, real, sigma):
+    """The best linear estimate of images with white noise, by the mean and covariance of real ones: Wiener's."""
+    mean, S = real.flatten(1).mean(dim=0), torch.cov(real.flatten(1).T)
+    gain = torch.linalg.solve(S + sigma ** 2 * torch.eye(len(S), device=S.device), S)    # (S + sigma^2 I)^-1 S; the factors commute
+    return (mean + (noisy.flatten(1) - mean) @ gain).reshape(noisy.shape)
+
+
 def masked(hidden):
     """A and A+ of inpainting: both set to 0 what hidden (1, 1, H, W), of zeros and ones, says."""
     def A(x):

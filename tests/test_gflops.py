@@ -21,7 +21,7 @@ import uvit
 import vit
 from dit import BLOCKS, SIZES, DiT
 from formula import golden_json
-from gflops import DIT, TABLES, compared, network_cost, count, inputs_of, main, show
+from gflops import DIT_256, TABLES, compared, network_cost, count, inputs_of, main, show
 from unet import ADM, RonnebergerUNet, SuperResUNet, UNet
 from uvit import UViT
 from vit import Attention, ViT
@@ -70,7 +70,7 @@ def test_every_dit_costs_what_metas_does(name):
 @pytest.mark.parametrize("conditioning", BLOCKS)
 def test_every_block_design_costs_what_is_derived_from_the_paper(conditioning):
     golden = TRANSFORMERS["dit_block_designs_derived"][conditioning.replace("-", "_")]
-    assert network_cost("dit", "XL/2", **DIT, conditioning=conditioning) == (golden["params"], golden["macs"])
+    assert network_cost("dit", "XL/2", **DIT_256, conditioning=conditioning) == (golden["params"], golden["macs"])
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS["uvit"])
@@ -250,7 +250,7 @@ def test_what_rounds_to_the_published_digits_is_as_printed(ours, places):
 
 
 def test_a_difference_without_a_reason_is_called_not_explained(capsys):
-    networks = [("dit", "S/8", DIT)]                                     # 33.15 million, 0.358 Gflops
+    networks = [("dit", "S/8", DIT_256)]                                     # 33.15 million, 0.358 Gflops
     show({"a table": [("near", networks, "33", "0.36", ""), ("far", networks, "33", "0.40", ""),
                       ("wide", networks, "34", "0.36", ""), ("known", networks, "33", "0.40", "a reason"),
                       ("twice", 2 * networks, "66", "0.72", "")]})

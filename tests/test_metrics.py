@@ -556,3 +556,24 @@ def test_numpy_arrays_are_as_good_as_tensors():
     assert precision_recall(a.numpy(), b.numpy()) == precision_recall(a, b)
     assert inception_score(rows_of(9, 4).numpy()) == inception_score(rows_of(9, 4))
     assert frechet_distance(a[0].numpy(), np.eye(3), b[0].numpy(), np.eye(3)) == pytest.approx((a[0] - b[0]).square().sum().item())
+
+
+# Neighbours
+
+def test_neighbours_are_those_of_a_search_by_hand():
+    random = np.random.default_rng(0)
+    queries, reference = (random.integers(0, 256, (n, 4, 4, 1), dtype=np.uint8) for n in (5, 40))
+    found = metrics.nearest(queries, reference)
+    for query, row in zip(queries.astype(float), found):
+        distances = ((reference.astype(float) - query) ** 2).sum(axis=(1, 2, 3))
+        assert row.tolist() == np.argsort(distances, kind="stable")[:3].tolist()
+
+
+def test_the_vote_is_the_majority_or_else_the_nearest():
+    labels = torch.tensor([4, 5, 6, 5])
+    assert metrics.vote(labels, torch.tensor([[0, 1, 3], [1, 0, 3], [2, 1, 0], [1, 3, 0]])).tolist() == [5, 5, 6, 5]
+
+
+def test_a_sample_that_shares_its_neighbour_is_not_unique():
+    assert metrics.unique_share(torch.tensor([7, 7, 3, 5])) == 0.5
+    assert metrics.unique_share(torch.tensor([1, 2, 3])) == 1 and metrics.unique_share(torch.tensor([1, 1])) == 0
