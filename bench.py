@@ -32,18 +32,20 @@ import points
 import restoration
 import shapes
 import train
-from checkpoint import build, load, load_autoencoder
+from checkpoint import load, load_autoencoder
 from cli import Parser, natural, one_line_errors, parent_of, positive, processes
-from sampling import SCATTERED, STEPS, draw, draw_points, drawable, guidance_scale, labels_of, read_prompts, unconditional
-from evaluate import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from features import JUDGE, default_space, full_precision, space_of
 from files import atomic_file
 from gflops import count, inputs_of
 from latents import encode
 from metrics import Statistics, distance, nearest, precision_recall, psnr, unique_share, vote
 from models import MODELS
-from objectives import objective_of
+from objectives import Classification, Denoising
 from pictures import grid, save_image
+from sampling import (SCATTERED, STEPS, draw, draw_points, drawable, guidance_scale, labels_of, read_prompts, text_reader,
+                      unconditional)
+from scoring import METRICS, measure_reference, measure_samples, possible, score_network, scores
+from settings import DEFAULT_SIZE
 
 COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))    # alike, then cheaper
 ROW = ("model", "size", "seed", "steps", "minutes", "parameters", "gflops", "n", "features_sha256", *METRICS)
@@ -60,11 +62,11 @@ def first_of(dataset, n=None):
 def quality(args):
     """Print how many samples of a run are recognised, beside real held-out images, and how many are no copies of each other."""
     run, network, diffusion = drawable(args.ckpt)
-    if network.num_classes is None or run["vae"] or not run["data"]["spec"]:
+    if network.num_classes is None or run.vae or not run.data.spec:
         raise ValueError(f"{args.ckpt}: quality needs a class-conditional run of train.py on pixels")
-    device, config = processes(args.device)[0], run["config"]
+    device, config = processes(args.device)[0], run.config
     (images, labels), (test_images, test_labels) = (
-        first_of(data.load(run["data"]["spec"], config["image_size"], split, config["cache"], config["skip_bad"]))
+        first_of(data.load(run.data.spec, config["image_size"], split, config["cache"], config["skip_bad"]))
         for split in ("train", "test"))
     classes = list(range(network.num_classes))
     scale = guidance_scale(network)
@@ -72,7 +74,7 @@ def quality(args):
     neighbours = nearest(torch.cat([data.to_uint8(x).cpu() for _, x in drawn]), images)
     right = (vote(labels, neighbours) == labels_of(range(args.n), classes)).float().mean().item()
     real_right = (vote(labels, nearest(test_images, images)) == test_labels).float().mean().item()
-    print(f"{args.n} samples of {args.ckpt} (step {run['step']}), seed {args.seed}, dpm++ {STEPS} steps, guidance {scale:g}")
+    print(f"{args.n} samples of {args.ckpt} (step {run.step}), seed {args.seed}, dpm++ {STEPS} steps, guidance {scale:g}")
     print(f"samples recognised as their class   {right:6.1%}   by 3 nearest neighbours among {len(images)} training images")
     print(f"real held-out images, likewise      {real_right:6.1%}   of {len(test_images)}")
     print(f"samples whose nearest training image is no other's {unique_share(neighbours[:, 0]):.1%}")
@@ -83,7 +85,7 @@ def restoration_quality(args):
     what simpler methods reach; and write a picture of ten."""
     parent_of(args.out)
     run, network, diffusion = drawable(args.ckpt)
-    if run["vae"] or run["data"]["spec"] != "mnist" or network.null_label is None or tuple(network.image_size) != (32, 32):
+    if run.vae or run.data.spec != "mnist" or network.null_label is None or tuple(network.image_size) != (32, 32):
         raise ValueError(f"{args.ckpt}: restore needs a run of train.py on the digits' 32x32 pixels with a null class")
     device, sigma = processes(args.device)[0], 0.5
     space, network = space_of(str(JUDGE), device), network.to(device)
@@ -97,7 +99,7 @@ def restoration_quality(args):
         with torch.no_grad():
             return (space.extract(data.to_uint8(x))["probabilities"].argmax(dim=1) == labels).float().mean().item()
 
-    print(f"{len(images)} held-out digits, {args.ckpt} (step {run['step']}), seed {args.seed}, ddpm, {args.steps} steps repeated "
+    print(f"{len(images)} held-out digits, {args.ckpt} (step {run.step}), seed {args.seed}, ddpm, {args.steps} steps repeated "
           f"{args.repeats} times, no guidance")
     print(f"digits kept, as {JUDGE.name} says, which recognises {kept(images):.1%} of the originals")
     print(f"{'':28}{'label given':>12}{'without':>12}{'nearest neighbour':>20}")
@@ -128,10 +130,10 @@ def restoration_quality(args):
 
 def trained(out, steps, argv):
     """The run at `out`, which train.py makes, or goes on with, up to a step.  ValueError if it is stopped before that."""
-    if not out.exists() or (load(out)["step"] or 0) < steps:             # released weights have none, and are no run to resume
+    if not out.exists() or (load(out).step or 0) < steps:             # released weights have none, and are no run to resume
         train.main([*argv, "--steps", str(steps), "--out", str(out)] + ["--resume"] * out.exists())
     run = load(out)
-    if run["step"] < steps:
+    if run.step < steps:
         raise ValueError(f"{out} was stopped before its end: the same command goes on with it")
     return run
 
@@ -143,7 +145,7 @@ def compare_one(args, model, size, seed, device, space, real, classes):
     run = trained(out, args.steps, ["--model", model, "--size", size, "--seed", str(seed), "--sample-every", str(args.steps),
                                     "--device", args.device])
     minutes = "" if resumed else (time.perf_counter() - began) / 60      # of an interrupted run nobody knows them
-    network, diffusion = build(run)
+    network, diffusion = run.build()
     parameters, multiply_adds = count(network, *inputs_of(network))
     found = score_network(network.to(device), diffusion, real, space, args.n, classes, seed, scale=1.0)
     row = dict(model=model, size=size, seed=seed, steps=args.steps, minutes=minutes, parameters=parameters,
@@ -289,7 +291,7 @@ def prompt_quality(args):
     trained(out, args.steps, ["--model", args.model, "--size", "Ti/8", "--data", args.data, "--text", "--seed", str(args.seed),
                               "--device", args.device])
     run, network, diffusion = drawable(out)
-    config = run["config"]
+    config = run.config
     if (config["model"], config["data"], config["seed"]) != (args.model, args.data, args.seed):
         raise ValueError(f"{out} is a run of --model {config['model']} --data {config['data']} --seed {config['seed']}: ask for "
                          "that, or make another with --out NAME.pt")
@@ -300,14 +302,15 @@ def prompt_quality(args):
         captions = shapes.captions(data.SHAPES)
         kinds |= {"two or three": [text for text in captions if text.startswith(("two", "three"))],
                   "two in a relation": [text for text in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
-    y_null = unconditional(network, run["text"], config)
+    reader = text_reader(run, network)
+    y_null = unconditional(network, reader, config["cfg_drop"])
     scale = guidance_scale(network, y_null=y_null)
-    print(f"{args.n} images a row of {out} (step {run['step']}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
+    print(f"{args.n} images a row of {out} (step {run.step}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
           f"{scale:g}; right: all that the prompt names is there as it says, and nothing else")
     pictures = []
     for kind, prompts in kinds.items():
         prompts = [prompts[i % len(prompts)] for i in range(args.n)]
-        contexts = read_prompts(prompts, None, run, network)
+        contexts = read_prompts(prompts, reader, network)
         drawn = draw(network, diffusion, range(args.n), contexts, args.sample_seed, clip=True, cfg_scale=scale, y_null=y_null)
         images = torch.cat([data.to_uint8(x).cpu() for _, x in drawn]).numpy()
         wanted = [shapes.parse(prompt)[0] for prompt in prompts]
@@ -339,14 +342,14 @@ def train_timed(args, size, steps, *more):
         out = Path(folder) / "run.pt"
         train.main(["--size", size, "--batch-size", str(args.batch_size), "--steps", str(steps), "--data", args.data, "--device",
                     args.device, "--out", str(out), "--save-every", never, "--sample-every", never, *more])
-        return build(load(out))[0]
+        return load(out).build()[0]
 
 
 def latent_steps(args):
     """Time train.py's steps on cached latents, on random ones of their shape, and with the encoder run in each, by turns."""
     device = processes(args.device)[0]
-    autoencoder, objective = load_autoencoder(args.vae).to(device), objective_of("dit")
-    read, draw_batch = data.Batches.__getitem__, objective.draw
+    autoencoder = load_autoencoder(args.vae).to(device)
+    read, draw_batch = data.Batches.__getitem__, Denoising.draw
     CACHED, RANDOM, ENCODED = range(3)
     kinds = np.arange(math.ceil(args.steps / (TURN - UNTIMED)) * 3 * TURN) // TURN % 3           # of each step
 
@@ -358,14 +361,14 @@ def latent_steps(args):
             return dataset.pixels.batch(indices)
         return torch.ones(len(indices), 1, 2, dataset.channels, *dataset.image_size), dataset.condition(indices)
 
-    def draw_kind(objective, step, images, labels, part):
+    def draw_kind(objective, step, images, labels):
         if kinds[step] == ENCODED:
             mean, std = encode(autoencoder, images)
             images = torch.from_numpy(np.stack([mean, std], axis=1))[:, None]            # (n, 1, 2, c, h, w), as cached
-        return draw_batch(objective, step, images, labels, part)
+        return draw_batch(objective, step, images, labels)
 
     with (tempfile.TemporaryDirectory() as cache, patch.object(data.Batches, "__getitem__", read_kind),
-          patch.object(objective, "draw", draw_kind), stopwatch(torch.optim.AdamW, "step", device) as calls):
+          patch.object(Denoising, "draw", draw_kind), stopwatch(torch.optim.AdamW, "step", device) as calls):
         network = train_timed(args, args.size, len(kinds), "--vae", args.vae, "--cache", cache)
     seconds = np.diff(np.array(calls)[:, 1], prepend=math.nan)           # from the end of one update to that of the next
     timed = np.arange(len(kinds)) % TURN >= UNTIMED
@@ -381,10 +384,11 @@ def speed(args):
     """Run train.py's own loop with a stopwatch around forward, backward and optimizer."""
     if args.steps < 2:
         raise ValueError("--steps: time at least 2")
-    size, warm, device = args.size or train.DEFAULT_SIZE[args.model], 3, processes(args.device)[0]
+    size, warm, device = args.size or DEFAULT_SIZE[args.model], 3, processes(args.device)[0]
     ruler = "convolution" if args.model == "unet" else "product"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # of training's products
-    with (ruled(ruler, device, dtype) as rates, stopwatch(objective_of(args.model, size), "loss", device) as losses,
+    objective = Classification if args.model == "vit" else Denoising
+    with (ruled(ruler, device, dtype) as rates, stopwatch(objective, "loss", device) as losses,
           stopwatch(torch.Tensor, "backward", device) as backwards, stopwatch(torch.optim.AdamW, "step", device) as steps):
         network = train_timed(args, size, warm + args.steps, "--model", args.model, *["--compile"] * args.compile)
     losses, backwards, steps = (np.array(calls)[warm:] for calls in (losses, backwards, steps))      # (steps, 2)

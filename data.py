@@ -67,7 +67,7 @@ class Dataset:
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
         self.spec, self.images, self.labels, self.captions = spec, images, labels, captions
-        self.contexts, self.text = None, None            # see `encode_captions`, and train.read_captions
+        self.contexts = None                             # see `encode_captions`
         self.rows = np.arange(len(images)) if rows is None else rows
         self.image_size, self.channels = tuple(images.shape[1:3]), images.shape[3]
         self.classes = None if labels is None else list(classes)
