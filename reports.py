@@ -22,7 +22,7 @@ from files import atomic_file
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
 from sampling import SCATTERED, decode, draw, draw_points, guidance_scale
-from settings import learning_rate
+from step import learning_rate
 from unet import UPSAMPLERS
 from vae import pieces
 

@@ -4,7 +4,6 @@ Report §4-5. A recipe is a row of hyperparameters for a model and its size, fro
 recipe's value. A resumed run keeps its own settings, besides those of MAY_CHANGE.
 """
 import argparse
-import math
 import re
 from pathlib import Path
 
@@ -202,10 +201,3 @@ def description(args, image_size, channels, num_classes, context_dim=None, conte
     described = describe(args.model, args.size, image_size, channels, num_classes, bool(args.cfg_drop), args.variance == "learned",
                          args.conditioning, hybrid=args.hybrid, **context)
     return {**described, **({"text": encoder} if encoder else {})}
-
-
-def learning_rate(step, args):
-    """The learning rate of a step: a linear rise over --warmup, then constant, or a half cosine to 0 at --steps."""
-    rise = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-    fall = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.decay == "cosine" else 1.0
-    return args.lr * rise * fall

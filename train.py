@@ -9,8 +9,6 @@ Report §4-5, §2-4 and §2-5. The flags are settings.py's. What a step draws an
     torchrun --nproc-per-node 8 train.py --size L/2 --data photos/ --image-size 64
 """
 import contextlib
-import copy
-import math
 import sys
 import time
 import warnings
@@ -19,22 +17,22 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 import checkpoint
 import data
 from cli import first_in_turn, ignore_signals, one_line_errors, processes, stop_signals, total
-from ddpm import SCHEDULES, Diffusion, key_seed
+from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from latents import embeddings, latents, measured_scale
 from models import build
-from objectives import DROPOUT, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, SuperResolution
+from objectives import Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, SuperResolution
 from reports import (AccuracyReport, Log, PointReport, ReconstructionReport, SampleReport, UpsamplingReport, due, first_line,
                      last_line, row_due, row_missing, row_told, say)
 from sampling import TextReader, unconditional
 from scoring import SampleScores, lacks, measure_reference, possible
-from settings import TEXT_DIM, TEXT_TOKENS, description, learning_rate, read_settings
+from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings
+from step import State, train_step
 from text import TextEncoder
 from unet import UPSAMPLERS
 from vit import divided
@@ -146,89 +144,6 @@ def build_scores(args, dataset, objective, device):
     reference = measure_reference(images, space, args.reference or args.data, args.reference, args.cache)
     wanted = possible(space, None if args.text else dataset.classes, lacks(images, args.reference))
     return SampleScores(reference.measured, space, wanted, dataset, objective.diffusion, args.eval_n, args.seed, objective.y_null)
-
-
-# The state of training, and a step
-
-class State:
-    """What training changes: the network, its average, the optimizer, and the losses since the last row of the log."""
-
-    def __init__(self, network, args, groups, device):
-        self.network = network.to(device).train()
-        self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        self.bad_steps = torch.zeros((), device=device)                  # non-finite gradients in a row
-        self.norm = torch.full((), math.nan, device=device)              # of the last gradient
-        self.sums = torch.zeros(2, max(1, len(groups)), dtype=torch.float64, device=device)  # of losses, and how many, by group
-
-    def restore(self, run):
-        """Go on from a Run.  ValueError if it does not fit."""
-        try:
-            self.network.load_state_dict(run.model)
-            self.ema.load_state_dict(run.ema)
-            self.optimizer.load_state_dict(run.optimizer)
-            self.bad_steps += run.bad_steps
-            self.norm.fill_(run.norm)
-            self.sums += run.log.to(self.sums.device)
-        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--resume: the run is damaged: {error}") from None
-
-    def add_losses(self, losses, groups):
-        """Sum losses (n,) of samples that belong to groups (n,), on the device."""
-        masks = groups == torch.arange(self.sums.shape[1], device=groups.device).unsqueeze(1)    # (G, n)
-        self.sums[0] += torch.where(masks, losses.detach().double(), 0.0).sum(dim=1)
-        self.sums[1] += masks.sum(dim=1)
-
-
-@torch.no_grad()
-def update_ema(ema, network, step, decay, finite):
-    """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)); unchanged where finite (0 or 1) is 0."""
-    weight = (1 - min(decay, (1 + step) / (10 + step))) * finite
-    parameters, averages = list(network.parameters()), list(ema.parameters())
-    torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
-    for average, buffer in zip(ema.buffers(), network.buffers()):
-        average.copy_(buffer)                            # tables and statistics are no weights: copied, not averaged
-
-
-def skip_unless(finite, optimizer):
-    """Have the fused optimizer's next step change nothing where finite, on the device, is 0.0: it reads this of a GradScaler."""
-    optimizer.grad_scale, optimizer.found_inf = None, 1 - finite
-
-
-def guarded_step(optimizer, parameters, clip):
-    """Clip and take an optimizer step, unless a gradient is not finite: then weights and moments stay as they are.
-
-    Decided on the device, without waiting for it -> the gradient's norm, and whether it is finite (1.0 or 0.0).
-    """
-    norm = get_total_norm([parameter.grad for parameter in parameters])
-    finite = norm.isfinite().float()
-    if clip:
-        clip_grads_with_norm_(parameters, clip, norm)
-    skip_unless(finite, optimizer)
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm, finite
-
-
-def train_step(state, model, objective, batch, step, args, rank, world):
-    """One step on this process's part of a batch: forward and backward by micro-batches, the optimizer, the average."""
-    micro = len(batch[0]) // args.accumulate
-    autocast = torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    for i in range(args.accumulate):
-        torch.manual_seed(key_seed((args.seed, step, DROPOUT, i, rank)))         # of dropout, which draws globally
-        last = world == 1 or i + 1 == args.accumulate
-        with contextlib.nullcontext() if last else model.no_sync():              # exchange gradients once a step
-            micro_batch = [None if z is None else z[i * micro:(i + 1) * micro] for z in batch]
-            with autocast:
-                losses, groups = objective.loss(model, *micro_batch)             # of (n,) samples, and their groups (n,)
-            (losses.mean() / args.accumulate).backward()
-        state.add_losses(losses, groups)
-    for parameter_group in state.optimizer.param_groups:
-        parameter_group["lr"] = learning_rate(step, args)
-    state.norm, finite = guarded_step(state.optimizer, state.parameters, args.clip_grad)
-    state.bad_steps = (state.bad_steps + 1) * (1 - finite)
-    update_ema(state.ema, state.network, step, args.ema, finite)
 
 
 # The loop
