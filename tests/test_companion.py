@@ -59,7 +59,7 @@ class Block:
         for block in self.blocks:
             if block:
                 x = block(x, c)
-        x = self.last(x)
+        x = self.last(x)                         # a_word_that_is_longer_than_a_phone_is_wide_and_holds_no_space_to_break_it_at
         return x
 
 
@@ -172,6 +172,7 @@ def lines_of(first, last):
     ("code.py: Block.grid", "        self.grid = (", "        )"),
     ("code.py: Block.forward", "    def forward(self, x, c):", "        return x"),
     ('code.py: Block.forward "for block" … "x = "', "        for block in self.blocks:", "                x = block(x, c)"),
+    ('code.py: Block.forward "x = " … "x = "', "        x = self.first(x)", "                x = block(x, c)"),
     ('code.py: Block "def __init__" … "self.grid"', "    def __init__(self, dim):", "        self.grid = ("),
 ])
 def test_an_excerpt_is_the_named_lines_without_their_indent(folder, info, first, last):
@@ -271,6 +272,7 @@ def outline(element):
     (r"\max_y p", "mrow(munder(max,y),p)"),
     (r"\mathcal{N}(0, \mathbf{I})", "mrow(𝒩,(,0,,,𝐈,))"),
     (r"\mathbb{E} \mathbb{R} \mathcal{L} \mathbf{1} \boldsymbol\epsilon", "mrow(𝔼,ℝ,ℒ,𝟏,𝝐)"),
+    (r"\mathbf{I} I", "mrow(𝐈,I)"),
     (r"D_{\mathrm{KL}}(q \Vert p)", "mrow(msub(D,mrow(K,L)),(,q,‖,p,))"),
     (r"\left( \frac ab \right]", "mrow((,mfrac(a,b),])"),
     (r"\left\lbrace x \right.", "mrow({,x,-)"),
@@ -457,6 +459,8 @@ addEventListener("load", () => {
     if (box(element).right > box(outer).right + inside + 1 || box(element).left < box(outer).left - 1)
       over.push(element.tagName + " " + element.textContent.slice(0, 40));
   }
+  for (const code of document.querySelectorAll(".code pre"))
+    if (code.scrollWidth > code.clientWidth) over.push("code " + code.textContent.slice(0, 40));
   const sides = [...document.querySelectorAll(".row")].map(row => {
     const [text, code] = [box(row.querySelector(".before")), box(row.querySelector(".code"))];
     return code.left >= text.right && Math.abs(code.top - text.top) < 2 ? "beside" : code.top >= text.bottom - 1 ? "below" : "?";
