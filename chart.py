@@ -55,8 +55,8 @@ def number(value):
 
 def spread(*values, log=False, margin=0.04):
     """The range (low, high) of an axis on which all finite values, arrays, lie, with a margin at both ends."""
-    values = np.concatenate([np.asarray(some, dtype=np.float64).ravel() for some in values])
-    values = values[np.isfinite(values) & (values > 0)] if log else values[np.isfinite(values)]
+    values = np.concatenate([np.asarray(array, dtype=np.float64).ravel() for array in values])
+    values = values[np.isfinite(values) & (values > 0 if log else True)]
     if not len(values):
         raise ValueError("there is nothing to draw: no finite value" + " above 0" * log)
     low, high = values.min(), values.max()
@@ -139,7 +139,7 @@ class Chart:
         if label is not None:
             self.legend.append((label, colour, True))
 
-    def arrows(self, x, y, dx, dy, colour, width=1.5):
+    def arrows(self, x, y, dx, dy, colour):
         """An arrow from each point x, y (n,) to x + dx, y + dy."""
         for ends in zip(x, np.add(x, dx), y, np.add(y, dy), strict=True):
             places = self.fine(ends[:2], ends[2:])
@@ -149,45 +149,45 @@ class Chart:
             head = min(5.0 * FINE, 0.5 * math.dist(tail, tip))
             angle = math.atan2(*(tail - tip)[::-1])
             barbs = [tuple(tip + head * np.array([math.cos(angle + turn), math.sin(angle + turn)])) for turn in (0.5, -0.5)]
-            self.draw.line([tuple(tail), tuple(tip)], colour, round(width * FINE))
-            self.draw.line([barbs[0], tuple(tip), barbs[1]], colour, round(width * FINE), "curve")
+            self.draw.line([tuple(tail), tuple(tip)], colour, round(1.5 * FINE))
+            self.draw.line([barbs[0], tuple(tip), barbs[1]], colour, round(1.5 * FINE), "curve")
 
     def text(self, x, y, text, colour=INK):
         """Write to the right of a mark."""
         for left, middle in self.fine([x], [y]):
             write_text(self.draw, left + 12 * FINE, middle, text, 0.8 * FONT * FINE, colour=colour)
 
-    def draw_legend(self):
-        """Write the legend into the corner of the box where the fewest marks are."""
+    def draw_legend(self, canvas):
+        """Write the legend into the corner of the box where the fewest marks are on the canvas."""
         left, top, right, bottom = (FINE * edge for edge in self.box)
         line, room = 26 * FINE, 10 * FINE
         width = room + 34 * FINE + max(text_width(label, 0.85 * FONT * FINE) for label, *_ in self.legend)
         height = line * len(self.legend)
-        corners = [(x, y) for y in (top + room, bottom - room - height) for x in (right - room - width, left + room)]
-        marks = np.asarray(self.marks)
+        marks = np.asarray(canvas)
         marked = ((marks != WHITE) & (marks != GRID)).any(axis=2)
 
         def covered(corner):
-            x, y = max(0, round(corner[0])), max(0, round(corner[1]))
+            x, y = (max(0, round(edge)) for edge in corner)
             return marked[y:y + round(height), x:x + round(width)].sum()
+        corners = [(x, y) for y in (top + room, bottom - room - height) for x in (right - room - width, left + room)]
         x, y = min(corners, key=covered)
+        draw = ImageDraw.Draw(canvas)
         if covered((x, y)):
-            self.draw.rectangle([x, y, x + width, y + height], WHITE)
+            draw.rectangle([x, y, x + width, y + height], WHITE)
         for i, (label, colour, disc) in enumerate(self.legend):
             middle = y + (i + 0.5) * line
             if disc:
-                self.draw.circle((x + 18 * FINE, middle), 5 * FINE, colour)
+                draw.circle((x + 18 * FINE, middle), 5 * FINE, colour)
             else:
-                self.draw.line([x + 6 * FINE, middle, x + 30 * FINE, middle], colour, 3 * FINE)
-            write_text(self.draw, x + 38 * FINE, middle, label, 0.85 * FONT * FINE)
-        self.legend = []                                 # it is among the marks now
+                draw.line([x + 6 * FINE, middle, x + 30 * FINE, middle], colour, 3 * FINE)
+            write_text(draw, x + 38 * FINE, middle, label, 0.85 * FONT * FINE)
 
     def image(self):
         """The picture, uint8 (height, width, 3)."""
+        marks, canvas, box = self.marks.copy(), Image.new("RGB", self.marks.size, WHITE), tuple(FINE * edge for edge in self.box)
         if self.legend:
-            self.draw_legend()
-        canvas, box = Image.new("RGB", self.marks.size, WHITE), tuple(FINE * edge for edge in self.box)
-        canvas.paste(self.marks.crop(box), box[:2])                      # what lies outside is cut off
+            self.draw_legend(marks)
+        canvas.paste(marks.crop(box), box[:2])                           # what lies outside is cut off
         draw, size = ImageDraw.Draw(canvas), FONT * FINE
         left, top, right, bottom = box
         draw.line([(left, top), (left, bottom), (right, bottom)], INK, round(1.5 * FINE))
@@ -203,7 +203,7 @@ class Chart:
         return np.asarray(canvas.reduce(FINE))
 
 
-def table(images, rows, columns, corner="", gap=4):
+def table(images, rows, columns, corner=""):
     """Images uint8 (R, K, H, W, 1 or 3) in rows and columns with a text beside each row and above each column -> (H', W', 3).
 
     Each is magnified to at least 96 pixels; long texts above the columns are written smaller.
@@ -212,14 +212,13 @@ def table(images, rows, columns, corner="", gap=4):
     images = np.broadcast_to(images, (*images.shape[:4], 3)).repeat(zoom, axis=2).repeat(zoom, axis=3)
     R, K, H, W, _ = images.shape
     left = 24 + math.ceil(max(text_width(text, FONT) for text in (*rows, corner)))
-    canvas = Image.new("RGB", (left + K * (W + gap) + 8, 40 + R * (H + gap) + 8), WHITE)
-    draw = ImageDraw.Draw(canvas)
-    size = FONT * min(1, W / max(text_width(text, FONT) for text in columns))
+    canvas = Image.new("RGB", (left + K * (W + 4) + 8, 40 + R * (H + 4) + 8), WHITE)
+    draw, size = ImageDraw.Draw(canvas), FONT * min(1, W / max(text_width(text, FONT) for text in columns))
     write_text(draw, left - 12, 20, corner, FONT, "rm")
-    for k in range(K):
-        write_text(draw, left + k * (W + gap) + W / 2, 20, columns[k], size, "mm")
-    for r in range(R):
-        write_text(draw, left - 12, 40 + r * (H + gap) + H / 2, rows[r], FONT, "rm")
+    for k, column in enumerate(columns):
+        write_text(draw, left + k * (W + 4) + W / 2, 20, column, size, "mm")
+    for r, row in enumerate(rows):
+        write_text(draw, left - 12, 40 + r * (H + 4) + H / 2, row, FONT, "rm")
         for k in range(K):
-            canvas.paste(Image.fromarray(np.ascontiguousarray(images[r, k])), (left + k * (W + gap), 40 + r * (H + gap)))
+            canvas.paste(Image.fromarray(np.ascontiguousarray(images[r, k])), (left + k * (W + 4), 40 + r * (H + 4)))
     return np.asarray(canvas)

@@ -46,7 +46,7 @@ def read_rows(path, *needed):
         raise ValueError(f"{path} is no CSV file: {error}") from None
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise ValueError(f"{path} has no column {missing[0]}" + (f", but {', '.join(columns)}" if columns else ": it is empty"))
+        raise ValueError(f"{path} has no column {missing[0]}; it has {', '.join(columns) or 'none'}")
     if not rows:
         raise ValueError(f"{path} has a header and no rows")
     return rows
@@ -62,8 +62,7 @@ def numbers(path, rows, column):
 
 def smooth(values, window=SMOOTHED):
     """Means of up to `window` values around each of values (n,), as many on either side: fewer towards the ends."""
-    n = len(values)
-    reach = [min(window // 2, i, n - 1 - i) for i in range(n)]
+    reach = [min(window // 2, i, len(values) - 1 - i) for i in range(len(values))]
     return np.array([values[i - k:i + k + 1].mean() for i, k in enumerate(reach)])
 
 
@@ -71,15 +70,17 @@ def curves(args):
     """The loss of runs by step, each row of the log pale and their running means in full colour."""
     if len(args.csv) > len(COLOURS):
         raise ValueError(f"{len(args.csv)} runs: a chart tells {len(COLOURS)} apart, draw the others in another")
-    stems, runs = [Path(path).stem for path in args.csv], []
-    for path, stem in zip(args.csv, stems):
+    stems = [Path(path).stem for path in args.csv]
+    names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, args.csv)]
+    steps, losses = [], []
+    for path in args.csv:
         rows = read_rows(path, "step", "loss")
-        steps, losses = (numbers(path, rows, column) for column in ("step", "loss"))
-        drawn = np.isfinite(losses) & (losses > 0)
+        x, y = numbers(path, rows, "step"), numbers(path, rows, "loss")
+        drawn = np.isfinite(y) & (y > 0)
         if not drawn.any():
             raise ValueError(f"{path} has no loss above 0, which a logarithmic axis needs")
-        runs.append((stem if stems.count(stem) == 1 else path, steps[drawn], losses[drawn]))
-    names, steps, losses = zip(*runs)
+        steps.append(x[drawn])
+        losses.append(y[drawn])
     chart = Chart(spread(*steps), spread(*losses, log=True), width=900, height=560, x_label="step",
                   y_label=f"loss: rows of the log (pale), geometric means of {SMOOTHED}", log_y=True)
     for colour, x, y in zip(COLOURS, steps, losses):
@@ -88,7 +89,7 @@ def curves(args):
         chart.line(x, np.exp(smooth(np.log(y))), colour, label=name)
     ends = [y[-SMOOTHED:].mean() for y in losses]
     best = int(np.argmin(ends))
-    which = "ends with a loss of" if len(runs) == 1 else "ends with the lowest loss,"
+    which = "ends with a loss of" if len(names) == 1 else "ends with the lowest loss,"
     return chart.image(), f"{names[best]} {which} {ends[best]:.4g}, a mean of {min(SMOOTHED, len(losses[best]))} rows."
 
 
@@ -125,16 +126,15 @@ def cost(args):
 def schedules(args):
     """beta, alpha_bar and the signal-to-noise ratio alpha_bar / (1 - alpha_bar) of every schedule."""
     betas = {name: schedule() for name, schedule in ddpm.SCHEDULES.items()}
-    alpha_bars = {name: ddpm.Diffusion(of_schedule).alpha_bars for name, of_schedule in betas.items()}
-    snr = {name: of_schedule / (1 - of_schedule) for name, of_schedule in alpha_bars.items()}
+    alpha_bars = {name: ddpm.Diffusion(beta).alpha_bars for name, beta in betas.items()}
+    snr = {name: alpha_bar / (1 - alpha_bar) for name, alpha_bar in alpha_bars.items()}
     charts = []
-    for title, log, found in (("beta", True, betas), ("alpha_bar", False, alpha_bars), ("signal to noise", True, snr)):
-        chart = Chart((0, 1000), spread(*found.values(), log=log), title, "t", width=480, log_y=log)
-        for colour, (name, values) in zip(COLOURS, found.items()):
-            label = name if not charts else None         # the first chart has the legend of all three
-            chart.line(np.arange(1, len(values) + 1), values, colour, label=label)
+    for title, log, values_of in (("beta", True, betas), ("alpha_bar", False, alpha_bars), ("signal to noise", True, snr)):
+        chart = Chart((0, 1000), spread(*values_of.values(), log=log), title, "t", width=480, log_y=log)
+        for colour, (name, values) in zip(COLOURS, values_of.items()):
+            chart.line(np.arange(1, len(values) + 1), values, colour, label=None if charts else name)     # one legend for all three
         charts.append(chart.image())
-    half = ", ".join(f"{of_schedule[499]:.3f} under {name}" for name, of_schedule in alpha_bars.items())
+    half = ", ".join(f"{alpha_bar[499]:.3f} under {name}" for name, alpha_bar in alpha_bars.items())
     return np.concatenate(charts, axis=1), f"At t = 500 of 1000, alpha_bar, what is left of the image's variance, is {half}."
 
 
@@ -240,20 +240,15 @@ def flags():
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__)
         command.add_argument("--out", default=f"{name}.png", help=f"default: {name}.png")
-        if name == "curves":
-            command.add_argument("csv", nargs="+", help="logs of train.py; the command's name can be left out")
-        if name == "cost":
-            command.add_argument("csv", help="compare.csv of bench.py compare")
-        if name in ("guidance", "swissroll"):
-            command.add_argument("--ckpt", default="run.pt", help="default: run.pt")
-        if name in ("noising", "guidance", "swissroll"):
-            command.add_argument("--seed", type=natural, default=0, help="of the noise (default: 0)")
-        if name == "noising":
-            command.add_argument("--digit", type=natural, default=0, help="number of a held-out digit (default: 0)")
-        if name == "swissroll":
-            command.add_argument("--gif", help="also write the way from noise to the roll")
-        else:
-            command.set_defaults(gif=None)
+    of = commands.choices
+    of["curves"].add_argument("csv", nargs="+", help="logs of train.py; the command's name can be left out")
+    of["cost"].add_argument("csv", help="compare.csv of bench.py compare")
+    of["noising"].add_argument("--digit", type=natural, default=0, help="number of a held-out digit (default: 0)")
+    of["swissroll"].add_argument("--gif", help="also write the way from noise to the roll")
+    for name in ("guidance", "swissroll"):
+        of[name].add_argument("--ckpt", default="run.pt", help="default: run.pt")
+    for name in ("noising", "guidance", "swissroll"):
+        of[name].add_argument("--seed", type=natural, default=0, help="of the noise (default: 0)")
     return parser
 
 
@@ -264,8 +259,10 @@ def main(argv=None):
         argv = ["curves", *argv]
     args = flags().parse_args(argv)
     with one_line_errors("plot.py"):
-        files = [args.out] + [args.gif] * bool(args.gif)
-        for path, suffix in zip(files, (".png", ".gif")):
+        files = {args.out: ".png"}
+        if getattr(args, "gif", None):
+            files[args.gif] = ".gif"
+        for path, suffix in files.items():
             parent_of(path)
             if not path.endswith(suffix):
                 raise ValueError(f"{path}: a name that ends in {suffix} is needed")

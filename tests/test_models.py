@@ -3,13 +3,15 @@
 Networks are built on the meta device: shapes without numbers, at 64 x 64, which every total stride and patch here divides.
 """
 import copy
+import functools
 
 import pytest
 import torch
 
 import bench
 import gflops
-from models import MODELS, NETWORKS, TRAINABLE, build, describe, named
+from models import MODELS, NETWORKS, TRAINABLE, build, check_options, describe, named
+from refusals import refusal
 
 NAMES = [(model, size if model == "unet" else f"{size}/4") for model, (_, sizes) in MODELS.items() for size in sizes]
 every_name = pytest.mark.parametrize("model, size", NAMES, ids=[f"{model} {size}" for model, size in NAMES])
@@ -86,11 +88,11 @@ def test_every_described_class_can_be_built():
 
 
 def test_describing_and_changing_a_description_leave_the_tables_as_they_are():
-    before = copy.deepcopy({model: sizes for model, (_, sizes) in MODELS.items()})
-    for model, size in NAMES:
+    before = copy.deepcopy({model: sizes for model, (_, sizes) in TRAINABLE.items()})
+    for model, size in (*NAMES, ("vae", "Ti"), ("mlp", "Ti")):
         describe(model, size, 32, 1, num_classes=2)["arguments"].update(dim=7, depth=7)
         named(model, size)[1].update(dim=7, depth=7)
-    assert {model: sizes for model, (_, sizes) in MODELS.items()} == before
+    assert {model: sizes for model, (_, sizes) in TRAINABLE.items()} == before
 
 
 @pytest.mark.parametrize("model, size", [
@@ -114,13 +116,27 @@ def test_a_name_that_there_is_not_is_refused_with_the_list(model, size):
       for model, size in (("uvit", "S/4"), ("unet", "S"), ("vit", "S/4"), ("vae", "Ti"), ("mlp", "Ti"))),
     *((model, size, dict(hybrid=True), f"--hybrid is a choice of ViT's, not of {model}")
       for model, size in (("dit", "S/4"), ("uvit", "S/4"), ("unet", "S"), ("vae", "Ti"), ("mlp", "Ti"))),
-    ("uvit", "S/4", dict(learn_sigma=True), "--variance learned: a U-ViT puts out no variance"),
-    ("mlp", "Ti", dict(learn_sigma=True), "--variance learned: an MLP puts out no variance"),
-    ("vit", "S/4", dict(num_classes=None), "--model vit learns labels"),
+    *((model, size, dict(learn_sigma=True), f"--variance learned: {model} puts out no variance")
+      for model, size in (("uvit", "S/4"), ("vit", "S/4"), ("vae", "Ti"), ("mlp", "Ti"))),
+    *(("dit", "S/4", dict(context_dim=7, conditioning=block), f"--conditioning {block}: a DiT reads a text by cross-attention only")
+      for block in ("adaln-zero", "adaln", "in-context")),
 ])
-def test_an_option_of_another_model_is_refused_by_its_name(model, size, options, said):
-    with pytest.raises(ValueError, match=said):
-        describe(model, size, 64, 3, **dict(num_classes=10) | options)
+def test_an_option_that_does_not_go_with_the_model_is_refused_by_its_name_also_before_the_data_is_known(model, size, options, said):
+    for refuse in (check_options, functools.partial(describe, image_size=64, channels=3, num_classes=10)):
+        refusal(lambda: refuse(model, size, **options), said)
+
+
+def test_a_size_that_there_is_not_is_refused_before_the_data_is_known():
+    refusal(lambda: check_options("dit", "XXL/2"), "--size XXL/2: ", "Ti, S, B, L, XL")
+
+
+@every_name
+def test_the_options_of_every_name_itself_go_with_it(model, size):
+    check_options(model, size)
+
+
+def test_a_classifier_without_classes_is_refused():
+    refusal(lambda: describe("vit", "S/4", 64, 3), "--model vit learns labels")
 
 
 @pytest.mark.parametrize("model, size", [("dit", "Ti/8"), ("unet", "Ti")])
@@ -180,14 +196,6 @@ def test_an_autoencoders_description_survives_the_disk_and_is_of_no_image_size_o
     network, other = on_meta(description), on_meta(again)
     assert type(network).__name__ == "AutoencoderKL" and network.channels == channels and network.factor == {"Ti": 4, "SD": 8}[size]
     assert again == description and str(network) == str(other) and shapes(network) == shapes(other)
-
-
-def test_describing_an_autoencoder_leaves_its_table_as_it_is():
-    before = copy.deepcopy(TRAINABLE["vae"][1])
-    for size in before:
-        describe("vae", size, 32, 1)["arguments"].update(dim=7)
-        named("vae", size)[1].update(dim=7)
-    assert TRAINABLE["vae"][1] == before
 
 
 @pytest.mark.parametrize("command, argv", [(bench, ["train"]), (gflops, [])])

@@ -240,7 +240,7 @@ def unlabelled(run):
 
 
 FILES = {
-    "empty.csv": b"", "header.csv": b"step,loss\n", "no-loss.csv": b"step,accuracy\n50,0.5\n", "no-step.csv": b"loss\n1\n",
+    "empty.csv": b"", "header.csv": b"step,loss\n", "no-loss.csv": b"step,accuracy\n50,0.5\n",
     "words.csv": b"step,loss\n50,high\n", "short.csv": b"step,loss\n50\n", "nan.csv": b"step,loss\n50,nan\n",
     "zero.csv": b"step,loss\n50,0\n", "binary.csv": bytes(range(256)), "nul.csv": b"step,loss\n\0,\0\n",
     "short-fd.csv": b"model,size,gflops,n,FD\ndit,B/4,1,10,3\ndit\n",
@@ -253,11 +253,9 @@ FILES = {
 @pytest.mark.parametrize("argv, words", [
     (["missing.csv"], ["missing.csv", "no such file", "schedules"]),
     (["schedule"], ["schedule: there is no such file", "schedules"]),
-    (["empty.csv"], ["empty.csv has no column step: it is empty"]),
-    (["log.csv", "empty.csv"], ["empty.csv"]),
+    (["empty.csv"], ["empty.csv has no column step; it has none"]),
     (["header.csv"], ["header.csv has a header and no rows"]),
-    (["no-loss.csv"], ["no-loss.csv has no column loss, but step, accuracy"]),
-    (["no-step.csv"], ["no column step"]),
+    (["no-loss.csv"], ["no-loss.csv has no column loss; it has step, accuracy"]),
     (["words.csv"], ["words.csv", "column loss", "no number"]),
     (["short.csv"], ["short.csv", "column loss", "no number"]),
     (["cost", "short-fd.csv"], ["short-fd.csv", "column gflops", "no number"]),
@@ -270,23 +268,16 @@ FILES = {
     (["log.csv", "--out", "no/curves.png"], ["no", "does not exist"]),
     ([], ["command"]),
     (["cost"], ["csv"]),
-    (["cost", "missing.csv"], ["missing.csv"]),
-    (["cost", "log.csv"], ["log.csv has no column model"]),
     (["cost", "no-fd.csv"], ["no column FD"]),
     (["cost", "no-cost.csv"], ["Gflops must be above 0"]),
     (["cost", "fd.csv"], ["distances finite"]),
     (["cost", "models.csv"], ["8 models", "7"]),
     (["noising", "--digit", "1000"], ["--digit 1000", "1000 held-out digits"]),
-    (["noising", "--seed", "-1"], ["--seed"]),
     (["schedules", "log.csv"], ["log.csv"]),
-    (["guidance", "--ckpt", "missing.pt"], ["missing.pt"]),
-    (["guidance", "--ckpt", "log.csv"], ["log.csv"]),
     (["guidance", "--ckpt", "roll.pt"], ["roll.pt", "classes"]),
     (["guidance", "--ckpt", "unlabelled.pt"], ["unlabelled.pt", "classes"]),
     (["swissroll", "--ckpt", "images.pt"], ["images.pt draws images", "--data swissroll"]),
-    (["swissroll", "--ckpt", "missing.pt"], ["missing.pt"]),
     (["swissroll", "--ckpt", "roll.pt", "--gif", "way.png"], ["way.png", ".gif"]),
-    (["swissroll", "--ckpt", "roll.pt", "--gif", "no/way.gif"], ["no", "does not exist"]),
 ])
 def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(folder, tiny_run, roll_run, capsys, argv, words):
     for name, content in FILES.items():
