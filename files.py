@@ -34,6 +34,18 @@ def cache_folder(cache=None):
     return folder
 
 
+@contextmanager
+def locked(file):
+    """Keep others from an open file who lock it, too, until the end or a kill; without effect where the disk has no locks."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
 @cache
 def remove_leftovers(folder):
     """Remove what killed writers left in a folder, once a process. Who still writes holds a lock, or has written nothing yet."""
@@ -55,9 +67,7 @@ def atomic_file(path):
     remove_leftovers(path.absolute().parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "x+b") as file:
-            with suppress(OSError):                      # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with open(temporary, "x+b") as file, locked(file):
             with suppress(FileNotFoundError):
                 os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
             yield file
@@ -103,8 +113,9 @@ class Column:
     """The .npy of one array of a Table, made if it is not there, whose rows are of one shape; it may grow."""
 
     def __init__(self, path, shape, dtype):
-        self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
-        self.file = open(path, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        mode = "r+b" if os.access(path.parent, os.W_OK) else "rb"        # a whole table may lie where it cannot be changed
+        self.file = open(path, mode, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
         self.start, self.row_size = len(self.header(0)), math.prod(self.shape) * self.dtype.itemsize         # in bytes
 
     def header(self, rows):
@@ -131,7 +142,9 @@ class Column:
                 os.truncate(file, wanted)
         except OSError as error:
             os.truncate(file, size)
-            raise OSError(error.errno, f"{error.strerror}, where {wanted - size:,} bytes are needed", str(self.path)) from None
+            if size:
+                os.pwrite(file, self.header(self.whole_rows()), 0)
+            raise OSError(error.errno, f"{error.strerror}, where {wanted - size:,} bytes are needed", str(self.file.name)) from None
 
     def write(self, row, content):
         """Put the bytes of a row, or of several that follow each other, into the file; `flush` brings them to the disk."""
@@ -151,8 +164,8 @@ class Table:
     (shape of a row, dtype)}. The folder holds an .npy a column; done.npy, a byte a row, 1 once the row is on the disk; meta.json,
     which says what it is. Rows that were deleted or cut off are no longer there.
 
-    Every step of opening a table may be taken twice, and at once: a file is made if it is not there, and only ever grows. So
-    several starts may fill one table; they write equal bytes. OSError if the disk is full.
+    Several starts may open and fill one table at once: a file is made if it is not there, and only ever grows, and they write
+    equal bytes. OSError if the disk is full.
     """
 
     def __init__(self, name, about, rows, columns, cache=None):
@@ -160,20 +173,22 @@ class Table:
         meta = json.dumps(dict(about=about, columns=kinds)).encode()
         self.folder = cache_folder(cache) / f"{name}-{hashlib.sha256(meta).hexdigest()[:16]}"
         self.folder.mkdir(exist_ok=True)
+        described = self.folder / "meta.json"
         self.rows, self.written, self.flushed_at = rows, [], time.monotonic()
         self.done, *self.columns = (Column(self.folder / f"{key}.npy", *kind)
                                     for key, kind in {"done": ((), np.uint8), **columns}.items())
-        claimed, described = self.record(self.done.whole_rows()), self.folder / "meta.json"
-        known = described.exists() and described.read_bytes() == meta
-        whole = min(column.whole_rows() for column in self.columns) if known else 0      # looked at after what is claimed
-        if claimed[whole:].any():
-            self.done.write(whole, bytes(len(claimed) - whole))
-            self.done.flush()
-        if not known:
-            with atomic_file(described) as file:
-                file.write(meta)
-        for column in (*self.columns, self.done):        # no file grows before the record is right
-            column.reserve(rows)
+        with locked(self.done.file):
+            known = described.exists() and described.read_bytes() == meta
+            claimed = self.record(self.done.whole_rows())
+            whole = min(column.whole_rows() for column in self.columns) if known else 0
+            if claimed[whole:].any():
+                self.done.write(whole, bytes(len(claimed) - whole))
+                self.done.flush()
+            if not known:
+                with atomic_file(described) as file:
+                    file.write(meta)
+            for column in (*self.columns, self.done):    # no file grows before the record is right
+                column.reserve(rows)
 
     def __enter__(self):
         return self
@@ -198,6 +213,8 @@ class Table:
 
     def flush(self):
         """Record what was written, after it has come to the disk."""
+        if not self.written:
+            return
         for column in self.columns:
             column.flush()
         for row in self.written:
