@@ -14,6 +14,9 @@ import os
 import re
 import sys
 import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -165,17 +168,39 @@ def sole_writer(path):
             lock.unlink(missing_ok=True)
 
 
+def damaged(path):
+    """The name of a record in a zip archive whose checksum is wrong, or None: torch writes checksums and does not read them.
+
+    The file is mapped, and its pages are those that loading reads next.
+    """
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file, ThreadPoolExecutor() as threads:
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+        def fits(entry):
+            name, extra = (int.from_bytes(content[entry.header_offset + k:entry.header_offset + k + 2], "little") for k in (26, 28))
+            start = entry.header_offset + 30 + name + extra
+            return entry.compress_type == 0 and zlib.crc32(content[start:start + entry.file_size]) == entry.CRC
+        entries = archive.infolist()
+        return next((entry.filename for entry, good in zip(entries, threads.map(fits, entries)) if not good), None)
+
+
 def read(path):
-    """The content of a .pt or .safetensors file. ValueError or OSError if it is missing, damaged, or would run code."""
+    """The content of a .pt or .safetensors file, mapped. ValueError or OSError if it is missing, damaged, or would run code.
+
+    Checksums are compared where there are some: by the first process of a machine alone.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: there is no such file")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # of what is then refused
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            archive = zipfile.is_zipfile(path)           # older files of torch are none, and cannot be mapped
+            if archive and os.environ.get("LOCAL_RANK", "0") == "0" and (record := damaged(path)):
+                raise ValueError(f"the checksum of {record} is wrong")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
         except Exception:                                # torch raises anything at all on a damaged file
             raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off, or holds Python objects, "
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
@@ -211,6 +236,8 @@ def read_safetensors(path):
             if begin != place or end - begin != count * dtype.itemsize or start + end > size:
                 raise ValueError(f"{name}, bytes {begin} to {end}, leaves a gap, overlaps, or is not of its shape {shape}")
             flat = torch.frombuffer(content, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
+            if not flat.isfinite().all():                # there is no checksum
+                raise ValueError(f"{name} holds numbers that are NaN or infinite")
             tensors[name], place = flat.to(dtype).reshape(shape), end
         return tensors
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError, RuntimeError) as error:

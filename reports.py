@@ -149,6 +149,8 @@ def last_line(training, done, minutes):
     """What was saved where, and which command goes on."""
     args, out = training.args, training.out
     line = f"{done - training.start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}"
+    if training.saved < done:                            # see `train.Training.save`
+        return f"{line.partition(':')[0]}, of which none after step {training.saved} is saved: lower --lr, or set --clip-grad"
     if done < args.steps:
         return f"{line} at step {done}; python train.py --resume --out {out} goes on"
     line += f", {out.with_suffix('.png')}"

@@ -5,6 +5,7 @@ recipe's value. A resumed run keeps its own settings, besides those of MAY_CHANG
 """
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import checkpoint
@@ -49,9 +50,9 @@ RECIPES = {                            # by model and the size's first word; Non
 DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti", "mlp": "Ti"}       # for a laptop
 TEXT_LR = 7e-4                                   # upper limit with captions: at 2e-3 the class of shape is learned late
 TEXT_DIM, TEXT_TOKENS = 192, 32                  # of our text encoder: its width, and its length if no caption is shorter
-MAY_CHANGE = {"steps", "device", "precision", "compile", "checkpointing", "accumulate", "sample_every", "save_every",
-              "eval_every", "eval_n", "features", "reference", "cache", "out", "resume"}
-# on --resume may change: the end (a cosine stretches to it), the machine, when to save and what to score
+MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip_grad", "device", "precision", "compile", "checkpointing", "accumulate",
+              "sample_every", "save_every", "eval_every", "eval_n", "features", "reference", "cache", "out", "resume"}
+# on --resume may change: the end (a cosine stretches to it), what tames a run that diverged, the machine, when to save and score
 MOVED = {"vae": "vae", "clip": "text"}           # and files that lie elsewhere now: by the field of a run that knows their hash
 
 
@@ -147,6 +148,9 @@ def read_settings(argv):
     args = argparse.Namespace(**{**COMMON, **recipe({**given, **config}), **config, **given, "out": str(out)})
     args.text = args.text or args.clip is not None
     check_flags(args, given)
+    for key in ("lr", "warmup", "decay", "clip_grad") if run else ():
+        if getattr(args, key) != config.get(key):
+            print(f"from step {run.step} on, {flag(key)} is {getattr(args, key)}, not {config.get(key)}", file=sys.stderr)
     return args, run
 
 

@@ -23,6 +23,7 @@ class State:
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         self.bad_steps = torch.zeros((), device=device)                  # non-finite gradients in a row
+        self.taken = torch.zeros((), device=device)                      # steps since the last save that were not skipped
         self.norm = torch.full((), math.nan, device=device)              # of the last gradient
         self.sums = torch.zeros(2, max(1, len(groups)), dtype=torch.float64, device=device)  # of losses, and how many, by group
 
@@ -37,6 +38,11 @@ class State:
             self.sums += run.log.to(self.sums.device)
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--resume: the run is damaged: {error}") from None
+
+    def worth_saving(self):
+        """Whether a step was taken since the last save, and all weights and averages are finite."""
+        tensors = [z for network in (self.network, self.ema) for z in network.state_dict().values() if z.is_floating_point()]
+        return bool(self.taken) and all(norm.isfinite() for norm in torch._foreach_norm(tensors, float("inf")))
 
     def add_losses(self, losses, groups):
         """Sum losses (n,) of samples that belong to groups (n,), on the device."""
@@ -99,4 +105,5 @@ def train_step(state, model, objective, batch, step, args, rank, world):
         parameter_group["lr"] = learning_rate(step, args)
     state.norm, finite = guarded_step(state.optimizer, state.parameters, args.clip_grad)
     state.bad_steps = (state.bad_steps + 1) * (1 - finite)
+    state.taken += finite
     update_ema(state.ema, state.network, step, args.ema, finite)

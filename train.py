@@ -9,6 +9,7 @@ Report §4-5, §2-4 and §2-5. The flags are settings.py's. What a step draws an
     torchrun --nproc-per-node 8 train.py --size L/2 --data photos/ --image-size 64
 """
 import contextlib
+import math
 import sys
 import time
 import warnings
@@ -53,6 +54,8 @@ def load_data(args, run, device):
     autoencoder = checkpoint.load_autoencoder(args.vae).to(device).requires_grad_(False)
     sha256, factor = autoencoder.origin.sha256, autoencoder.factor
     autoencoder.scale = args.latent_scale or autoencoder.scale
+    if not 0 < autoencoder.scale < math.inf:
+        raise ValueError(f"--vae {args.vae}: latents cannot be scaled by {autoencoder.scale}; --latent-scale names another number")
     if run and run.vae.sha256 != sha256:
         raise ValueError(f"--resume: {args.vae} is another autoencoder than the run in {args.out} was trained with")
     size = divided(pixels.image_size, factor, "the autoencoder's factor")
@@ -191,6 +194,7 @@ class Training:
         if run:
             self.resume(run)
         columns = (*self.report.columns, *(self.scores.columns if self.scores else ()))
+        self.saved = self.start                          # the last step that was
         self.log = Log(self.out.with_suffix(".csv"), args, self.objective.groups, columns, self.start, rank)
         self.model = wrapped(network, args, device, world)
 
@@ -205,11 +209,15 @@ class Training:
         run.model = run.ema = run.optimizer = None
 
     def save(self, step):
-        """Write run.pt, on the first process."""
+        """Write run.pt, on the first process, unless it would replace a better one: then that stays, and this is said."""
         args, dataset, state = self.args, self.dataset, self.state
         sums = total(state.sums, self.world).cpu()
         if self.rank > 0:
             return
+        if not state.worth_saving():
+            say(f"step {step} is not saved: no step since the last save had a finite gradient, or a weight is no longer finite")
+            return
+        state.taken.zero_()
         autoencoder = dataset.autoencoder and replace(dataset.autoencoder.origin, scale=dataset.autoencoder.scale)
         if args.model == "vae":
             autoencoder = checkpoint.Autoencoder(measured_scale(state.ema, dataset, self.device))
@@ -220,6 +228,7 @@ class Training:
             diffusion=process, data=about, vae=autoencoder, text=self.clip, model=state.network.state_dict(),
             ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(), bad_steps=int(state.bad_steps), log=sums,
             norm=state.norm.item()))
+        self.saved = step
 
     def write_row(self, step, diverged=False):
         """Write the log's row of a step, with the picture and the scores that are due there."""
