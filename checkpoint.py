@@ -60,6 +60,8 @@ class Data:
     num_classes: int | None
     channels: int                                # of what the network sees
     image_size: int | tuple | list               # likewise
+    images: int | None = None                    # how many it trains on
+    fingerprint: str | None = None               # of these images, see `data.fingerprint`
 
 
 @dataclass

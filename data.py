@@ -4,6 +4,8 @@ Report §4-5 (training data). Files and caches hold uint8 NHWC, the networks see
 the round trip. A tenth of any data set without a test split of its own is held out, the same tenth for every command.
 Image files are image_files.py's.
 """
+import hashlib
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -105,6 +107,15 @@ class Dataset:
         """Contexts (n, …) of n captions of this split, the same at each call, drawn at random where there are more."""
         order = np.random.default_rng(0).permutation(len(self.context_rows))
         return np.asarray(self.contexts[self.context_rows[np.resize(order, n)]])
+
+
+def fingerprint(dataset):
+    """A hash of what a data set holds, wherever it lies: its rows, classes, labels, captions, and up to 1,000 of its images."""
+    images, _ = dataset.batch(np.linspace(0, len(dataset) - 1, min(1000, len(dataset)), dtype=int))
+    digest = hashlib.sha256(json.dumps([list(dataset.images.shape), dataset.classes, dataset.captions]).encode())
+    for array in (dataset.rows, images.numpy(), *([] if dataset.labels is None else [dataset.labels[dataset.rows]])):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 class Points(Dataset):

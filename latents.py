@@ -11,7 +11,7 @@ import json
 import numpy as np
 import torch
 
-from data import Dataset, to_float
+from data import Dataset, fingerprint, to_float
 from files import Table, fill
 from vae import in_pieces, sample_latent
 
@@ -33,15 +33,6 @@ class Latents(Dataset):
         """Moments (n, F, 2, c, h, w): mean and standard deviation, of the image and, if F is 2, its mirror image; conditions."""
         moments = np.stack([table[indices] for table in self.moments], axis=1)           # (n, 2 F, c, h, w)
         return torch.from_numpy(moments).unflatten(1, (-1, 2)), self.condition(indices, epochs)
-
-
-def fingerprint(dataset):
-    """A hash of a data set: its rows, its labels, and up to 1,000 of its images."""
-    images, labels = dataset.batch(np.linspace(0, len(dataset) - 1, min(1000, len(dataset)), dtype=int))
-    digest = hashlib.sha256(json.dumps([dataset.spec, list(dataset.images.shape), len(dataset)]).encode())
-    for array in (dataset.rows, images.numpy(), *([] if labels is None else [labels.numpy()])):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

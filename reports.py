@@ -6,6 +6,7 @@ where the device's memory does not hold them.
 """
 import contextlib
 import csv
+import itertools
 import math
 import sys
 import time
@@ -49,14 +50,23 @@ def row_due(step, args):
 
 
 def read_log(path, step):
-    """The columns of a log, and its whole rows up to a step: a kill may have cut the last one off, and what follows is redone."""
-    if not path.exists():
-        return (), []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if None not in (*row, *row.values()) and row.get("step", "").isdigit()
-                and int(row["step"]) <= step]
-        return tuple(reader.fieldnames or ()), rows
+    """The columns of a log, and its whole rows up to a step: a kill may have cut the last one off, and what follows is redone.
+
+    A spreadsheet may have saved it, with a byte-order mark, with semicolons and perhaps decimal commas.
+    """
+    lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines() if path.exists() else []
+    if lines and ";" in lines[0]:
+        lines = [line.replace(",", ".").replace(";", ",") for line in lines]
+    reader = csv.DictReader(lines)
+    rows = [row for row in reader if None not in (*row, *row.values()) and row.get("step", "").isdigit()
+            and int(row["step"]) <= step]
+    return tuple(reader.fieldnames or ()), rows
+
+
+def kept_beside(path):
+    """Give a file another name beside its own, which no other file has -> that name."""
+    name = next(name for i in itertools.count(1) if not (name := path.with_name(f"{path.stem}-{i}{path.suffix}")).exists())
+    return path.rename(name)
 
 
 def row_told(path, step):
@@ -88,6 +98,9 @@ class Log:
         if rank > 0:
             return
         columns, rows = read_log(path, start) if start else ((), [])
+        if start and path.exists() and "step" not in columns:
+            say(f"{path} is no log of this run: it is kept as {kept_beside(path)}")
+            columns = ()
         self.columns += tuple(name for name in columns if name not in self.columns)      # scores given up since
         lines = [self.columns, *([row.get(name, "") for name in self.columns] for row in rows)]
         with atomic_file(path) as file:

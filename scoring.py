@@ -18,7 +18,6 @@ from cli import place, progress_bar, share, total
 from features import (Measured, full_precision, measure, measure_dataset, read_statistics, read_tables, save_statistics,
                       with_statistics)
 from files import cache_folder
-from latents import fingerprint
 from metrics import distance, inception_score, precision_recall
 from sampling import decode, draw, guidance_scale, labels_of
 
@@ -130,7 +129,7 @@ def measure_reference(dataset, space, name, file=None, cache=None):
         return Reference(name, with_statistics(None, file, space), {})
     order = np.random.default_rng(0).permutation(len(dataset))
     rank, world = place()
-    about = json.dumps([fingerprint(dataset), space.name, space.sha256, REFERENCE_IMAGES])
+    about = json.dumps([data.fingerprint(dataset), space.name, space.sha256, REFERENCE_IMAGES])
     path = cache_folder(cache) / f"reference-{hashlib.sha256(about.encode()).hexdigest()[:16]}.npz"
     kept = kept_reference(path, space) if rank == 0 and path.exists() else None
     if total(torch.tensor(float(kept is not None)), world):

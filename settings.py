@@ -53,7 +53,7 @@ TEXT_DIM, TEXT_TOKENS = 192, 32                  # of our text encoder: its widt
 MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip_grad", "device", "precision", "compile", "checkpointing", "accumulate",
               "sample_every", "save_every", "eval_every", "eval_n", "features", "reference", "cache", "out", "resume"}
 # on --resume may change: the end (a cosine stretches to it), what tames a run that diverged, the machine, when to save and score
-MOVED = {"vae": "vae", "clip": "text"}           # and files that lie elsewhere now: by the field of a run that knows their hash
+MOVED = {"vae": "vae", "clip": "text", "data": "data"}       # and what lies elsewhere now, whose hash this record of a run has
 
 
 def flags():
@@ -154,6 +154,11 @@ def read_settings(argv):
     return args, run
 
 
+def has_hash(record):
+    """Whether a record of a run, or None, has the hash of what it is about."""
+    return bool(getattr(record, "sha256", None) or getattr(record, "fingerprint", None))
+
+
 def resumable(out, given):
     """The Run in a file that --resume goes on with.  ValueError if it is none, or has other settings than those given."""
     run = checkpoint.load(out)
@@ -161,7 +166,7 @@ def resumable(out, given):
         raise ValueError(f"--resume: {out} is not a run of train.py")
     clashes = [f"{flag(key)} is {run.config.get(key)} there, not {value}" for key, value in given.items()
                if key not in MAY_CHANGE and value != run.config.get(key)
-               and not (key in MOVED and getattr(run, MOVED[key]))]
+               and not (key in MOVED and has_hash(getattr(run, MOVED[key])))]
     if clashes:
         raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
     return run

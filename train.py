@@ -43,10 +43,24 @@ MAX_BAD_STEPS = 10                               # non-finite gradients in a row
 
 # Data
 
+def check_data(args, run, pixels):
+    """ValueError if a run was trained on other images, or other classes, than the data set now holds, wherever it lies."""
+    known = run.data
+    if known.fingerprint is None:
+        say(f"{args.out} is a run of before data had fingerprints: whether {args.data} still holds the same is not known")
+    elif known.fingerprint != data.fingerprint(pixels):
+        differ = (f"its classes were {known.classes} and are {pixels.classes}" if known.classes != pixels.classes else
+                  f"it had {known.images:,} images to train on and has {len(pixels):,}" if known.images != len(pixels) else
+                  "it holds other images, labels or captions, or in another order")
+        raise ValueError(f"--resume: {args.data} is not what the run in {args.out} was trained on: {differ}")
+
+
 def load_data(args, run, device):
     """The training split, or with --vae its latents, which are encoded once it is clear that the network takes them."""
     with first_in_turn():
         pixels = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
+    if run:
+        check_data(args, run, pixels)
     if args.text and pixels.captions is None:
         raise ValueError(f"--text: {args.data} has no captions; shapes, coco:DIR and a folder with a .txt beside each image do")
     if not args.vae:
@@ -183,6 +197,7 @@ class Training:
         self.part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
         random = Randomness(args.seed, args.batch_size, self.part, device)
         self.dataset = load_data(args, run, device)
+        self.fingerprint = data.fingerprint(self.dataset if self.dataset.autoencoder is None else self.dataset.pixels)
         reader = encode_captions(args, self.dataset, run, device) if args.text else None
         network, self.described = build_network(args, self.dataset, reader)
         if run and run.network != self.described:
@@ -222,7 +237,8 @@ class Training:
         if args.model == "vae":
             autoencoder = checkpoint.Autoencoder(measured_scale(state.ema, dataset, self.device))
         process = args.schedule and checkpoint.Process(args.schedule, self.objective.diffusion.T, args.prediction, args.variance)
-        about = checkpoint.Data(args.data, dataset.classes, dataset.num_classes, dataset.channels, list(dataset.image_size))
+        about = checkpoint.Data(args.data, dataset.classes, dataset.num_classes, dataset.channels, list(dataset.image_size),
+                                len(dataset), self.fingerprint)
         checkpoint.save(self.out, checkpoint.Run(
             version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=self.described,
             diffusion=process, data=about, vae=autoencoder, text=self.clip, model=state.network.state_dict(),
