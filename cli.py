@@ -3,6 +3,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,22 +20,46 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def raise_terminated(number, frame):
+    """A handler of SIGTERM: what is under way ends as by Ctrl-C, its children and temporary files with it."""
+    raise Terminated
+
+
+def message_of(error):
+    """The one line that a user reads of an error, and the exit status; None and 0 of an error that is a bug of ours."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory on the device: lower --batch-size, or raise train.py's --accumulate", 2
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return f"this machine's memory is full: lower --batch-size, --n or --image-size ({error or 'MemoryError'})", 2
+    if isinstance(error, (ValueError, OSError)):         # with which this code answers what a user can cause
+        return str(error), 2
+    return {KeyboardInterrupt: ("stopped by Ctrl-C", 130), Terminated: ("stopped by SIGTERM", 143)}.get(type(error), (None, 0))
+
+
 @contextmanager
 def one_line_errors(command):
-    """Turn ValueError and OSError, with which this code answers what a user can cause, and a full device memory into one line
-    on stderr and exit status 2; anything else keeps its traceback."""
+    """Turn what a user can cause into one line on stderr and an exit status, see `message_of`; a bug keeps its traceback."""
+    in_main = threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGTERM, raise_terminated) if in_main else None
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        full = isinstance(error, torch.OutOfMemoryError)
-        message = "out of memory on the device: lower --batch-size, or raise train.py's --accumulate" if full else str(error)
+    except BaseException as error:
+        message, status = message_of(error)
+        if message is None:
+            raise
         print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
     else:
         if dist.is_initialized() and dist.get_rank() > 0:
             sys.stdout.flush()                           # torch 2.13 now and then aborts while such a process ends, its work
             os._exit(0)                                  # done, and torchrun would report a failure: end without it
     finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, old)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -7,11 +7,15 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from glob import escape
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -216,10 +220,20 @@ def decoded(name, folder, files, size, cache, skip_bad):
     return images[..., :channels[good].max()], good
 
 
+def _prepare_worker():
+    """In a worker: leave Ctrl-C to the main process, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        wait([parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def _decode_rows(files, size, skip_bad, rows):
     """Decode files number `rows` for `files.fill`: grey as colour, and how many channels there were."""
     workers = min(os.cpu_count() or 1, len(rows) // FOR_A_WORKER)
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _prepare_worker) if workers > 1 else None
     decode, paths = partial(_decode, size=size), [files[row] for row in rows]
     try:
         for row, image in zip(rows, pool.map(decode, paths, chunksize=32) if pool else map(decode, paths)):
@@ -229,6 +243,10 @@ def _decode_rows(files, size, skip_bad, rows):
                 yield [row], [0, BAD]
             else:
                 raise ValueError(f"{image} (--skip-bad goes on without it)")
+    except BrokenProcessPool:
+        raise ValueError("a process that decodes images was killed, perhaps for want of memory: the same command goes on") from None
     finally:
         if pool:
+            for worker in active_children():             # at once: what they decode now is not wanted
+                worker.terminate()
             pool.shutdown(cancel_futures=True)
