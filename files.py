@@ -203,7 +203,7 @@ class Table:
         return np.frombuffer(os.pread(self.done.file.fileno(), rows, self.done.start), np.uint8) == 1
 
     def write(self, rows, values):
-        """Put values into rows (n,): for each column an array (n, …), or what broadcasts to it. They are there from `flush` on."""
+        """Put values into rows (n,): for each column an array (n, …), or what broadcasts to it. They count from `flush` on."""
         for column, value in zip(self.columns, values, strict=True):
             for row, content in zip(rows, np.broadcast_to(value, (len(rows), *column.shape)).astype(column.dtype)):
                 column.write(row, content.tobytes())

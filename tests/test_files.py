@@ -178,7 +178,7 @@ def test_a_start_that_is_killed_again_and_again_ends(tmp_path, every_batch):
 
 
 def test_a_kill_while_rows_are_added_keeps_the_old_ones(tmp_path, every_batch):
-    for moment in range(12):
+    for moment in range(9):
         cache = tmp_path / str(moment)
         filled(cache, 5)
         assert forked(lambda: killed_at(moment, moment % 2, lambda: filled(cache))) == [-signal.SIGKILL]
@@ -279,6 +279,7 @@ def together(world, meeting, call):
     """Run call(rank) in `world` processes of one group, as torchrun does -> their exit statuses."""
     def run(rank):
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        dist.barrier()                                   # none leaves before all have met
         call(rank)
         dist.destroy_process_group()
     return forked(*(lambda rank=rank: run(rank) for rank in range(world)))
