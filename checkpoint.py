@@ -207,7 +207,7 @@ def read_safetensors(path):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if len(shape) > 64 or any(type(number) is not int or not 0 <= number <= size for number in (*shape, begin, end)):
-                raise ValueError(f"{name} has an impossible shape or place {str(entry)[:120]}")              # before it multiplies
+                raise ValueError(f"{name} has an impossible shape or place")         # before the sides are multiplied
             count = math.prod(shape)
             if begin != place or end - begin != count * dtype.itemsize or start + end > size:
                 raise ValueError(f"{name}, bytes {begin} to {end}, leaves a gap, overlaps, or is not of its shape {shape}")
@@ -304,7 +304,8 @@ def summary(path):
         rows = {
             "network": f"{run.network['class']} {listed(run.network['arguments'])}",
             "parameters": f"{sum(value.numel() for value in run.model.values()):,}",
-            "diffusion": listed(plain(run.diffusion)) if run.diffusion else "",
+            "diffusion": listed({field.name: value for field in fields(Process) if run.diffusion
+                                 and (value := getattr(run.diffusion, field.name)) != field.default}),
             "data": listed(plain(run.data)),
             "latents": f"of an autoencoder, scaled by {run.vae.scale}" if run.vae else "",
             "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
