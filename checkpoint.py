@@ -114,7 +114,7 @@ class Run:
                 scale, offset = process.time
                 diffusion = Diffusion(betas, process.prediction, process.variance, np.arange(len(betas)) * scale + offset)
         except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-            raise ValueError(f"the checkpoint does not describe its network: {str(error).strip()[:300]}") from None
+            raise ValueError(f"the checkpoint does not describe its network: {' '.join(str(error).split())[:300]}") from None
         return network.eval(), diffusion
 
 
@@ -232,8 +232,8 @@ def read_safetensors(path):
         tensors, place = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if len(shape) > 64 or any(type(side) is not int or not 0 <= side <= size for side in shape):     # before they multiply
-                raise ValueError(f"{name} has an impossible shape {str(shape)[:80]}")
+            if len(shape) > 64 or any(type(number) is not int or not 0 <= number <= size for number in (*shape, begin, end)):
+                raise ValueError(f"{name} has an impossible shape or place")         # before the sides are multiplied
             count = math.prod(shape)
             if begin != place or end - begin != count * dtype.itemsize or start + end > size:
                 raise ValueError(f"{name}, bytes {begin} to {end}, leaves a gap, overlaps, or is not of its shape {shape}")
@@ -328,15 +328,19 @@ def summary(path):
         return ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
 
     run = load(path)
-    rows = {
-        "network": f"{run.network.get('class')} {listed(run.network.get('arguments', {}))}",
-        "parameters": f"{sum(value.numel() for value in run.model.values()):,}",
-        "diffusion": listed(plain(run.diffusion)) if run.diffusion else "",
-        "data": listed(plain(run.data)),
-        "latents": f"of an autoencoder, scaled by {run.vae.scale}" if run.vae else "",
-        "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
-                          for key, value in run.config.items() if value is not None and value is not False),
-    }
+    try:
+        rows = {
+            "network": f"{run.network['class']} {listed(run.network['arguments'])}",
+            "parameters": f"{sum(value.numel() for value in run.model.values()):,}",
+            "diffusion": listed({field.name: value for field in fields(Process) if run.diffusion
+                                 and (value := getattr(run.diffusion, field.name)) != field.default}),
+            "data": listed(plain(run.data)),
+            "latents": f"of an autoencoder, scaled by {run.vae.scale}" if run.vae else "",
+            "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
+                              for key, value in run.config.items() if value is not None and value is not False),
+        }
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not describe its network: {error}") from None
     title = f"{path}: " + ("official weights" if run.step is None else f"a run at step {run.step}")
     return [title, *(f"{name:10} {value}" for name, value in rows.items() if value)]
 

@@ -112,8 +112,8 @@ class Log:
         wait_for_device()
         began = time.perf_counter()
         yield
-        step, since = self.since
-        self.since = step, since + time.perf_counter() - began
+        (step, since), paused = self.since, time.perf_counter() - began
+        self.since, self.fifth = (step, since + paused), self.fifth and self.fifth + paused
 
     def write(self, sums, step, norm):
         """Append the row of the steps since the last one; sums are those of all processes."""

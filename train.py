@@ -271,7 +271,8 @@ class Training:
                 if row:                                  # the only steps that wait for the device
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)
-                if not diverged and (stopping or due(args.save_every, done, args) or due(args.eval_every, done, args)):
+                saves = (args.save_every, args.sample_every, args.eval_every)
+                if not diverged and (stopping or any(due(every, done, args) for every in saves)):
                     with self.log.paused():
                         self.save(done)                  # before pictures and scores, which may fail
                 if row:

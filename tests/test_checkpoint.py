@@ -9,17 +9,19 @@ import io
 import json
 import os
 import pickle
+import resource
 import signal
 import struct
-import subprocess
-import sys
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from refusals import refusal
 from torch.testing import assert_close
 
 import checkpoint
@@ -31,7 +33,8 @@ import train
 import unet
 import uvit
 import vit
-from checkpoint import build, summary, load, load_network, main, read, read_safetensors, save, sole_writer
+from checkpoint import (Autoencoder, Clip, Data, Process, Run, load, load_network, main, plain, read, read_safetensors, save,
+                        sole_writer, summary, typed)
 from ddpm import cosine_betas
 from dit import DiT
 from formula import fill, formula_weight, golden, golden_json
@@ -63,12 +66,11 @@ def a_run(**changes):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(1, 3, 8, 8), torch.tensor([5]), torch.tensor([2])).square().mean().backward()
     optimizer.step()
-    return dict(version=checkpoint.VERSION, step=1, config=dict(lr=0.1, seed=0, flip=True, shift=None, data="mnist"),
-                network={"class": "DiT", "arguments": SMALL},
-                diffusion=dict(schedule="cosine", T=50, prediction="v", variance="learned"),
-                data=dict(spec="mnist", classes=list("abcde"), num_classes=5, channels=3, image_size=[8, 8]), vae=None, text=None,
-                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), bad_steps=0,
-                log=torch.arange(8, dtype=torch.float64).reshape(2, 4)) | changes
+    run = Run(version=checkpoint.VERSION, step=1, config=dict(lr=0.1, seed=0, flip=True, shift=None, data="mnist"),
+              network={"class": "DiT", "arguments": SMALL}, diffusion=Process("cosine", 50, "v", "learned"),
+              data=Data("mnist", list("abcde"), 5, 3, [8, 8]), model=model.state_dict(), ema=ema.state_dict(),
+              optimizer=optimizer.state_dict(), log=torch.arange(8, dtype=torch.float64).reshape(2, 4), norm=0.5)
+    return replace(run, **changes)
 
 
 def classifiers_run():
@@ -84,7 +86,9 @@ def saved(path, content):
 
 
 def identical(a, b):
-    """Whether two nests of dicts, lists and tensors are the same bit for bit."""
+    """Whether two nests of records, dicts, lists and tensors are the same bit for bit."""
+    if isinstance(a, Run) and isinstance(b, Run):
+        return identical(plain(a), plain(b))
     if torch.is_tensor(a):
         # repr tells -0.0 from 0.0, and NaN is NaN
         return a.dtype == b.dtype and a.shape == b.shape and repr(a.tolist()) == repr(b.tolist())
@@ -92,62 +96,43 @@ def identical(a, b):
         return list(a) == list(b) and all(identical(a[key], b[key]) for key in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(identical, a, b))
-    return type(a) is type(b) and a == b
-
-
-def refusal(call, *parts, kind=ValueError):
-    """Assert that a call is refused in one line that says all the parts."""
-    with pytest.raises(kind) as caught:
-        call()
-    message = " ".join(str(caught.value).split())                        # as every command prints it
-    assert len(message) < 500
-    for part in parts:
-        assert str(part) in message, message
+    return type(a) is type(b) and repr(a) == repr(b)
 
 
 # A run, there and back
 
-def test_a_run_survives_the_disk_bit_for_bit(tmp_path):
-    run = a_run()
+LATENT = dict(vae=Autoencoder(0.5, "vae.pt", "ab", {"class": "AutoencoderKL"}, {"w": torch.ones(2)}),
+              text=Clip("clip", "cd", torch.ones(3, 4)))
+ODD = dict(log=torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4e38]), norm=float("nan"), step=2 ** 60)
+
+
+@pytest.mark.parametrize("changes", [{}, LATENT, ODD], ids=["pixels", "latents", "odd numbers"])
+def test_a_run_survives_the_disk_bit_for_bit(tmp_path, changes):
+    run = a_run(**changes)
     save(tmp_path / "run.pt", run)
-    assert identical(load(tmp_path / "run.pt"), run)
+    loaded = load(tmp_path / "run.pt")
+    assert identical(loaded, run) and identical(typed(Run, plain(run)), run)
+    assert [type(part) for part in (loaded.diffusion, loaded.data, loaded.vae, loaded.text)] == [
+        Process, Data, *((Autoencoder, Clip) if changes is LATENT else (type(None), type(None)))]
 
 
-def test_odd_numbers_survive_the_disk_bit_for_bit(tmp_path):
-    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4e38])
-    run = a_run(log=odd, bad_steps=torch.ones((), dtype=torch.bfloat16))
-    save(tmp_path / "run.pt", run)
-    assert identical(load(tmp_path / "run.pt"), run)
-
-
-@pytest.mark.parametrize("weights", ["ema", "model"])
-def test_a_loaded_run_builds_the_network_that_was_saved(tmp_path, weights):
-    run = a_run()
-    save(tmp_path / "run.pt", run)
-    expected = network()
-    expected.load_state_dict(run[weights])
-    assert outputs(build(load(tmp_path / "run.pt"), weights)[0]).equal(outputs(expected))
-
-
-def test_averaged_weights_are_what_a_run_gives(tmp_path):
-    save(tmp_path / "run.pt", a_run())
-    assert outputs(load_network(tmp_path / "run.pt")).equal(outputs(network()))
-
-
-def test_a_built_network_is_in_eval_mode():
-    assert not build(a_run())[0].training
+def test_a_loaded_run_builds_the_networks_that_were_saved_in_eval_mode(tmp_path):
+    save(tmp_path / "run.pt", run := a_run())
+    expected, loaded = network(), load(tmp_path / "run.pt")
+    assert all(outputs(built).equal(outputs(expected)) for built in (loaded.build()[0], load_network(tmp_path / "run.pt")))
+    expected.load_state_dict(run.model)
+    assert outputs(loaded.build("model")[0]).equal(outputs(expected)) and not loaded.build()[0].training
 
 
 def test_a_run_describes_its_diffusion():
-    _, diffusion = build(a_run())
+    _, diffusion = a_run().build()
     assert (diffusion.T, diffusion.prediction, diffusion.variance) == (50, "v", "learned")
     np.testing.assert_allclose(diffusion.alpha_bars, np.cumprod(1 - cosine_betas(50)))
 
 
 def test_a_run_describes_the_time_its_network_is_told_and_the_ends_of_its_schedule(tmp_path):
-    described = dict(schedule="linear", T=50, prediction="eps", variance="small", time=(0.25, 1), range=(0.1, 0.2))
-    save(tmp_path / "run.pt", a_run(diffusion=described))
-    _, diffusion = build(load(tmp_path / "run.pt"))
+    save(tmp_path / "run.pt", a_run(diffusion=Process("linear", 50, "eps", "small", range=(0.1, 0.2), time=(0.25, 1))))
+    _, diffusion = load(tmp_path / "run.pt").build()
     assert diffusion.original(torch.tensor([0, 1, 49])).tolist() == [1, 1.25, 13.25]
     np.testing.assert_allclose(diffusion.betas, np.linspace(0.1, 0.2, 50))
 
@@ -155,43 +140,27 @@ def test_a_run_describes_the_time_its_network_is_told_and_the_ends_of_its_schedu
 def test_a_classifiers_run_loads_builds_and_is_described_without_a_diffusion(tmp_path):
     path, run = tmp_path / "run.pt", classifiers_run()
     save(path, run)
-    network, diffusion = build(load(path))
-    assert diffusion is None and isinstance(network, ViT)
-    assert all(value.equal(run["ema"][name]) for name, value in network.state_dict().items())
+    network, diffusion = load(path).build()
+    assert diffusion is None and isinstance(network, ViT) and identical(dict(network.state_dict()), dict(run.ema))
     said = "\n".join(summary(path))
     assert "a run at step 1" in said and "ViT" in said and "num_classes=5" in said and "diffusion" not in said
 
 
-def test_an_optimizer_goes_on_where_it_was_saved(tmp_path):
-    run = a_run()
-    save(tmp_path / "run.pt", run)
-    optimizer = torch.optim.AdamW(network().parameters())
-    optimizer.load_state_dict(load(tmp_path / "run.pt")["optimizer"])
-    assert identical(optimizer.state_dict(), run["optimizer"])
-
-
 def test_saving_again_replaces_the_run_and_leaves_one_file(tmp_path):
+    (tmp_path / ".run.pt.tmp").write_bytes(b"half a run")                # of a kill
     for step in (1, 2):
         save(tmp_path / "run.pt", a_run(step=step))
-    assert load(tmp_path / "run.pt")["step"] == 2 and os.listdir(tmp_path) == ["run.pt"]
+    assert load(tmp_path / "run.pt").step == 2 and os.listdir(tmp_path) == ["run.pt"]
 
 
 # Files that are not a run
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 0.99999])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999, 0.99999])
 def test_a_cut_off_run_is_refused(tmp_path, share):
     save(tmp_path / "run.pt", a_run())
     content = (tmp_path / "run.pt").read_bytes()
     (tmp_path / "run.pt").write_bytes(content[:int(share * len(content))])
-    refusal(lambda: load(tmp_path / "run.pt"), tmp_path / "run.pt", "cut off")
-
-
-def test_a_missing_run_is_named(tmp_path):
-    refusal(lambda: load(tmp_path / "run.pt"), tmp_path / "run.pt", "no such file", kind=FileNotFoundError)
-
-
-def test_a_folder_is_no_checkpoint(tmp_path):
-    refusal(lambda: load(tmp_path), tmp_path, kind=FileNotFoundError)
+    refusal(lambda: load(tmp_path / "run.pt"), tmp_path / "run.pt")
 
 
 def zipped(**members):
@@ -259,7 +228,7 @@ PICKLES = {
 @pytest.mark.parametrize("form", PICKLES)
 def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, form):
     path, payload = tmp_path / "run.pt", Payload(tmp_path / "marker")
-    PICKLES[form](path, a_run(config={"lr": payload}))
+    PICKLES[form](path, plain(a_run(config={"lr": payload})))
     refusal(lambda: load(path), path, "could run code")
     assert not (tmp_path / "marker").exists()
 
@@ -269,112 +238,97 @@ def test_the_payload_does_run_where_it_is_trusted(tmp_path):
     assert (tmp_path / "marker").exists()
 
 
-@pytest.mark.parametrize("version", [checkpoint.VERSION + 1, 0, None, "text"])
-def test_a_run_of_another_format_version_is_refused(tmp_path, version):
-    path = saved(tmp_path / "run.pt", a_run(version=version))
-    refusal(lambda: load(path), path, f"version {version}", f"reads {checkpoint.VERSION}")
-
-
 def test_a_run_whose_version_is_no_number_is_refused(tmp_path):
-    refusal(lambda: load(saved(tmp_path / "run.pt", a_run(version=torch.ones(2)))), tmp_path / "run.pt")
+    refusal(lambda: load(saved(tmp_path / "run.pt", plain(a_run(version=torch.ones(2))))), tmp_path / "run.pt")
 
 
-@pytest.mark.parametrize("key", ["step", "config", "diffusion", "data", "vae", "model", "ema", "optimizer"])
-def test_a_run_that_lacks_something_is_refused(tmp_path, key):
-    run = a_run()
-    del run[key]
-    refusal(lambda: load(saved(tmp_path / "run.pt", run)), tmp_path / "run.pt", f"lacks '{key}'")
+NEEDED = ["step", "config", "diffusion", "data", "model", "ema"]         # besides version and network, by which a run is known
 
 
-@pytest.mark.parametrize("key", ["step", "config", "network", "diffusion", "data", "vae", "model", "ema", "optimizer"])
-def test_a_run_that_holds_something_else_is_refused(tmp_path, key):
-    path = saved(tmp_path / "run.pt", a_run(**{key: ["something else"]}))
-    refusal(lambda: load(path), path, f"its {key} is a list")
+@pytest.mark.parametrize("key", [*NEEDED, "data.channels", "diffusion.T", "vae.scale", "text.empty"])
+def test_a_run_that_lacks_something_is_refused_by_its_name(tmp_path, key):
+    content = plain(a_run(**LATENT))
+    *within, last = key.split(".")
+    del (content[within[0]] if within else content)[last]
+    refusal(lambda: load(saved(tmp_path / "run.pt", content)), tmp_path / "run.pt", f"lacks '{last}'")
+
+
+@pytest.mark.parametrize("key", [*NEEDED, "network", "vae", "text", "optimizer", "bad_steps", "log", "norm", "data.image_size",
+                                 "diffusion.schedule", "vae.scale", "text.sha256"])
+def test_a_run_that_holds_something_else_is_refused_by_its_name(tmp_path, key):
+    content = plain(a_run(**LATENT))
+    *within, last = key.split(".")
+    (content[within[0]] if within else content)[last] = {"something"}
+    refusal(lambda: load(saved(tmp_path / "run.pt", content)), tmp_path / "run.pt", f"its {last} is a set")
+
+
+def test_an_older_run_lacks_what_has_a_default(tmp_path):
+    content = plain(a_run())
+    del content["norm"], content["bad_steps"], content["vae"], content["diffusion"]["time"]
+    run = load(saved(tmp_path / "run.pt", content))
+    assert np.isnan(run.norm) and (run.bad_steps, run.vae, run.diffusion.time) == (0, None, (1, 0))
+
+
+def changed(**arguments):
+    return dict(network={"class": "DiT", "arguments": SMALL | arguments})
+
+
+def process(**changes):
+    return dict(diffusion=replace(Process("linear", 50, "v", "small"), **changes))
 
 
 MISFITS = {
-    "another width": dict(network={"class": "DiT", "arguments": SMALL | {"dim": 32}}),
-    "another depth": dict(network={"class": "DiT", "arguments": SMALL | {"depth": 1}}),
-    "no heads": dict(network={"class": "DiT", "arguments": SMALL | {"heads": 0}}),
-    "a patch of nothing": dict(network={"class": "DiT", "arguments": SMALL | {"patch_size": 0}}),
+    "another width": changed(dim=32), "another depth": changed(depth=1), "no heads": changed(heads=0),
+    "a patch of nothing": changed(patch_size=0), "an unknown argument": changed(layers=3), "text for a number": changed(depth="2"),
     "an unknown class": dict(network={"class": "GAN", "arguments": SMALL}),
-    "another network's class": dict(network={"class": "UNet", "arguments": SMALL}),
-    "an unknown argument": dict(network={"class": "DiT", "arguments": SMALL | {"layers": 3}}),
-    "text for a number": dict(network={"class": "DiT", "arguments": SMALL | {"depth": "2"}}),
-    "no class": dict(network={}),
-    "no weights": dict(ema={}),
-    "weights that are none": dict(ema={name: 1 for name in network().state_dict()}),
-    "an unknown schedule": dict(diffusion=dict(schedule="sigmoid", T=50, prediction="v", variance="small")),
-    "an unknown prediction": dict(diffusion=dict(schedule="linear", T=50, prediction="score", variance="small")),
-    "a diffusion of nothing": dict(diffusion={}),
-    "no steps": dict(diffusion=dict(schedule="linear", T=0, prediction="v", variance="small")),
-    "three ends": dict(diffusion=dict(schedule="linear", T=50, prediction="v", variance="small", range=(0.1, 0.2, 0.3))),
-    "an end beyond 1": dict(diffusion=dict(schedule="linear", T=50, prediction="v", variance="small", range=(0.1, 2))),
-    "times of text": dict(diffusion=dict(schedule="linear", T=50, prediction="v", variance="small", time=("a", "b"))),
+    "another network's class": dict(network={"class": "UNet", "arguments": SMALL}), "no class": dict(network={}),
+    "no weights": dict(ema={}), "weights that are none": dict(ema={name: 1 for name in network().state_dict()}),
+    "an unknown schedule": process(schedule="sigmoid"), "an unknown prediction": process(prediction="score"),
+    "no steps": process(T=0), "three ends": process(range=(0.1, 0.2, 0.3)), "an end beyond 1": process(range=(0.1, 2)),
+    "times of text": process(time=("a", "b")), "three times": process(time=(1, 2, 3)),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_run_that_does_not_describe_its_network_is_refused(case):
-    refusal(lambda: build(a_run(**MISFITS[case])))
+    refusal(lambda: a_run(**MISFITS[case]).build())
 
 
 UNSHOWABLE = {"no class": dict(network={}), "no arguments": dict(network={"class": "DiT", "arguments": None}),
-              "weights that are none": dict(model={"a": 1}), "no scale": dict(vae={"file": "vae.pt"}),
-              "numbers for flags": dict(config={1: 2})}
+              "weights that are none": dict(model={"a": 1}), "numbers for flags": dict(config={1: 2})}
 
 
 @pytest.mark.parametrize("case", UNSHOWABLE)
 def test_a_run_that_cannot_be_shown_is_refused(tmp_path, case):
-    path = saved(tmp_path / "run.pt", a_run(**UNSHOWABLE[case]))
-    refusal(lambda: summary(path), path, "does not describe")
+    path = saved(tmp_path / "run.pt", plain(a_run(**UNSHOWABLE[case])))
+    refusal(lambda: summary(path), path)
 
 
 # Writing
 
-def in_a_process(code, path):
-    """Run Python on code in this repository; the path is its argument."""
-    return subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
-
-
-FULL_DISK = """
-import resource, signal, sys
-import torch
-from checkpoint import save
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                # a write beyond the limit then fails, as on a full disk
-for limit in range(0, 120_000, 3000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        save(sys.argv[1], {"large": torch.zeros(20_000), "small": [torch.zeros(1000) for _ in range(10)]})
-    except OSError as error:
-        print(error)
-"""
-
-
 def test_a_full_disk_is_one_line_and_leaves_the_old_run_whole(tmp_path):
-    run = a_run()
+    run, limits = a_run(), resource.getrlimit(resource.RLIMIT_FSIZE)
     save(tmp_path / "run.pt", run)
-    process = in_a_process(FULL_DISK, tmp_path / "run.pt")
-    assert process.returncode == 0, process.stderr                       # no abort in the archive writer's destructor
-    assert process.stdout == f"cannot write {tmp_path / 'run.pt'}: [Errno 27] File too large\n" * 40
+    whole = (tmp_path / "run.pt").stat().st_size
+    try:
+        for limit in range(0, whole, whole // 40):       # a write beyond it fails, as Python ignores the signal
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            refusal(lambda: save(tmp_path / "run.pt", run), f"cannot write {tmp_path / 'run.pt'}: [Errno 27]", kind=OSError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert identical(load(tmp_path / "run.pt"), run) and os.listdir(tmp_path) == ["run.pt"]
 
 
-KILL = """
-import resource, signal, sys
-import torch
-from checkpoint import save
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)                # a write beyond the limit kills the process there and then
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-save(sys.argv[1], {"weights": torch.zeros(1_000_000)})
-"""
-
-
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_run_whole(tmp_path):
-    run = a_run()
-    save(tmp_path / "run.pt", run)
-    assert in_a_process(KILL, tmp_path / "run.pt").returncode == -signal.SIGXFSZ
+    save(tmp_path / "run.pt", run := a_run())
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)    # a write beyond the limit kills the process there and then
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+        save(tmp_path / "run.pt", a_run(log=torch.zeros(1_000_000)))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
     left, = tmp_path.glob(".run.pt.*.tmp")
     assert left.stat().st_size == 2_000_000              # of 4 MB
     assert identical(load(tmp_path / "run.pt"), run)
@@ -383,7 +337,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_run_whole(tmp_path):
 def test_a_save_after_a_kill_clears_what_it_left(tmp_path):
     (tmp_path / ".run.pt.0123abcd.tmp").write_bytes(b"half a run")
     save(tmp_path / "run.pt", a_run())
-    assert os.listdir(tmp_path) == ["run.pt"] and load(tmp_path / "run.pt")["step"] == 1
+    assert os.listdir(tmp_path) == ["run.pt"] and load(tmp_path / "run.pt").step == 1
 
 
 def test_a_run_cannot_be_written_to_a_folder_that_does_not_exist(tmp_path):
@@ -391,8 +345,7 @@ def test_a_run_cannot_be_written_to_a_folder_that_does_not_exist(tmp_path):
 
 
 def test_what_cannot_be_saved_leaves_the_old_run_whole(tmp_path):
-    run = a_run()
-    save(tmp_path / "run.pt", run)
+    save(tmp_path / "run.pt", run := a_run())
     with pytest.raises(Exception):
         save(tmp_path / "run.pt", a_run(config=lambda: None))
     assert identical(load(tmp_path / "run.pt"), run) and os.listdir(tmp_path) == ["run.pt"]
@@ -424,10 +377,11 @@ WRAPPINGS = {"bare": lambda state: state, "ema": lambda state: {"model": {"no": 
              "state_dict": lambda state: {"state_dict": state}, "model": lambda state: {"model": state, "epoch": 3}}
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("wrapping", [*WRAPPINGS, "safetensors"])
 def test_a_released_dit_loads_by_name_and_repeats_metas_output(tmp_path, wrapping):
     state, data, meta = official("dit_small")
-    path = saved(tmp_path / "DiT.pt", WRAPPINGS[wrapping](state))
+    path = (saved(tmp_path / "DiT.pt", WRAPPINGS[wrapping](state)) if wrapping in WRAPPINGS else
+            written(tmp_path / "DiT.safetensors", state))
     model = load_network(path, config={"heads": 4})                      # no width of the paper's: heads are in no table
     with torch.no_grad():
         assert_close(model(data["in_x"], data["in_t"], data["in_y"]), data["out"], **meta["tolerance"])
@@ -478,26 +432,20 @@ def test_every_argument_of_a_dit_is_read_off_its_shapes(conditioning, tokens, pa
 @every_design
 def test_every_design_gives_the_same_output_after_the_disk(tmp_path, conditioning):
     model = network(conditioning=conditioning)
-    again = load_network(saved(tmp_path / "DiT.pt", model.state_dict()))
-    assert again.conditioning == conditioning and outputs(again).equal(outputs(model))
+    for path in saved(tmp_path / "DiT.pt", model.state_dict()), written(tmp_path / "DiT.safetensors", model.state_dict()):
+        again = load_network(path)
+        assert again.conditioning == conditioning and outputs(again).equal(outputs(model))
 
 
 def test_the_last_row_of_a_label_table_is_the_null_class(tmp_path):
     run = load(saved(tmp_path / "DiT.pt", network(num_classes=5).state_dict()))
-    assert run["network"]["arguments"]["num_classes"] == run["data"]["num_classes"] == 5
-    assert build(run)[0].null_label == 5
+    assert run.network["arguments"]["num_classes"] == run.data.num_classes == 5
+    assert run.build()[0].null_label == 5
 
 
 def test_a_thousand_rows_are_imagenets_classes_without_a_null_class(tmp_path):
     model = load_network(saved(tmp_path / "DiT.pt", network(num_classes=1000, null_class=False).state_dict()))
     assert model.num_classes == 1000 and model.null_label is None
-
-
-def test_guidance_is_refused_without_a_null_class(tmp_path, capsys):
-    path = saved(tmp_path / "DiT.pt", network(num_classes=1000, null_class=False).state_dict())
-    with pytest.raises(SystemExit) as exit:
-        sample.main(["--ckpt", str(path), "--cfg-scale", "4", "--device", "cpu", "--out", str(tmp_path / "out.png")])
-    assert exit.value.code == 2 and "guidance" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("classes, null_label", [(6, None), (5, 5)])
@@ -521,17 +469,16 @@ def test_an_oblong_network_needs_its_image_size(tmp_path):
 
 def test_released_weights_come_with_the_papers_diffusion(tmp_path):
     run = load(saved(tmp_path / "DiT.pt", network(channels=4).state_dict()))
-    assert run["diffusion"] == dict(schedule="linear", T=1000, prediction="eps", variance="learned")
-    assert run["optimizer"] is None and run["step"] is None
+    assert run.diffusion == Process("linear", 1000, "eps", "learned") and run.optimizer is None and run.step is None
 
 
 def test_a_network_without_learned_variance_has_a_fixed_one(tmp_path):
-    assert load(saved(tmp_path / "DiT.pt", network(learn_sigma=False).state_dict()))["diffusion"]["variance"] == "small"
+    assert load(saved(tmp_path / "DiT.pt", network(learn_sigma=False).state_dict())).diffusion.variance == "small"
 
 
-@pytest.mark.parametrize("channels, vae", [(4, {"scale": 0.18215}), (3, None), (1, None)])
+@pytest.mark.parametrize("channels, vae", [(4, Autoencoder(0.18215)), (3, None), (1, None)])
 def test_four_channels_are_stable_diffusions_latents(tmp_path, channels, vae):
-    assert load(saved(tmp_path / "DiT.pt", network(channels=channels).state_dict()))["vae"] == vae
+    assert load(saved(tmp_path / "DiT.pt", network(channels=channels).state_dict())).vae == vae
 
 
 def test_half_precision_weights_load_into_a_network_of_full_precision(tmp_path):
@@ -726,8 +673,8 @@ def test_a_lightning_checkpoint_of_latent_diffusion_gives_its_unets_averaged_wei
     state = released_unet("ldm-4").state_dict()
     averaged = {name: value + 1 for name, value in state.items()} if has_average else None
     run = load(saved(tmp_path / "ldm.ckpt", lightning(state, averaged)))
-    assert run["network"] == unet_description("ldm-4") and run["vae"]
-    assert identical(run["model"], averaged or state) and identical(run["ema"], averaged or state)
+    assert run.network == unet_description("ldm-4") and run.vae
+    assert identical(run.model, averaged or state) and identical(run.ema, averaged or state)
 
 
 def test_the_networks_beside_a_lightning_checkpoints_unet_are_passed_over(tmp_path, small_unets):
@@ -743,7 +690,7 @@ OTHER_UNET = FEW | dict(channels=3, out_channels=3, multipliers=(1, 3), attentio
 def test_a_unet_of_no_known_configuration_is_refused_unless_all_its_arguments_are_given(tmp_path):
     path = saved(tmp_path / "unet.pt", fill(UNet(**OTHER_UNET)).state_dict())
     refusal(lambda: load(path), path, "no configuration known here", "heads", "given with all other arguments")
-    assert OTHER_UNET.items() <= load(path, OTHER_UNET)["network"]["arguments"].items()
+    assert OTHER_UNET.items() <= load(path, OTHER_UNET).network["arguments"].items()
 
 
 def test_a_unet_with_a_tensor_missing_or_of_another_shape_is_refused(tmp_path, small_unets):
@@ -773,7 +720,7 @@ def test_a_released_unet_may_be_built_for_another_image_size():
 def test_a_released_unet_at_another_image_size_keeps_its_process(tmp_path, small_unets, name):
     path = saved(tmp_path / "unet.pt", released_unet(name).state_dict())
     at_size, at_another = load(path), load(path, dict(image_size=16))
-    assert at_another["diffusion"] == at_size["diffusion"] and at_another["vae"] == at_size["vae"]
+    assert at_another.diffusion == at_size.diffusion and at_another.vae == at_size.vae
 
 
 # What released networks were trained on
@@ -794,8 +741,8 @@ def test_a_released_unet_comes_with_its_papers_process(name):
     assert released_process(unet_description(name)) == OF_UNETS[name]
 
 
-@pytest.mark.parametrize("name, change", [("iddpm-64", dict(dropout=0.1)), ("iddpm-64", dict(heads=8)), ("adm-64", dict(dropout=0.0)),
-                                          ("ldm-4", dict(heads=3)), ("ldm-8", dict(head_dim=128))])
+@pytest.mark.parametrize("name, change", [("iddpm-64", dict(dropout=0.1)), ("iddpm-64", dict(heads=8)),
+                                          ("adm-64", dict(dropout=0.0)), ("ldm-8", dict(head_dim=128))])
 def test_a_release_with_heads_or_dropout_overridden_keeps_its_process(name, change):
     changed = infer(unet_state(name), change)
     assert change.items() <= changed["arguments"].items() and released_process(changed) == OF_UNETS[name]
@@ -836,7 +783,7 @@ TOLD = {           # network, betas, and what it is told at steps 0, 1, 2 and th
 def test_a_released_network_is_told_the_time_that_it_was_trained_with(tmp_path, small_unets, name):
     make, betas, told = TOLD[name]
     model = make() if make else released_unet(name)
-    _, diffusion = build(load(saved(tmp_path / "released.pt", model.state_dict())))
+    _, diffusion = load(saved(tmp_path / "released.pt", model.state_dict())).build()
     np.testing.assert_allclose(diffusion.betas, betas, rtol=1e-12)
     assert diffusion.original(torch.tensor([0, 1, 2, len(betas) - 1])).tolist() == told
 
@@ -844,8 +791,7 @@ def test_a_released_network_is_told_the_time_that_it_was_trained_with(tmp_path, 
 @pytest.mark.parametrize("sampler, steps", [("ddim", [0, 1000, 2000, 2999, 3999]), ("ddpm", [0, 1000, 2000, 2999, 3999]),
                                             ("dpm++", [160, 640, 1440, 2559, 3999])])
 def test_a_respaced_process_tells_the_network_its_own_scale_of_time(tmp_path, small_unets, sampler, steps):
-    run = load(saved(tmp_path / "iddpm.pt", released_unet("iddpm-cifar10").state_dict()))
-    model, diffusion = build(run)
+    model, diffusion = load(saved(tmp_path / "iddpm.pt", released_unet("iddpm-cifar10").state_dict())).build()
     told = []
     model.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1].tolist()))
     x = ddpm.sample(diffusion, model, (2, 3, 8, 8), sampler=sampler, steps=5, seeds=[0, 1])
@@ -853,7 +799,7 @@ def test_a_respaced_process_tells_the_network_its_own_scale_of_time(tmp_path, sm
 
 
 def test_training_on_a_released_process_tells_the_network_the_same_times(tmp_path):
-    _, diffusion = build(load(saved(tmp_path / "uvit.pt", small_uvit(conv=False).state_dict())))
+    _, diffusion = load(saved(tmp_path / "uvit.pt", small_uvit(conv=False).state_dict())).build()
     told, t = [], torch.tensor([0, 400, 999])
     diffusion.losses(lambda x, t, y: told.append(t.tolist()) or x, torch.ones(3, 4, 8, 8), t, None, torch.ones(3, 4, 8, 8))
     assert told == [[1, 401, 1000]]
@@ -871,10 +817,8 @@ UNSAMPLED = {
     "continuous time, latents": (lambda: small_uvit(num_classes=5).state_dict(), "trained in continuous time"),
     "continuous time, ablated": (lambda: small_uvit(channels=3, conv=False).state_dict(), "trained in continuous time"),
     "an upsampler": (lambda: released_unet("adm-64-256").state_dict(), "needs small ones"),
-    "a released ViT": (lambda: classifiers_run()["ema"], "classifies"),
-    "a classifier's run": (classifiers_run, "classifies"),
-    "a text": (lambda: small_uvit(context_dim=8).state_dict(), "the network draws what a text says"),
-    "a class as a token": (lambda: released_unet("ldm-4").state_dict(), "told LDM's class"),
+    "a released ViT": (lambda: classifiers_run().ema, "classifies"),
+    "a class as a token": (lambda: released_unet("ldm-4").state_dict(), "LDM's class"),
 }
 
 
@@ -981,69 +925,50 @@ def test_tensors_outlive_the_name_of_their_file(path):
 
 
 TWO = {"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 8, 16)}
-HOSTILE = {                                  # header or whole file, over 16 bytes of content; and the reason for refusing it
-    "nothing": (b"", "ends before"),
-    "half a length": (b"\x10\x00", "ends before"),
-    "a length alone": (struct.pack("<Q", 1), "ends before"),
-    "a header longer than the file": (struct.pack("<Q", 19) + b"{}" + bytes(16), "ends before"),
-    "a header of 2^64 - 1 bytes": (struct.pack("<Q", 2 ** 64 - 1) + b"{}" + bytes(16), "ends before"),
-    "no header": (struct.pack("<Q", 0) + bytes(16), "not understood"),
-    "no JSON": (b"{'a': 1}", "not understood"),
-    "no text": (b"\xff\xfe\x00", "not understood"),
-    "a list": (["a"], "not understood"),
-    "a number": (7, "not understood"),
-    "text for a tensor": ({"a": "b"}, "not understood"),
-    "null for a tensor": ({"a": None}, "not understood"),
-    "no type": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "dtype"),
-    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, "shape"),
-    "no place": ({"a": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
-    "an unknown type": ({"a": entry("F7", [2], 0, 8)}, "F7"),
-    "a list for a type": ({"a": entry(["F32"], [2], 0, 8)}, "not understood"),
-    "a place of one number": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}, "not understood"),
-    "a place of three numbers": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]}}, "not understood"),
-    "a number for a shape": ({"a": entry("F32", 2, 0, 8)}, "not understood"),
-    "an end outside the file": (TWO | {"b": entry("F32", [3], 8, 20)}, "b ends outside"),
-    "a place outside the file": ({"a": entry("F32", [2], 16, 24)}, "a ends outside"),
-    "a giant": ({"a": entry("F32", [2 ** 61], 0, 2 ** 63)}, "a ends outside"),
-    "an overlap": (TWO | {"b": entry("F32", [2], 4, 12)}, "b overlaps"),
-    "the same place twice": (TWO | {"b": entry("F32", [2], 0, 8)}, "b overlaps"),
-    "a gap": ({"a": entry("F32", [1], 0, 4), "b": entry("F32", [2], 8, 16)}, "b overlaps another tensor, or leaves a gap"),
-    "a gap at the front": ({"b": entry("F32", [2], 8, 16)}, "b overlaps another tensor, or leaves a gap"),
-    "an empty tensor off its place": (TWO | {"b": entry("F32", [0], 9, 9)}, "gap"),
-    "too few bytes for the shape": ({"a": entry("F32", [3], 0, 8)}, "8 bytes where its shape [3] takes 12"),
-    "too many bytes for the shape": ({"a": entry("F32", [1], 0, 8)}, "8 bytes where its shape [1] takes 4"),
-    "too many bytes for a scalar": ({"a": entry("F32", [], 0, 8)}, "8 bytes where its shape [] takes 4"),
-    "an end before the begin": ({"a": entry("F32", [2], 8, 0)}, "a "),
-    "a negative place": ({"a": entry("F32", [2], -8, 0)}, "-8"),
-    "a negative shape": ({"a": entry("F32", [-2], 0, 8)}, "-2"),
-    "two negative sides": ({"a": entry("F32", [-1, -2], 0, 8)}, "-1"),
-    "a fractional place": ({"a": entry("F32", [2], 0, 8.0)}, "8.0"),
-    "a fractional shape": ({"a": entry("F32", [2.0], 0, 8)}, "2.0"),
-    "true for a number": ({"a": entry("U8", [1], 0, True)}, "True"),
-    "not a number": (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', "nan"),
-    "text for a place": ({"a": entry("F32", [2], "0", "8")}, "'0'"),
-    "text that would be long": ({"a": entry("F32", ["a", 10 ** 12], 0, 8)}, "'a'"),
-    "sides beyond 64 bits": ({"a": entry("F32", [0, 2 ** 64], 0, 0)}, "cannot have the shape"),
-    "too many elements for none": ({"a": entry("F32", [2 ** 32, 2 ** 32, 0], 0, 0)}, "cannot have the shape"),
-    "a number of 5000 digits": (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}',
-                                "not understood"),
-    "a name twice": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
-                     b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}', "a name appears twice"),
-    "a place twice": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "data_offsets": [0, 1]}}',
-                      "a name appears twice"),
-    "deep nesting": (b"[" * 100_000 + b"]" * 100_000, "not understood"),
-    "deep nesting in a name": (b'{"a":' * 100_000, "not understood"),
+HEADERS = {                                  # each over 16 bytes of content
+    "no JSON": b"{'a': 1}", "no text": b"\xff\xfe\x00", "a list": ["a"], "a number": 7, "text for a tensor": {"a": "b"},
+    "null for a tensor": {"a": None}, "no type": {"a": {"shape": [4], "data_offsets": [0, 16]}},
+    "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 16]}}, "no place": {"a": {"dtype": "F32", "shape": [4]}},
+    "an unknown type": {"a": entry("F7", [4], 0, 16)}, "a list for a type": {"a": entry(["F32"], [4], 0, 16)},
+    "another type": {"a": entry("F64", [4], 0, 16)}, "a number for a shape": {"a": entry("F32", 4, 0, 16)},
+    "a place of one number": {"a": {"dtype": "F32", "shape": [4], "data_offsets": [16]}},
+    "a place of three numbers": {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16, 32]}},
+    "an end outside the file": TWO | {"b": entry("F32", [3], 8, 20)}, "a place outside the file": {"a": entry("F32", [2], 16, 24)},
+    "a giant": {"a": entry("F32", [2 ** 61], 0, 2 ** 63)}, "an overlap": TWO | {"b": entry("F32", [2], 4, 12)},
+    "the same place twice": TWO | {"b": entry("F32", [2], 0, 8)},
+    "a gap": {"a": entry("F32", [1], 0, 4), "b": entry("F32", [2], 8, 16)}, "a gap at the front": {"b": entry("F32", [2], 8, 16)},
+    "an empty tensor off its place": TWO | {"b": entry("F32", [0], 9, 9)},
+    "too few bytes for the shape": {"a": entry("F32", [5], 0, 16)}, "too many bytes for the shape": {"a": entry("F32", [3], 0, 16)},
+    "too many bytes for a scalar": {"a": entry("F32", [], 0, 16)}, "an end before the begin": {"a": entry("F32", [4], 16, 0)},
+    "a negative place": {"a": entry("F32", [4], -16, 0)}, "a negative shape": {"a": entry("F32", [-4], 0, 16)},
+    "two negative sides": {"a": entry("F32", [-1, -4], 0, 16)}, "a fractional place": {"a": entry("F32", [4], 0, 16.0)},
+    "a fractional shape": {"a": entry("F32", [4.0], 0, 16)}, "true for a place": {"a": entry("U8", [1], 0, True)},
+    "true for a side": {"a": entry("U8", [16, True], 0, 16)}, "text for a place": {"a": entry("F32", [4], "0", "16")},
+    "not a number": b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 16]}}',
+    "text that would be long": {"a": entry("F32", ["a", 10 ** 12], 0, 16)},
+    "sides beyond 64 bits": {"a": entry("F32", [0, 2 ** 64], 0, 0)},
+    "too many elements for none": {"a": entry("F32", [2 ** 32, 2 ** 32, 0], 0, 0)},
+    "a number of 5000 digits": b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 16]}}',
+    "a product of millions of digits": {"a": entry("F32", [10 ** 18] * 200_000, 0, 16)},
+    "a million sides": {"a": entry("F32", [7] * 10 ** 6, 0, 16)},
+    "a name twice": b'{"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}, '
+                    b'"a": {"dtype": "U8", "shape": [8], "data_offsets": [8, 16]}}',
+    "a place twice": b'{"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8], "data_offsets": [0, 8]}}',
+    "deep nesting": b"[" * 100_000 + b"]" * 100_000, "deep nesting in a name": b'{"a":' * 100_000,
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_safetensors_file_is_refused(path, case):
-    content, reason = HOSTILE[case]
-    if reason == "ends before" or case == "no header":
-        path.write_bytes(content)
-    else:
-        raw(path, content, bytes(16))
-    refusal(lambda: read(path), path, reason)
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_hostile_header_is_refused_at_once(path, case):
+    raw(path, HEADERS[case], bytes(16))
+    began = time.process_time()
+    refusal(lambda: read(path), path)
+    assert time.process_time() - began < 1               # multiplying what is meant to take long would take minutes
+
+
+@pytest.mark.parametrize("length", [1, 19, 2 ** 63, 2 ** 64 - 1])
+def test_a_header_that_would_end_elsewhere_is_refused(path, length):
+    refusal(lambda: read(raw(path, b"{}", bytes(16), length)), path)
 
 
 VALID = {"__metadata__": {"format": "pt"}, "scalar": entry("F32", [], 0, 4), "a": entry("BF16", [2, 3], 4, 16),
@@ -1071,23 +996,6 @@ def test_every_cut_of_a_safetensors_file_is_refused(path):
         refusal(lambda: read(path), path)
 
 
-def test_a_missing_safetensors_file_is_named(path):
-    refusal(lambda: read(path), path, kind=FileNotFoundError)
-
-
-@every_design
-def test_a_dit_in_safetensors_loads_by_name(path, conditioning):
-    model = network(conditioning=conditioning)
-    assert outputs(load_network(written(path, model.state_dict()))).equal(outputs(model))
-
-
-def test_a_released_dit_in_safetensors_repeats_metas_output(path):
-    state, data, meta = official("dit_small")
-    model = load_network(written(path, state), config={"heads": 4})
-    with torch.no_grad():
-        assert_close(model(data["in_x"], data["in_t"], data["in_y"]), data["out"], **meta["tolerance"])
-
-
 # python checkpoint.py FILE
 
 def test_the_command_prints_what_a_run_holds(tmp_path, capsys):
@@ -1103,11 +1011,11 @@ def test_a_slim_run_is_a_tenth_of_the_size_and_draws_nearly_the_same(tiny_run, t
     slim = tmp_path / "slim.pt"
     main([str(tiny_run), "--slim", str(slim)])
     assert capsys.readouterr().out.startswith(f"{slim}: a run at step 4") and slim.stat().st_size < 0.13 * tiny_run.stat().st_size
-    (first, process), (second, other) = (build(load(path)) for path in (tiny_run, slim))
+    (first, process), (second, other) = (load(path).build() for path in (tiny_run, slim))
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():                                                # half precision rounds weights to 2^-11 of their size
         assert_close(*(model(x, torch.tensor([7, 900]), torch.tensor([1, 10])) for model in (first, second)), rtol=0, atol=2e-2)
-    assert np.array_equal(process.betas, other.betas) and load(slim)["data"] == load(tiny_run)["data"]
+    assert np.array_equal(process.betas, other.betas) and load(slim).data == load(tiny_run).data
 
 
 def test_a_slim_run_cannot_be_trained_on(tiny_run, tmp_path, capsys):
@@ -1119,7 +1027,7 @@ def test_a_slim_run_cannot_be_trained_on(tiny_run, tmp_path, capsys):
 
 def test_the_command_prints_the_flags_of_a_run_as_they_were_given(tmp_path, capsys):
     config = dict(batch_size=32, seed=0, flip=True, resume=False, shift=None, data="mnist")
-    main([str(saved(tmp_path / "run.pt", a_run(config=config)))])
+    main([str(saved(tmp_path / "run.pt", plain(a_run(config=config))))])
     assert capsys.readouterr().out.endswith("--batch-size 32 --seed 0 --flip --data mnist\n")
 
 
@@ -1128,26 +1036,3 @@ def test_the_command_prints_what_released_weights_hold(tmp_path, capsys):
     out = capsys.readouterr().out
     for part in ("official weights", "DiT", "conditioning=adaln-zero", "num_classes=5", "linear", "learned", "0.18215"):
         assert part in out, part
-
-
-@pytest.mark.parametrize("name, content", [("no.pt", None), ("run.pt", b"text"), ("a.safetensors", b"text"), ("..", None)])
-def test_the_command_ends_with_status_2_and_one_line_on_what_it_cannot_read(tmp_path, capsys, name, content):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit) as exit:
-        main([str(tmp_path / name)])
-    captured = capsys.readouterr()
-    assert exit.value.code == 2 and captured.out == ""
-    assert captured.err.startswith("checkpoint.py: ") and captured.err.count("\n") == 1 and str(tmp_path) in captured.err
-
-
-def test_the_command_without_a_file_says_so(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([])
-    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_real_process_ends_with_status_2_and_one_line(tmp_path):
-    (tmp_path / "run.pt").write_bytes(pickle.dumps({"step": 1}))         # torch would warn of its protocol
-    result = subprocess.run([sys.executable, ROOT / "checkpoint.py", tmp_path / "run.pt"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
