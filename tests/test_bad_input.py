@@ -1,7 +1,7 @@
 """What a user can get wrong ends in one line that says so, exit status 2, no traceback, and nothing overwritten.
 
 One table: a case is the files it lays out in a folder, a command run there, and words of the line it must get. There lie already
-run.pt, real.npz of 20 digits, fake.npz of 9, and stats.npz, what the judge's features of real.npz are.
+run.pt, the judge as judge.pt, real.npz of 20 digits, fake.npz of 9, and stats.npz, the statistics of real.npz alone.
 """
 import importlib
 import json
@@ -50,11 +50,6 @@ def image(path, size=(40, 40)):
 def images_of_two_classes():
     for i in range(6):
         image(f"photos/{'cat' if i % 2 else 'dog'}/{i}.png")
-
-
-def images_of_two_sizes():
-    for side in (8, 9):
-        image(f"photos/{side}.png", (side, side))
 
 
 def png_that_claims(width, height):
@@ -193,13 +188,12 @@ def nothing():
 TRAIN = "train.py --size Ti/16 --batch-size 4 --steps 2 --device cpu --cache cache --out new.pt"
 SAMPLE = "sample.py --ckpt run.pt --n 2 --steps 2 --device cpu"
 FAKE = "evaluate.py --samples fake.npz"
-PAIR, STATS = (f"{FAKE} --reference {reference}.npz --features {JUDGE}" for reference in ("real", "stats"))
-RUN = f"evaluate.py --ckpt run.pt --features {JUDGE} --steps 2"
+PAIR, STATS = (f"{FAKE} --reference {reference}.npz --features judge.pt" for reference in ("real", "stats"))
+RUN = "evaluate.py --ckpt run.pt --features judge.pt --steps 2"
 WEIGHTS = features.sha256_of(JUDGE)[:8]
 CASES = [
     # name, files, command, words of the line
     ("a missing checkpoint", nothing, "sample.py --ckpt none.pt", "no checkpoint none.pt"),
-    ("an empty checkpoint", bytes_of("e.pt", b""), "sample.py --ckpt e.pt", "e.pt is not a checkpoint"),
     ("a truncated checkpoint", cut_off("run.pt"), SAMPLE, "damaged or cut off"),
     ("a checkpoint that is text", bytes_of("t.pt", b"hello, world"), "sample.py --ckpt t.pt", "t.pt is not a checkpoint"),
     ("a checkpoint that is a folder", lambda: os.mkdir("d.pt"), "sample.py --ckpt d.pt", "no such file"),
@@ -210,12 +204,12 @@ CASES = [
     ("a run that lacks its network's arguments", edited(lambda run: run["network"].pop("arguments")), SAMPLE, "arguments"),
     ("a run whose weights do not fit", edited(lambda run: run["ema"].popitem()), SAMPLE, "final_layer"),
     ("an unknown network class", edited(lambda run: run["network"].update({"class": "os.system"})), SAMPLE, "os.system"),
-    ("safetensors outside the file", safetensors(dict(dtype="F32", shape=[9], data_offsets=[0, 36])), "checkpoint.py w.safetensors",
-     "w, bytes 0 to 36"),
+    ("safetensors outside the file", safetensors(dict(dtype="F32", shape=[9], data_offsets=[0, 36])),
+     "checkpoint.py w.safetensors", "w, bytes 0 to 36"),
     ("an autoencoder that is not there", nothing, f"{TRAIN} --vae nowhere.pt", "--vae nowhere.pt: there is no such file"),
     ("checkpointing of an autoencoder", nothing, "train.py --model vae --checkpointing --out new.pt", "use --accumulate"),
-    ("how to score, but not when", nothing, f"{TRAIN} --eval-n 100", "--eval-n: it says how to score,
-     which only --eval-every does"),
+    ("how to score, but not when", nothing, f"{TRAIN} --eval-n 100",
+     "--eval-n: it says how to score, which only --eval-every does"),
     ("too few samples to score", nothing, f"{TRAIN} --eval-every 2 --eval-n 3", "need at least 4 samples and images, not 3"),
     ("a slim run over a file that is there", nothing, "checkpoint.py run.pt --slim run.pt", "there is such a file already"),
     ("an unknown data set", nothing, f"{TRAIN} --data nowhere", "no data set 'nowhere'"),
@@ -239,14 +233,10 @@ CASES = [
     ("one image", npz(arr_0=pixels(1, 32, 32, 3)), f"{TRAIN} --data images.npz", "too few"),
     ("a size the patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --data images.npz", "use 16 or 32"),
     ("an unknown size", nothing, f"{TRAIN} --size XXL/2", "Ti, S, B, L, XL"),
-    ("an unknown U-ViT", nothing, f"{TRAIN} --model uvit --size XL/2", "Ti, S, S-deep, M, L, H"),
-    ("an unknown U-Net", nothing, f"{TRAIN} --model unet --size adm-1024", "adm-256, adm-512"),
     ("a size without a patch", nothing, f"{TRAIN} --size S", "B/4"),
     ("a U-Net with a patch", nothing, f"{TRAIN} --model unet --size S/2", "without a patch"),
     ("a size that a U-Net cannot halve", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --model unet --size Ti --data images.npz",
      "use 28 or 32"),
-    ("a size that a U-ViT's patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --model uvit --data images.npz",
-     "use 16 or 32"),
     ("an upsampler of latents", lambda: torch.save({}, "vae.pt"), f"{TRAIN} --model unet --size Ti-up --vae vae.pt",
      "--vae: --size Ti-up enlarges the pixels"),
     ("scores of an upsampler", nothing, f"{TRAIN} --model unet --size Ti-up --eval-every 2", "--eval-every: --size Ti-up enlarges"),
@@ -278,7 +268,6 @@ CASES = [
     ("--out in a folder that does not exist", nothing, f"{TRAIN} --out no/where.pt", "does not exist"),
     ("--out without its ending", nothing, f"{TRAIN} --out model", ".pt"),
     ("a class out of range", nothing, f"{SAMPLE} --classes 3,10", "'10' is not a class"),
-    ("a class that is no number", nothing, f"{SAMPLE} --classes seven", "0 to 9"),
     ("classes of a run without labels", unlabelled_run, f"{SAMPLE} --classes 3", "without labels"),
     ("guidance of a run without labels", unlabelled_run, f"{SAMPLE} --cfg-scale 2", "no unconditional input"),
     ("guidance without a null class", official_without_null_class, "sample.py --ckpt official.pt --cfg-scale 4",
@@ -303,12 +292,14 @@ CASES = [
      "sample.py --ckpt text.pt --prompt cat --cfg-scale 2", "no unconditional input"),
     ("a prompt for a run without text", nothing, f"{SAMPLE} --prompt cat", "not trained with texts; --classes"),
     ("a CLIP that is not there", nothing, f"{TRAIN} --data shapes --clip nowhere", "--clip nowhere: there is no such folder"),
+    ("a CLIP without its weights", lambda: os.mkdir("clip"), f"{TRAIN} --data shapes --clip clip",
+     "no checkpoint clip/model.safetensors"),
     ("a CLIP without its vocabulary", clip_without_vocabulary, f"{TRAIN} --data shapes --clip clip", "no merges clip"),
     ("captions of digits", nothing, f"{TRAIN} --text", "mnist has no captions"),
     ("a text for a classifier", nothing, "train.py --model vit --text --out new.pt", "--text: a ViT classifies"),
     ("a text by adaLN", nothing, f"{TRAIN} --data shapes --text --conditioning adaln", "by cross-attention only"),
-    ("a scale of no latents", nothing, f"{TRAIN} --latent-scale 2", "--latent-scale: it is a number above 0,
-     of the latents of --vae"),
+    ("a scale of no latents", nothing, f"{TRAIN} --latent-scale 2",
+     "--latent-scale: it is a number above 0, of the latents of --vae"),
     ("MS-COCO without its captions", lambda: os.mkdir("coco"), f"{TRAIN} --data coco:coco --image-size 32", "it has none"),
     ("MS-COCO without its images", coco_without_images, f"{TRAIN} --data coco:coco --image-size 32", "2 of 2 images"),
     ("an image without a caption", captions_for_some, f"{TRAIN} --data photos --image-size 32", "1 of 2 images have no caption"),
@@ -317,27 +308,24 @@ CASES = [
     ("a negative number of classes", nothing, "gflops.py --model dit --size S/2 --num-classes -5", "from 0 on"),
     ("quality of a classifier", classifiers_run, "bench.py quality --ckpt vit.pt", "nothing to sample"),
     ("the cost of a model without a size", nothing, "gflops.py --model dit", "both --model and --size"),
-    ("the cost of an unknown size", nothing, "gflops.py --model uvit --size XL/2", "S-deep"),
     ("the cost at a size that the stride does not divide", nothing, "gflops.py --model unet --size adm-64 --image-size 36",
      "use 32 or 40"),
     ("no subcommand", nothing, "bench.py", "command"),
 
     ("nothing to score", nothing, "evaluate.py", "--ckpt or --samples"),
-    ("a run and samples", nothing, "evaluate.py --ckpt run.pt --samples fake.npz", "not allowed with"),
     ("one sample", nothing, f"{PAIR} --n 1 --metrics FD", "at least two"),
     ("one sample of a run", nothing, f"{RUN} --n 1", "at least two"),
-    ("one real image", npz("one.npz", arr_0=pixels(1, 32, 32, 1)), f"{FAKE} --reference one.npz --features {JUDGE}",
+    ("one real image", npz("one.npz", arr_0=pixels(1, 32, 32, 1)), f"{FAKE} --reference one.npz --features judge.pt",
      "at least two"),
     ("too few samples for neighbours", nothing, f"{PAIR} --n 3 --metrics recall", "needs 4 images on both sides, and there are 3"),
     ("samples of another size", npz("small.npz", arr_0=pixels(9, 28, 28, 1)),
-     "evaluate.py --samples small.npz --reference real.npz",
-     "unequal sizes: the samples have 28x28 pixels, the reference 32x32"),
-    ("a run's samples of another size", npz("small.npz", arr_0=pixels(9, 28, 28, 1)), f"{RUN} --reference small.npz",
-     "unequal sizes"),
+     "evaluate.py --samples small.npz --reference real.npz", "unequal sizes: the samples have 28x28 pixels, the reference 32x32"),
     ("an empty folder of samples", lambda: os.mkdir("none"), "evaluate.py --samples none --reference real.npz",
      "none holds no image"),
-    ("a folder of unequal images", images_of_two_sizes, "evaluate.py --samples photos --reference real.npz", "squares of one size"),
-    ("features that are not finite", edited(lambda run: next(iter(run["ema"].values())).fill_(float("nan")), JUDGE, "nan.pt"),
+    ("a folder of unequal images", lambda: [image(f"photos/{side}.png", (side, side)) for side in (8, 9)],
+     "evaluate.py --samples photos --reference real.npz", "squares of one size"),
+    ("features that are not finite",
+     edited(lambda run: next(iter(run["ema"].values())).fill_(float("nan")), "judge.pt", "nan.pt"),
      f"{FAKE} --reference real.npz --features nan.pt", "NaN or infinite"),
     ("statistics of another ViT", statistics_of("vit-pets"), STATS,
      f"statistics of vit-pets (weights {WEIGHTS}), the features asked for are vit-mnist (weights {WEIGHTS})"),
@@ -345,43 +333,36 @@ CASES = [
     ("statistics of an unknown ViT", statistics_of("vit-pets", features_sha256="a"), f"{FAKE} --reference stats.npz",
      "name that file with --features"),
     ("ADM's statistics and a ViT", npz("adm.npz", mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3)),
-     f"{FAKE} --reference adm.npz --features {JUDGE}", f"statistics of inception (weights {inception.SHA256[:8]})"),
-    ("samples' statistics of another ViT", statistics_of("vit-pets"),
-     f"evaluate.py --samples stats.npz --reference real.npz --features {JUDGE}", "cannot be compared"),
+     f"{FAKE} --reference adm.npz --features judge.pt", f"statistics of inception (weights {inception.SHA256[:8]})"),
     ("statistics of fewer features", statistics_of("vit-mnist", mu=np.zeros(3), sigma=np.eye(3)), STATS, "of one feature space"),
     ("Inception's weights with another hash", lambda: torch.save({"Mixed_5b.branch1x1.conv.weight": torch.zeros(2)}, "w.pth"),
      f"{FAKE} --reference real.npz --features w.pth", f"expected {inception.SHA256}"),
     ("precision without real images", nothing, f"{STATS} --metrics FD,precision",
      "precision[vit-mnist] cannot be had: the reference is statistics without images"),
-    ("recall of statistics", nothing, f"evaluate.py --samples stats.npz --reference real.npz --features {JUDGE} --metrics recall",
+    ("recall of statistics", nothing,
+     "evaluate.py --samples stats.npz --reference real.npz --features judge.pt --metrics recall",
      "the samples are statistics without images"),
     ("accuracy without labels", npz(arr_0=pixels(9, 32, 32, 1)),
-     f"evaluate.py --samples images.npz --reference real.npz --features {JUDGE} --metrics accuracy", "samples with labels"),
+     "evaluate.py --samples images.npz --reference real.npz --features judge.pt --metrics accuracy", "samples with labels"),
     ("spatial features of a ViT", nothing, f"{PAIR} --metrics sFD", "sFD[vit-mnist] cannot be had: it needs spatial features"),
     ("an unknown metric", nothing, f"{PAIR} --metrics FD,KID", "'KID' is none of IS, FD, sFD, precision, recall, accuracy"),
     ("results with other columns", bytes_of("results.csv", b"step,loss\n1,2\n"), PAIR, "other columns"),
-    ("results in a folder that does not exist", nothing, f"{PAIR} --results no/where.csv", "does not exist"),
     ("a reference into a folder that does not exist", nothing, f"{PAIR} --save-reference no/where.npz", "does not exist"),
-    ("a reference that would replace its images", nothing, f"{PAIR} --save-reference ./real.npz", "would replace"),
     ("a reference that would replace the samples", nothing, f"{PAIR} --save-reference fake.npz", "would replace"),
     ("a reference that could not be read again", nothing, f"{PAIR} --save-reference saved", ".npz"),
     ("a reference without images to save", nothing,
-     f"evaluate.py --reference stats.npz --features {JUDGE} --save-reference new.npz", "stats.npz holds no images"),
+     "evaluate.py --reference stats.npz --features judge.pt --save-reference new.npz", "stats.npz holds no images"),
     ("more samples than there are", nothing, f"{PAIR} --n 10", "--n 10: fake.npz has 9 images"),
-    ("some samples of statistics", nothing, f"evaluate.py --samples stats.npz --reference real.npz --features {JUDGE} --n 9",
+    ("some samples of statistics", nothing, "evaluate.py --samples stats.npz --reference real.npz --features judge.pt --n 9",
      "--n 9"),
-    ("no samples", nothing, f"{PAIR} --n 0", "from 1 on"),
     ("images of a size that the ViT was not taught", npz("small.npz", arr_0=pixels(9, 28, 28, 1)),
-     f"evaluate.py --samples small.npz --reference small.npz --features {JUDGE}", "28 x 28 x 1, where the ViT in"),
-    ("colour for a ViT of grey images", npz("colour.npz", arr_0=pixels(9, 32, 32, 3)),
-     f"evaluate.py --samples colour.npz --reference real.npz --features {JUDGE}", "taught ones of 32 x 32 x 1"),
+     "evaluate.py --samples small.npz --reference small.npz --features judge.pt", "28 x 28 x 1, where the ViT in"),
     ("features of a DiT", nothing, f"{FAKE} --reference real.npz --features run.pt", "holds a DiT"),
     ("features that do not exist", nothing, f"{FAKE} --reference real.npz --features none.pt", "none.pt"),
     ("damaged samples", cut_off("fake.npz"), PAIR, "cannot use fake.npz"),
-    ("a missing reference", nothing, f"{FAKE} --features {JUDGE}", "--reference"),
-    ("a reference that does not exist", nothing, f"{FAKE} --reference none.npz", "none.npz does not exist"),
-    ("a run of unknown data", edited(lambda run: run["data"].update(spec=None)), f"evaluate.py --ckpt run.pt --features {JUDGE}",
-     "does not say what it was trained on"),
+    ("a missing reference", nothing, f"{FAKE} --features judge.pt", "--reference"),
+    ("a run of unknown data", edited(lambda run: run["data"].update(spec=None)),
+     "evaluate.py --ckpt run.pt --features judge.pt", "does not say what it was trained on"),
 ]
 if not torch.cuda.is_available():
     CASES.append(("a GPU where there is none", nothing, f"{TRAIN} --device cuda", "CUDA"))
@@ -404,6 +385,7 @@ def scored(tmp_path_factory):
 def here(tmp_path, monkeypatch, tiny_run, scored):
     """A folder of these files and the run, to work in."""
     shutil.copytree(scored, tmp_path, dirs_exist_ok=True)
+    shutil.copy(JUDGE, tmp_path / "judge.pt")
     os.link(tiny_run, tmp_path / "run.pt")               # large
     shutil.copy(tiny_run.with_suffix(".csv"), tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -287,7 +287,7 @@ def test_a_network_reads_ids_as_their_encoded_context(runs):
 
 def test_what_a_caption_says_is_learned(captioned, here):
     """At the last step there is only noise, so the best prediction is the mean image of what the caption leaves possible."""
-    network, _ = trained(captioned, "--size", "Nano/8", "--lr", "2e-3", "--ema", "0.9", steps=150).build()
+    network, _ = trained(captioned, "--size", "Nano/8", "--lr", "1e-3", "--ema", "0.9", steps=300).build()
     captions = [f"a {colour} image" for colour in COLOURS] + [f"all of it is {colour}" for colour in COLOURS]
     noise = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -4,7 +4,7 @@ The statistics of batches are those of the whole, whatever their size; files kee
 the shipped judge sees noise that was added to digits. Spaces that cannot be compared are refused in test_bad_input.py.
 """
 import math
-import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import data
 import features
 import inception
 import metrics
+from refusals import refusal
 from scoring import METRICS
 
 CPU = torch.device("cpu")
@@ -252,29 +253,18 @@ def test_a_file_of_adms_is_inceptions_and_of_a_number_of_images_that_it_does_not
     dict(mu=np.array("?")), dict(mu=np.array([None, None])), dict(n=np.array("many")), dict(sigma=np.ones(2)), dict(n=-5),
     dict(n=1)],
     ids=lambda changes: f"{next(iter(changes))} {next(iter(changes.values()))}".replace("\n", ""))
-def test_tables_that_do_not_fit_are_refused(tmp_path, judge, space, changes):
+def test_tables_that_do_not_fit_are_refused(tmp_path, judge, changes):
     path = statistics_file(tmp_path / "odd.npz", **changes)
-    for named in (judge, space):
-        with pytest.raises(ValueError, match="cannot use .*odd.npz: "):
-            features.read_statistics(path, named)
+    refusal(lambda: features.read_statistics(path, judge), f"cannot use {path}")
 
 
-@pytest.mark.parametrize("damage", ["text", "cut off", "a flipped byte", "an array"])
-def test_a_damaged_or_missing_file_of_statistics_is_refused(tmp_path, judge, damage):
-    path = tmp_path / "bad.npz"
-    whole = statistics_file(path, mu=np.arange(500.0), sigma=np.eye(500)) and path.read_bytes()
-    if damage == "an array":
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    else:
-        with zipfile.ZipFile(path) as archive:
-            middle = archive.getinfo("sigma.npy").header_offset + 1000
-        path.write_bytes({"text": b"hello", "cut off": whole[:middle],
-                          "a flipped byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]}[damage])
-    with pytest.raises(ValueError, match="cannot use .*bad.npz: "):
-        features.read_statistics(str(path), judge)
-    with pytest.raises(ValueError, match="cannot use .*none.npz: .*No such file"):
-        features.read_statistics(str(tmp_path / "none.npz"), judge)
+@pytest.mark.parametrize("damage", [
+    lambda whole: b"hello", lambda whole: whole[:10 ** 5], lambda whole: whole[:10 ** 5] + b"1" + whole[10 ** 5 + 1:]],
+    ids=["text", "cut off", "another byte"])
+def test_a_damaged_file_of_statistics_is_refused(tmp_path, judge, damage):
+    path = statistics_file(tmp_path / "bad.npz", mu=np.arange(500.0), sigma=np.eye(500))
+    Path(path).write_bytes(damage(Path(path).read_bytes()))
+    refusal(lambda: features.read_statistics(path, judge), f"cannot use {path}")
 
 
 def test_a_file_names_the_features_to_compare_it_in(tmp_path, judge):
