@@ -185,7 +185,7 @@ class SampleScores:
         self.real, self.space, self.wanted, self.dataset = real, space, wanted, dataset
         self.diffusion, self.n, self.seed, self.y_null = diffusion, n, seed, y_null
         self.columns = tuple(map(space.title, wanted))
-        for line in singular(wanted, n, real) if real.n else ():         # on the first process
+        for line in singular(wanted, n, real) if place()[0] == 0 else ():        # on the others real may be empty
             print(line, file=sys.stderr, flush=True)
 
     def __call__(self, network):

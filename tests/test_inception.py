@@ -5,10 +5,7 @@ image. float32 sums round in another order on each machine: to 4e-6 of an output
 5e-4. Pixels of 0..255 are compared to PIXEL: three weighted means round by 255 * 6e-8 each.
 """
 import functools
-import hashlib
-import http.server
 import json
-import threading
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ from torch.testing import assert_close
 
 import inception
 from data import to_float
+from files import sha256_of
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
 from inception import MIXED, Conv, Inception, Mixed, load, resize_tf1, resize_torch, weights_file
 from refusals import refusal
@@ -316,83 +314,20 @@ def test_an_images_features_do_not_depend_on_its_batch():
         assert_close(alone[name], value[1:], rtol=0, atol=1e-4 * value.std().item())
 
 
-def test_the_two_resizes_give_different_features():
-    a, b = features(True)["pool"], features(False)["pool"]
-    assert (a - b).abs().max() > 0.05 * b.std()                          # the file's `sensitivity`: 0.09
-
-
-# The file of the weights
-
-CONTENT = b"weights of a network" * 100
-RIGHT = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Sends what the server holds, whatever is asked, and counts."""
-
-    def do_GET(self):
-        self.server.count += 1
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(self.server.content)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A server of the weights, from which they are downloaded, and which are the ones expected."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(inception, "SHA256", RIGHT)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.content, server.count = CONTENT, 0
-        monkeypatch.setattr(inception, "URL", f"http://127.0.0.1:{server.server_port}/weights.pth")
-        thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_a_file_with_the_right_hash_is_taken_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(inception, "SHA256", RIGHT)
-    (tmp_path / "own.pth").write_bytes(CONTENT)
-    assert weights_file(str(tmp_path / "own.pth")) == tmp_path / "own.pth"
-
-
-def test_a_file_with_another_hash_is_refused_and_both_hashes_named(tmp_path):
-    (tmp_path / "own.pth").write_bytes(CONTENT)
-    refusal(lambda: weights_file(tmp_path / "own.pth"), tmp_path / "own.pth", RIGHT, inception.SHA256)
-
-
-def test_a_file_that_is_not_there_is_an_oserror(tmp_path):
-    refusal(lambda: weights_file(tmp_path / "none.pth"), tmp_path / "none.pth", kind=OSError)
-
+# The file of the weights; test_bad_input.py refuses one with another hash, test_data.py says how files are downloaded
 
 def test_the_expected_hash_is_the_one_in_the_address():
     assert inception.SHA256[:8] in inception.URL and len(inception.SHA256) == 64
 
 
-def test_weights_are_downloaded_once(tmp_path, server):
-    for _ in range(2):
-        assert weights_file(cache=tmp_path / "cache") == tmp_path / "cache" / "weights.pth"
-    assert (tmp_path / "cache" / "weights.pth").read_bytes() == CONTENT and server.count == 1
-
-
-def test_a_damaged_download_is_refused_and_not_kept(tmp_path, server):
-    server.content = CONTENT[:-1]
-    refusal(lambda: weights_file(cache=tmp_path), hashlib.sha256(CONTENT[:-1]).hexdigest(), RIGHT, inception.URL, kind=OSError)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_file_in_the_cache_is_refused(tmp_path, server):
-    (tmp_path / "weights.pth").write_bytes(CONTENT + b"x")
-    refusal(lambda: weights_file(cache=tmp_path), tmp_path / "weights.pth", "delete it", kind=OSError)
-    assert server.count == 0
-
-
-def test_without_a_network_the_error_names_the_address_and_the_place(tmp_path, server):
-    server.shutdown()
-    server.server_close()                                                # the port is closed now
-    refusal(lambda: weights_file(cache=tmp_path), inception.URL, tmp_path / "weights.pth", kind=OSError)
+def test_weights_are_downloaded_once_and_then_found_in_the_cache(tmp_path, monkeypatch):
+    remote, kept = tmp_path / "weights.pth", tmp_path / "cache" / "weights.pth"
+    remote.write_bytes(b"weights of a network")
+    monkeypatch.setattr(inception, "URL", remote.as_uri())
+    monkeypatch.setattr(inception, "SHA256", sha256_of(remote))
+    assert weights_file(cache=kept.parent) == kept and kept.read_bytes() == b"weights of a network"
+    remote.rename(tmp_path / "own.pth")
+    assert weights_file(cache=kept.parent) == kept
+    assert weights_file(str(tmp_path / "own.pth")) == tmp_path / "own.pth"               # a file that is named is taken as it is
+    kept.write_bytes(b"damaged")
+    refusal(lambda: weights_file(cache=kept.parent), kept, "delete it", kind=OSError)
