@@ -4,7 +4,8 @@ r"""The companion: REPORT.md checked against the code, and set as one page with 
     python companion.py                    write companion.html: no network, no JavaScript
 
 REPORT.md is GitHub's Markdown: headings, paragraphs, lists, tables, quotes, fenced blocks, **bold**, *italic*, `code`, links,
-figures `![…](assets/x.svg)`, `<br>`, `<a id="x"></a>` and `<span dir="rtl" lang="fa">…</span>`. Other HTML is text. A section:
+figures `![…](assets/x.png)`, `<img src="assets/x.svg" width="392" alt="…">`, `<br>`, `<a id="x"></a>` and
+`<span dir="rtl" lang="fa">…</span>`. Other HTML is text. A section:
 
     ## §2-1-1 <span dir="rtl" lang="fa">فرآیند انتشار پیشرو</span> · The forward process
 
@@ -180,6 +181,7 @@ BLOCK = re.compile(rf"""^(?: (?P<heading>\#{{1,6}}\ [^\n]+)
 ITEM = re.compile(r"^( *)([-*]|\d+\.)( +)", re.M)
 INLINE = re.compile(r"""\\(?P<escaped>[!-/:-@\[-`{-~]) | \$`(?P<math>[^`]+)`\$ | (?P<ticks>`+)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)
     | \$(?P<dollars>(?![\s`])(?:\\.|[^\\$])+?)(?<!\s)\$(?!\d) | !\[(?P<alt>[^\]]*)\]\((?P<image>[^)\s]+)\)
+    | <img\ src="(?P<picture>[^"]+)"\ width="(?P<width>\d+)"\ alt="(?P<words>[^"]*)"\s?/?>(?P<sized>)
     | \[(?P<text>(?:`[^`]*`|!\[[^\]]*\]\([^)]*\)|[^\[\]])+)\]\((?P<href>[^)\s]+)\) | <(?P<url>https?://[^>\s]+)>
     | \*\*(?P<strong>\S.*?)\*\* | \*(?P<em>[^\s*](?:[^*]*[^\s*])?)\* | <br\s*/?>(?P<br>) | <a\ id="(?P<id>[^"]+)"></a>
     | <span\ dir="rtl"\ lang="fa">(?P<persian>[^<]*)</span>""", re.X | re.S)
@@ -211,12 +213,14 @@ class Markdown:
             if cited := re.fullmatch(r"([\w/]+\.py): ([\w.]+(?:,\s[\w.]+)*)", part):
                 self.check(cited[1], cited[2], line)
             return f"<code>{escape(' '.join(part.split())).replace('_', '_<wbr/>')}</code>"
-        if kind == "image":
-            file = self.root / part
+        if kind in ("image", "sized"):
+            path, alt, width = (match[name] or "" for name in (("image", "alt", "width") if kind == "image" else
+                                                               ("picture", "words", "width")))
+            file = self.root / path
             if file.suffix not in MIME or not file.is_file():
-                raise error(line, f"{part} is no figure: it must be a file here that ends in {', '.join(MIME)}")
-            content = base64.b64encode(file.read_bytes()).decode()
-            return f'<img src="data:image/{MIME[file.suffix]};base64,{content}" alt="{escape(match["alt"])}"/>'
+                raise error(line, f"{path} is no figure: it must be a file here that ends in {', '.join(MIME)}")
+            content, width = base64.b64encode(file.read_bytes()).decode(), width and f' width="{width}"'
+            return f'<img src="data:image/{MIME[file.suffix]};base64,{content}" alt="{escape(alt)}"{width}/>'
         if kind == "href":
             return f'<a href="{escape(self.target(part, match["text"], line))}">{self.inline(match["text"], line)}</a>'
         if kind == "id":
