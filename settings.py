@@ -12,6 +12,7 @@ import dit
 import unet
 from cli import Parser, natural, not_negative, parent_of, positive
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
+from files import check_output, rule_of
 from models import TRAINABLE, check_options, describe, named
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,
@@ -147,6 +148,10 @@ def read_settings(argv):
     args = argparse.Namespace(**{**COMMON, **recipe({**given, **config}), **config, **given, "out": str(out)})
     args.text = args.text or args.clip is not None
     check_flags(args, given)
+    if run is None:
+        check_output(out, "run")
+    check_output(out.with_suffix(".csv"), "log" if run else "new log", **rule_of(args))
+    check_output(out.with_suffix(".png"), "picture", **rule_of(args))
     return args, run
 
 

@@ -24,6 +24,7 @@ import data
 from cli import first_in_turn, ignore_signals, one_line_errors, processes, stop_signals, total
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
+from files import check_output
 from latents import embeddings, latents, measured_scale
 from models import build
 from objectives import Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, SuperResolution
@@ -176,7 +177,7 @@ class Training:
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} "
                              "micro-batches")
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.out, self.start = Path(args.out), run.step if run else 0
+        self.out, self.start, self.saved = Path(args.out), run.step if run else 0, bool(run)
         self.part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
         random = Randomness(args.seed, args.batch_size, self.part, device)
         self.dataset = load_data(args, run, device)
@@ -207,9 +208,11 @@ class Training:
     def save(self, step):
         """Write run.pt, on the first process."""
         args, dataset, state = self.args, self.dataset, self.state
-        sums = total(state.sums, self.world).cpu()
+        sums, first, self.saved = total(state.sums, self.world).cpu(), not self.saved, True
         if self.rank > 0:
             return
+        if first:                                        # a file may have appeared since the start
+            check_output(self.out, "run")
         autoencoder = dataset.autoencoder and replace(dataset.autoencoder.origin, scale=dataset.autoencoder.scale)
         if args.model == "vae":
             autoencoder = checkpoint.Autoencoder(measured_scale(state.ema, dataset, self.device))
@@ -246,7 +249,8 @@ class Training:
                 if row:                                  # the only steps that wait for the device
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)
-                if not diverged and (stopping or due(args.save_every, done, args) or due(args.eval_every, done, args)):
+                if not diverged and (stopping or due(args.save_every, done, args) or due(args.eval_every, done, args) or
+                                     row and not self.saved):            # no log has rows of a run that is not there
                     with self.log.paused():
                         self.save(done)                  # before pictures and scores, which may fail
                 if row:
