@@ -33,9 +33,9 @@ import restoration
 import shapes
 import train
 from checkpoint import load, load_autoencoder
-from cli import Parser, natural, one_line_errors, parent_of, positive, processes
+from cli import Parser, add_overwrite_flag, natural, one_line_errors, positive, processes
 from features import JUDGE, default_space, full_precision, space_of
-from files import atomic_file
+from files import check_output, header_of, output_file, rule_of
 from gflops import count, inputs_of
 from latents import encode
 from metrics import Statistics, distance, nearest, precision_recall, psnr, unique_share, vote
@@ -83,7 +83,7 @@ def quality(args):
 def restoration_quality(args):
     """Print how many held-out digits a run keeps when it fills in their centre or enlarges them, how well it removes noise, and
     what simpler methods reach; and write a picture of ten."""
-    parent_of(args.out)
+    check_output(args.out, "restored", **rule_of(args))
     run, network, diffusion = drawable(args.ckpt)
     if run.vae or run.data.spec != "mnist" or network.null_label is None or tuple(network.image_size) != (32, 32):
         raise ValueError(f"{args.ckpt}: restore needs a run of train.py on the digits' 32x32 pixels with a null class")
@@ -124,7 +124,7 @@ def restoration_quality(args):
           f"{psnr(restoration.linear_filter(noisy, real, sigma), images):.1f}")
     shown = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
     picture = torch.cat([row[shown] for row in (*rows, noisy, without, images)])
-    save_image(args.out, grid(data.to_uint8(picture).cpu().numpy(), len(shown)))
+    save_image(args.out, grid(data.to_uint8(picture).cpu().numpy(), len(shown)), "restored", **rule_of(args))
     print(f"wrote {args.out}: given and restored, three times, and the originals")
 
 
@@ -156,12 +156,17 @@ def compare_one(args, model, size, seed, device, space, real, classes):
 def compare(args):
     """Train the networks of COMPARED on the same images and noise, seed by seed, and print their scores."""
     device, folder = processes(args.device)[0], Path(args.out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is no folder: choose another name")
     folder.mkdir(exist_ok=True)
+    table = folder / "compare.csv"
+    check_output(table, "comparison")
+    if table.exists() and (other := [name for name in header_of(table) if name not in ROW]):
+        raise ValueError(f"{table} has a column {other[0]}, which would be lost: move it away, or choose another --out")
     dataset, held_out = (data.load(split=split) for split in ("train", "test"))
     space = space_of(default_space(dataset.spec, dataset.images.shape[1:]), device)
     reference = measure_reference(dataset, space, dataset.spec)
     ours = scores(measure_samples(held_out, None, space), reference.measured, possible(space, held_out.classes))
-    table = folder / "compare.csv"
     rows = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
 
     def runs(model, size):
@@ -174,7 +179,7 @@ def compare(args):
             if seed not in runs(model, size):
                 rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset.classes))
                 lines = [ROW, *([row.get(column) or "" for column in ROW] for row in rows)]
-                with atomic_file(table) as file:
+                with output_file(table, "comparison") as file:
                     file.write("".join(",".join(line) + "\n" for line in lines).encode())
     print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, "
           f"weights {space.sha256[:8]}; a range is that of {args.seeds} seeds")
@@ -288,6 +293,8 @@ def evaluation(args):
 def prompt_quality(args):
     """Train on shapes and their captions, or take up that run, and count the prompts that its images fulfil."""
     out = Path(args.out)
+    picture = out.with_name(f"{out.stem}-prompts.png")
+    check_output(picture, "prompts", **rule_of(args))
     trained(out, args.steps, ["--model", args.model, "--size", "Ti/8", "--data", args.data, "--text", "--seed", str(args.seed),
                               "--device", args.device])
     run, network, diffusion = drawable(out)
@@ -318,7 +325,7 @@ def prompt_quality(args):
                           for named, found in zip(wanted, shapes.look(images))])
         print(f"{kind:30}{shapes.matches(prompts, images).mean():7.1%} right, {colour:6.1%} in colour; as \"{prompts[0]}\"")
         pictures.append(images[:len(shapes.CLASSES)])
-    save_image(out.with_name(f"{out.stem}-prompts.png"), grid(np.concatenate(pictures), len(shapes.CLASSES) // 2))
+    save_image(picture, grid(np.concatenate(pictures), len(shapes.CLASSES) // 2), "prompts", **rule_of(args))
 
 
 @contextmanager
@@ -439,6 +446,8 @@ def flags():
     add("quality restore swissroll", "--seed", 0, "of the samples", type=natural)
     add("train latents", "--data", "mnist", "as for train.py")
     add("train latents", "--batch-size", 32, "images a step", type=positive)
+    for name in ("restore", "text"):                     # compare adds to what is there
+        add_overwrite_flag(commands[name])
     add(" ".join(COMMANDS), "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
     return parser
 

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import re
+import stat
 import sys
 import warnings
 import zipfile
@@ -27,9 +28,9 @@ import torch
 
 import models
 import text
-from cli import Parser, one_line_errors
+from cli import Parser, add_overwrite_flag, one_line_errors
 from ddpm import SCHEDULES, Diffusion
-from files import atomic_file, sha256_of
+from files import atomic_file, check_output, rule_of, sha256_of, writing
 from released import clip_encoder, released_autoencoder, released_run
 
 VERSION = 1
@@ -147,27 +148,36 @@ def save(path, run):
     try:
         with atomic_file(path) as file:
             torch.save(plain(run), file)
-    except (OSError, RuntimeError) as error:             # torch's archive writer hides a full disk behind a RuntimeError
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"cannot write {path}: {reason}") from None
+    except RuntimeError as error:                        # in which torch's archive writer hides the disk's error
+        raise OSError(f"cannot write {path}: {error.__context__ or error}") from None
 
 
 @contextmanager
 def sole_writer(path):
-    """Keep a second process from writing the same run. ValueError if one does already."""
-    lock = Path(path).with_suffix(".lock")
-    with open(lock, "w") as file:
+    """Keep a second process from writing the same run, by a lock on an empty file beside it, which is removed at the end.
+
+    ValueError if one does already, or if something else has the lock's name.
+    """
+    run = Path(os.path.realpath(path))
+    lock = run.with_name(f".{run.name}.lock")
+    with writing(lock):
+        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "rb")
+    with file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size:
+            raise ValueError(f"{lock} is not empty, and no lock of train.py: move it away")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
-            sole = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))          # and nobody removed it meanwhile
-        except OSError:
+            sole = os.path.samestat(found, os.stat(lock))                # and nobody removed it meanwhile
+        except (BlockingIOError, FileNotFoundError):
             sole = False
         if not sole:
             raise ValueError(f"{path} is being written by another run: choose another --out") from None
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            if not os.fstat(file.fileno()).st_size:
+                lock.unlink(missing_ok=True)
 
 
 def damaged(path):
@@ -361,6 +371,7 @@ def flags():
     parser = Parser(prog="checkpoint.py", description="Show what a checkpoint holds.")
     parser.add_argument("file", help="run.pt, a released checkpoint, or a .safetensors file")
     parser.add_argument("--slim", metavar="OUT", help="write its averaged weights alone to this .pt, in half precision")
+    add_overwrite_flag(parser)
     return parser
 
 
@@ -369,8 +380,7 @@ def main(argv=None):
     args = flags().parse_args(argv)
     with one_line_errors("checkpoint.py"):
         if args.slim:
-            if Path(args.slim).exists():
-                raise ValueError(f"--slim {args.slim}: there is such a file already, which stays as it is")
+            check_output(args.slim, "slim run", **rule_of(args))
             save(args.slim, slim(load(args.file)))
         print("\n".join(summary(args.slim or args.file)))
 

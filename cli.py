@@ -64,6 +64,12 @@ def one_line_errors(command):
             dist.destroy_process_group()
 
 
+def add_overwrite_flag(parser):
+    """The flag of all commands that write."""
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there, whoever wrote it; but nothing that this "
+                        "command reads, and no run of train.py (default: only what an earlier call wrote for the same purpose)")
+
+
 def at_least(least, kind):
     """An argparse type: a finite number of a kind, int or float, from `least` on."""
     def number(text):

@@ -46,8 +46,8 @@ from html import escape, unescape
 from pathlib import Path
 from urllib.parse import unquote
 
-from cli import Parser, one_line_errors, parent_of
-from files import atomic_file
+from cli import Parser, add_overwrite_flag, one_line_errors
+from files import atomic_file, check_output, output_file, rule_of
 from mathml import equation, error
 
 STYLE = Path(__file__).parent / "assets" / "companion.css"
@@ -370,6 +370,7 @@ def flags():
     parser.add_argument("--sync", action="store_true", help="take the excerpts of the source from the code, and write no page")
     parser.add_argument("--report", metavar="FILE", default="REPORT.md", help="the source, beside the code (REPORT.md)")
     parser.add_argument("--out", metavar="FILE", default="companion.html", help="the page (companion.html)")
+    add_overwrite_flag(parser)
     return parser
 
 
@@ -377,7 +378,8 @@ def main(argv=None):
     """The command: write the page, or with --sync the source, if anything in it differs from the code."""
     args = flags().parse_args(argv)
     with one_line_errors("companion.py"):
-        parent_of(args.out)
+        if not args.sync:
+            check_output(args.out, "page", **rule_of(args))
         report = Path(args.report)
         root = report.absolute().parent
         try:
@@ -386,7 +388,7 @@ def main(argv=None):
         except ValueError as reason:
             raise ValueError(f"{report.name}, {reason}") from None
         if not args.sync or made != text:
-            with atomic_file(report if args.sync else args.out) as file:
+            with atomic_file(report) if args.sync else output_file(args.out, "page", **rule_of(args)) as file:
                 file.write(made.encode())
         print(f"{len([*excerpts(text, root)])} excerpts of {report.name} are those of the code" if args.sync else args.out)
 

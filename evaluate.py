@@ -12,7 +12,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 
 import data
-from cli import Parser, first_in_turn, one_line_errors, parent_of, positive, processes
+from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
-from files import sha256_of
+from files import check_output, header_of, rule_of, sha256_of, writing
 from image_files import side_of
 from latents import embeddings
 from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module
@@ -112,6 +111,7 @@ def flags():
                         f"{QUICK})")
     parser.add_argument("--image-size", type=positive, help="crop and scale the images to this side (default: as they are)")
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
+    add_overwrite_flag(parser)
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
     add_sampling_flags(parser.add_argument_group("drawing the samples of --ckpt, as in sample.py",
                                         "(a text model draws what the reference's captions say)"))
@@ -137,15 +137,11 @@ def validate(args):
     for name in ("vae", "clip", "classes"):
         if getattr(args, name) and not args.ckpt:
             raise ValueError(f"--{name} says how the samples of --ckpt are drawn")
-    for path in filter(None, (args.results, args.save_reference)):
-        parent_of(path)
-    if args.save_reference and not args.save_reference.endswith(".npz"):
-        raise ValueError(f"--save-reference {args.save_reference}: its name must end in .npz")
     results = Path(args.results)
-    if results.exists():
-        with open(results, newline="") as file:
-            if next(csv.reader(file), None) not in (None, list(COLUMNS)):
-                raise ValueError(f"--results {results} has other columns: choose another file")
+    if results.is_file() and header_of(results) not in ([], list(COLUMNS)):
+        raise ValueError(f"--results {results} has other columns: choose another file")
+    check_output(results, "scores", rule_of(args)["inputs"])             # rows are added to it, it is never replaced
+    check_saving(args)
     return wanted
 
 
@@ -205,7 +201,7 @@ def report(args, found, reference, fake, space, how):
             half = number_of(len(reference.order) // 2)
             line += f"   two halves of the reference, {half} images each: {reference.floor[metric]:.3f}"
         print(line)
-    with open(args.results, "a", newline="") as file:
+    with writing(args.results), open(args.results, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
             writer.writeheader()
@@ -216,11 +212,10 @@ def report(args, found, reference, fake, space, how):
             **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if how}))
 
 
-def check_saving(args, paths):
-    """ValueError if --save-reference would replace a file that is read."""
-    for path in filter(None, paths):
-        if args.save_reference and os.path.realpath(path) == os.path.realpath(args.save_reference):
-            raise ValueError(f"--save-reference {args.save_reference} would replace what is measured")
+def check_saving(args, *read):
+    """ValueError or OSError if --save-reference may not be written; read: what it must not replace, besides what flags name."""
+    if args.save_reference:
+        check_output(args.save_reference, "reference", [*rule_of(args)["inputs"], *read], args.overwrite)
 
 
 def score_samples(args):
@@ -235,7 +230,7 @@ def score_samples(args):
                    cfg_scale=guidance_scale(network, args.cfg_scale, y_null), sampler=sampler,
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
     name = args.reference or run.data.spec
-    check_saving(args, (args.ckpt, args.samples, name))
+    check_saving(args, name)
     device, rank, _ = processes(args.device)
 
     real_images, fake_images = read_images(args, run, shape)
@@ -262,7 +257,9 @@ def score_samples(args):
     reference = measure_reference(real_images, space, name, args.reference, args.cache)
     if args.save_reference and rank == 0:
         images, _ = real_images.batch(reference.order[:REFERENCE_IMAGES])
-        save_statistics(args.save_reference, reference.measured, images, space)
+        check_saving(args, name)                         # a file may have appeared since
+        with writing(args.save_reference):
+            save_statistics(args.save_reference, reference.measured, images, space)
         print(f"wrote {args.save_reference}: {number_of(reference.measured.n)} of {name}, features {space.name}")
     if how:
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,

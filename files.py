@@ -1,7 +1,11 @@
-"""Files: written whole or not at all, cached in one place, downloaded once and checked; and tables that are filled once.
+"""Files: written whole or not at all, never over what is not ours; cached in one place, downloaded once and checked; and tables
+that are filled once.
 
-A table keeps what took long: decoded folders, drawn samples, latents, contexts of captions. A kill loses the last seconds of work.
+A command replaces a file only if this project wrote it for the same purpose, see `check_output`. A table keeps what took long:
+decoded folders, drawn samples, latents, contexts of captions. A kill loses the last seconds of work.
 """
+import csv
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -9,21 +13,29 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import sys
 import time
 import urllib.request
+import warnings
+import zipfile
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
-from cli import place, share
+from cli import parent_of, place, share
 
 SECONDS = 10                           # of work between two records of which rows of a table are there
+ROOM, RIGHTS = "make room on the disk, or choose a place on another one", "choose a folder in which you may write"
+REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
+            errno.EROFS: RIGHTS, errno.ENOENT: "make its folder"}           # of what a disk answers that does not take a file
 
 
 def cache_folder(cache=None):
@@ -57,26 +69,260 @@ def remove_leftovers(folder):
 
 
 @contextmanager
-def atomic_file(path):
+def writing(path):
+    """Have an error of the disk, also one behind others, name the file that was to be written and say what to do."""
+    try:
+        yield
+    except Exception as error:
+        remedy = REMEDIES.get(getattr(error, "errno", None))
+        while remedy is None and error.__context__:      # torch and zipfile hide a full disk behind errors of their own
+            error = error.__context__
+            remedy = ROOM if REMEDIES.get(getattr(error, "errno", None)) == ROOM else None
+        if remedy is None:
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}: {remedy}") from None
+
+
+@contextmanager
+def atomic_file(path, check=lambda: None):
     """A binary file to write: under a temporary name beside the target, flushed and renamed when all is well.
 
     A reader never sees half a file; an error, a full disk or a kill leaves the old one whole. Two may write the same file at once:
-    each has a temporary name of its own, and the last one's content stays. The mode is the old file's, or a new file's.
+    each has a temporary name of its own, and the last one's content stays. The mode is the old file's, or a new file's. A link
+    stays, and the file that it names is written. check: called at last, may refuse to put the file in place by an error.
     """
-    path = Path(path)
-    remove_leftovers(path.absolute().parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path))
+    remove_leftovers(target.parent)
+    temporary = target.with_name(f".{target.name[:48]}.{secrets.token_hex(4)}.tmp")      # 255 bytes at most
+    with writing(path):
+        try:
+            with open(temporary, "x+b") as file, locked(file):
+                with suppress(FileNotFoundError):
+                    os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                check()
+                os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+# What a command may write
+
+class Purpose(NamedTuple):
+    """What a file is written for."""
+
+    what: str                          # it is, in words
+    ending: str                        # of its name
+    ours: object                       # (path, purpose) -> whether a file was written by this project for this purpose
+
+
+def never(path, purpose):
+    """Of what is never replaced unless this is asked for."""
+    return False
+
+
+def mark(purpose):
+    """What a picture, or an .npz, says of itself."""
+    return f"diffusion-transformers: {purpose}"
+
+
+def own_png(path, purpose):
+    """Whether a PNG is marked; earlier versions' have no text at all, and are known by the grid's frame, or a chart's colours."""
+    with Image.open(path, formats=["PNG"]) as image:
+        if image.info or image.mode not in ("L", "RGB"):
+            return image.info.get("Software") == mark(purpose)
+        pixels = np.asarray(image)
+    edge = np.ones(pixels.shape[:2], bool)
+    edge[2:-2, 2:-2] = False
+    if (pixels[edge] == 128).all():    # pictures.grid's gap, and within it tiles of more than 32 pixels a side
+        return min(pixels.shape[:2]) > 36 and bool((pixels[[2, -3]] != 128).any())
+    lines = [(pixels == grey).all(axis=-1).sum() > 500 for grey in (51, 225)]            # chart.INK and GRID
+    return pixels.ndim == 3 and bool((pixels[edge] == 255).all()) and all(lines)
+
+
+def own_gif(path, purpose):
+    """Whether a GIF is marked; earlier versions' have no comment, and the times for which pictures.write_gif shows each frame."""
+    with Image.open(path, formats=["GIF"]) as image:
+        if "comment" in image.info:
+            return image.info["comment"] == mark(purpose).encode()
+        first = image.info.get("duration", 0)
+        image.seek(image.n_frames - 1)
+        return image.info.get("loop") == 0 and image.n_frames > 1 and first % 100 == 0 < first and image.info["duration"] >= 2000
+
+
+def own_samples(path, purpose):
+    """Whether an .npz is marked; earlier versions' hold images whose labels take turns, and nothing else."""
+    with np.load(path, allow_pickle=False) as archive:
+        if archive.zip.comment or set(archive.files) != {"arr_0", "arr_1"}:
+            return archive.zip.comment == mark(purpose).encode()
+        labels = archive["arr_1"]
+    turn = len(set(labels.tolist()))
+    return labels.dtype == np.int64 and 1 < turn < len(labels) and np.array_equal(labels, np.resize(labels[:turn], len(labels)))
+
+
+def own_reference(path, purpose):
+    """Whether an .npz holds what features.save_statistics writes, of evaluate.py and not of the cache."""
+    with np.load(path, allow_pickle=False) as archive:
+        return {"mu", "sigma", "features", "features_sha256"} <= set(archive.files) and "rows" not in archive
+
+
+def header_of(path, delimiters=","):
+    """The column names of a table, [] of an empty file; also behind a byte-order mark, which spreadsheets write."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        line = file.readline(10_000)
+    return next(csv.reader([line], delimiter=max(delimiters, key=line.count)), [])
+
+
+def own_log(path, purpose):
+    """Whether a table is a log of train.py; an empty file is as good as none."""
+    return not path.stat().st_size or {"step", "images", "loss"} <= set(header_of(path, ",;\t"))
+
+
+def own_new_log(path, purpose):
+    """Whether a log has no rows: that of a start that ended before its first save."""
+    return own_log(path, purpose) and path.read_bytes().count(b"\n") < 2
+
+
+def own_scores(path, purpose):
+    """Whether a table has the columns of evaluate.py; an empty file is as good as none."""
+    columns = ["samples", "step", "n", "reference", "reference_n", "features", "features_sha256"]
+    return not path.stat().st_size or header_of(path)[:len(columns)] == columns
+
+
+def own_comparison(path, purpose):
+    """Whether a table has the columns of bench.py compare, or of an earlier version."""
+    return header_of(path)[:4] == ["model", "size", "seed", "steps"]
+
+
+def own_page(path, purpose):
+    """Whether a page begins as companion.py's do."""
+    with open(path, "rb") as file:
+        return b'</title>\n<link rel="icon" href="data:,"/>\n<style>\n' in file.read(2000)
+
+
+PURPOSES = {
+    "run": Purpose("a run", ".pt", never),
+    "slim run": Purpose("a slim run", ".pt", never),     # perhaps the only copy of days of training
+    "new log": Purpose("the empty log of a new run", ".csv", own_new_log),
+    "log": Purpose("the log of a run", ".csv", own_log),
+    "picture": Purpose("a picture of train.py", ".png", own_png),
+    "samples": Purpose("a picture of samples", ".png", own_png),
+    "sample": Purpose("one sample", ".png", never),      # of a folder, in which those of two calls are not mixed
+    "trajectory": Purpose("a way from noise to images", ".gif", own_gif),
+    "images": Purpose("an .npz of sample.py", ".npz", own_samples),
+    "reference": Purpose("a measured reference of evaluate.py", ".npz", own_reference),
+    "scores": Purpose("a table of evaluate.py", ".csv", own_scores),
+    **{f"figure {name}": Purpose(f"the figure of plot.py {name}", ".png", own_png)
+       for name in ("curves", "schedules", "noising", "guidance", "cost", "swissroll")},
+    "way": Purpose("a way from noise to the roll", ".gif", own_gif),
+    "restored": Purpose("the picture of bench.py restore", ".png", own_png),
+    "prompts": Purpose("the picture of bench.py text", ".png", own_png),
+    "comparison": Purpose("a table of bench.py compare", ".csv", own_comparison),
+    "page": Purpose("a page of companion.py", ".html", own_page),
+}
+INPUTS = ("ckpt", "vae", "clip", "inpaint", "mask", "upscale", "denoise", "cascade", "samples", "reference", "features", "data", "csv",
+          "report", "file")            # the flags and arguments of all commands that name a file to read
+
+
+def rule_of(args):
+    """What `check_output` has to know of a command line: the files that it reads, and --overwrite, None where there is no such
+    flag."""
+    named = [getattr(args, name, None) for name in INPUTS]
+    inputs = [path for entry in named if entry for path in (entry if isinstance(entry, list) else [entry])]
+    return dict(inputs=inputs, overwrite=getattr(args, "overwrite", None))
+
+
+def check_output(path, purpose, inputs=(), overwrite=None):
+    """ValueError or OSError, in one line, where a command may not write a file for a purpose, a key of PURPOSES.
+
+    It may if there is none, or one that this project wrote for the same purpose, or with overwrite any regular file but a run of
+    train.py. It never may replace one of its inputs, paths that it reads, nor what is no regular file. A link stands for the file
+    that it names. Commands ask before the work, and `output_file` once more when it puts the file in place.
+    """
+    what, ending, ours = PURPOSES[purpose]
+    target = Path(os.path.realpath(path))
+    if Path(path).suffix.lower() != ending:
+        raise ValueError(f"{path}: the name of {what} must end in {ending}")
+    parent_of(path)
+    check_access(path, target.parent)
+    if not os.path.lexists(target):
+        return
+    if not target.is_file():
+        raise ValueError(f"{path} is no regular file, and stays as it is: choose another name")
+    if any(os.path.exists(given) and os.path.samefile(given, target) for given in inputs):
+        raise ValueError(f"{path} is read by this command, which would replace it: choose another name")
+    check_access(path, target)
+    if overwrite and not holds_run(target):
+        return
+    if overwrite or not known(target, purpose):
+        remedy = ", or --overwrite replaces it" if overwrite is False else ""
+        what = "replaced by no other command, as it holds a run of train.py" if overwrite else f"not {what}"
+        raise ValueError(f"{path} exists, and is {what}: choose another name, or move it away{remedy}")
+
+
+def check_access(path, place):
+    """OSError if a file, or a folder for it, does not exist or cannot be written."""
+    if not place.exists():
+        raise OSError(f"{path}: the folder {place} does not exist")
+    if not os.access(place, os.W_OK):
+        raise OSError(f"cannot write {path}: {place} may not be written: {RIGHTS}")
+
+
+def known(path, purpose):
+    """Whether this project wrote a file for a purpose: what cannot be read it did not."""
     try:
-        with open(temporary, "x+b") as file, locked(file):
-            with suppress(FileNotFoundError):
-                os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")              # of images that are too large, which then are not ours
+            return bool(PURPOSES[purpose].ours(path, purpose))
+    except Exception:                                    # Pillow, zipfile and NumPy raise anything at all on a damaged file
+        return False
+
+
+def holds_run(path):
+    """Whether a file, whatever its name, is a checkpoint with AdamW's moments, which can be trained on."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") and b"exp_avg" in archive.read(name) for name in archive.namelist())
+    except Exception:                                    # see above
+        return False
+
+
+@contextmanager
+def output_file(path, purpose, inputs=(), overwrite=None):
+    """An `atomic_file` to write for a purpose, see `check_output`."""
+    with atomic_file(path, lambda: check_output(path, purpose, inputs, overwrite)) as file:
+        yield file
+
+
+def check_folder(path, inputs=(), overwrite=None):
+    """ValueError or OSError where numbered samples may not be written into a folder: it holds something else, or earlier ones,
+    unless overwrite."""
+    folder = Path(os.path.realpath(path))
+    parent_of(folder)
+    if not os.path.lexists(folder):
+        return check_access(path, folder.parent)
+    if not folder.is_dir():
+        raise ValueError(f"{path} is no folder: choose another name")
+    check_access(path, folder)
+    for file in sorted(folder.iterdir()):
+        sample = re.fullmatch(r"\d{6,}\.png", file.name)
+        if sample and overwrite:
+            check_output(file, "sample", inputs, overwrite)
+        elif not file.name.startswith("."):
+            remedy = ", or --overwrite replaces the samples" if sample and overwrite is False else ""
+            raise ValueError(f"{path} holds {file.name}, with which samples are not mixed: choose a new folder{remedy}")
+
+
+def make_folder(path, inputs=(), overwrite=None):
+    """Make a folder for numbered samples, see `check_folder`; earlier ones are removed from it."""
+    check_folder(path, inputs, overwrite)
+    with writing(path):
+        Path(path).mkdir(exist_ok=True)
+        for sample in Path(path).glob("[0-9]*.png"):
+            sample.unlink()
 
 
 def sha256_of(path):

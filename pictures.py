@@ -1,9 +1,10 @@
 """Pictures: grids of images, files of images, and points in the plane."""
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from chart import COLOURS, Chart
-from files import atomic_file
+from files import mark, output_file
 from points import swiss_roll
 
 WINDOW = (-2.6, 2.6)                             # of x and y, where points are drawn
@@ -27,18 +28,20 @@ def to_image(array):
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def save_image(path, array):
-    """Write uint8 (H, W, 1 or 3) as a PNG, atomically."""
-    with atomic_file(path) as file:
-        to_image(array).save(file, format="PNG")
+def save_image(path, array, purpose="sample", **rule):
+    """Write uint8 (H, W, 1 or 3) as a PNG that says what for; purpose and rule are `files.check_output`'s."""
+    said = PngInfo()
+    said.add_text("Software", mark(purpose))
+    with output_file(path, purpose, **rule) as file:
+        to_image(array).save(file, format="PNG", pnginfo=said)
 
 
-def write_gif(path, frames):
-    """Write uint8 frames (H, W, C) as a GIF, atomically: ten a second, the last one held for two."""
+def write_gif(path, frames, purpose, **rule):
+    """Write uint8 frames (H, W, C) as a GIF, likewise: ten a second, the last one held for two."""
     images = [to_image(frame) for frame in frames]
-    with atomic_file(path) as file:
+    with output_file(path, purpose, **rule) as file:
         images[0].save(file, format="GIF", save_all=True, append_images=images[1:],
-                       duration=[100] * (len(images) - 1) + [2000], loop=0)
+                       duration=[100] * (len(images) - 1) + [2000], loop=0, comment=mark(purpose).encode())
 
 
 def points_panel(points, title="", colour=COLOURS[0], width=460, height=460):

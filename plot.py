@@ -20,7 +20,8 @@ import torch
 import data
 import ddpm
 from chart import COLOURS, Chart, faint, spread, table
-from cli import Parser, natural, one_line_errors, parent_of, processes
+from cli import Parser, add_overwrite_flag, natural, one_line_errors, processes
+from files import check_output, rule_of
 from pictures import WINDOW, points_panel, save_image, write_gif
 from sampling import decode, decoder, draw, drawable
 from points import MLP, swiss_roll
@@ -224,7 +225,7 @@ def swissroll(args):
             [drift_panel(network, diffusion, points, t, size) for t, points in zip(times, forward)]]
     if args.gif:
         shown = dict.fromkeys(round(T * (1 - i / 60) ** 2) for i in range(61))       # more of them where the roll appears
-        write_gif(args.gif, [points_panel(path[t], f"t = {t}").image() for t in shown])
+        write_gif(args.gif, [points_panel(path[t], f"t = {t}").image() for t in shown], "way", **rule_of(args))
     picture = table(np.array(rows), ("forward", "reverse", "drift"), [f"t = {t}" for t in times])
     return picture, ("Noise takes the roll apart (first row, to the right), and the learned reverse process puts it together "
                      "(second row, to the left), led by the drift f(x, t) = mu(x, t) - x (third row, each panel to its own scale).")
@@ -240,6 +241,7 @@ def flags():
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__)
         command.add_argument("--out", default=f"{name}.png", help=f"default: {name}.png")
+        add_overwrite_flag(command)
     of = commands.choices
     of["curves"].add_argument("csv", nargs="+", help="logs of train.py; the command's name can be left out")
     of["cost"].add_argument("csv", help="compare.csv of bench.py compare")
@@ -259,15 +261,13 @@ def main(argv=None):
         argv = ["curves", *argv]
     args = flags().parse_args(argv)
     with one_line_errors("plot.py"):
-        files = {args.out: ".png"}
+        files, rule = {args.out: f"figure {args.command}"}, rule_of(args)
         if getattr(args, "gif", None):
-            files[args.gif] = ".gif"
-        for path, suffix in files.items():
-            parent_of(path)
-            if not path.endswith(suffix):
-                raise ValueError(f"{path}: a name that ends in {suffix} is needed")
+            files[args.gif] = "way"
+        for path, purpose in files.items():
+            check_output(path, purpose, **rule)
         picture, claim = COMMANDS[args.command](args)
-        save_image(args.out, picture)
+        save_image(args.out, picture, files[args.out], **rule)
         print(f"wrote {' and '.join(files)}: {claim}")
 
 

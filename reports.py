@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 from cascade import enlarge, shrink
 from ddpm import Diffusion
-from files import atomic_file
+from files import output_file, writing
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
 from sampling import SCATTERED, decode, draw, draw_points, guidance_scale
@@ -103,7 +103,7 @@ class Log:
             columns = ()
         self.columns += tuple(name for name in columns if name not in self.columns)      # scores given up since
         lines = [self.columns, *([row.get(name, "") for name in self.columns] for row in rows)]
-        with atomic_file(path) as file:
+        with output_file(path, "log" if start else "new log") as file:
             file.write("".join(",".join(line) + "\n" for line in lines).encode())
 
     @contextlib.contextmanager
@@ -128,7 +128,7 @@ class Log:
         values = (mean, *by_group, *map(self.scores.get, self.names), norm.item(), learning_rate(step - 1, self.args))
         row = [str(step), str(step * self.args.batch_size), *("" if value is None else f"{value:.8g}" for value in values),
                f"{rate:.1f}" if rate else ""]            # none of a row that a stop had left out
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(",".join(row + [""] * (len(self.columns) - len(row))) + "\n")
         shown = "".join(f", {name} {value:.4g}" for name, value in self.scores.items())
         self.scores = {}
@@ -162,8 +162,8 @@ def last_line(training, done, minutes):
     """What was saved where, and which command goes on."""
     args, out = training.args, training.out
     line = f"{done - training.start} steps in {minutes:.1f} minutes: saved {out}, {out.with_suffix('.csv')}"
-    if training.saved < done:                            # see `train.Training.save`
-        return f"{line.partition(':')[0]}, of which none after step {training.saved} is saved: lower --lr, or set --clip-grad"
+    if training.saved != done:                           # see `train.Training.save`
+        return f"{line.partition(':')[0]}: none after step {training.saved or 0} is saved; lower --lr, or set --clip-grad"
     if done < args.steps:
         return f"{line} at step {done}; python train.py --resume --out {out} goes on"
     line += f", {out.with_suffix('.png')}"
@@ -180,7 +180,7 @@ def save_rows(path, *sets):
     """Write a picture of sets of n images, uint8 (n, H, W, C), in rows of ten: below each row of the first set the others'."""
     n = len(sets[0]) // 10 * 10 or len(sets[0])          # whole rows
     rows = zip(*(images[:n].split(10) for images in sets))
-    save_image(path, grid(torch.cat([row for group in rows for row in group]).numpy(), min(10, n)))
+    save_image(path, grid(torch.cat([row for group in rows for row in group]).numpy(), min(10, n)), "picture")
 
 
 def in_batches(function, dataset):
@@ -211,7 +211,7 @@ class SampleReport(NamedTuple):
         batches = draw(network, self.diffusion, range(8 * columns), shown, self.seed, clip=autoencoder is None,
                        cfg_scale=guidance_scale(network, y_null=self.y_null), y_null=self.y_null)
         images = [data.to_uint8(x if autoencoder is None else decode(autoencoder, x)).cpu() for _, x in batches]
-        save_image(path, grid(torch.cat(images).numpy(), columns))
+        save_image(path, grid(torch.cat(images).numpy(), columns), "picture")
         return {}
 
 
@@ -245,7 +245,7 @@ class PointReport(NamedTuple):
     def __call__(self, network, path):
         points, _ = self.held_out.batch(np.arange(SCATTERED))
         samples = draw_points(network, self.diffusion, SCATTERED, self.seed)
-        save_image(path, points_picture(samples))
+        save_image(path, points_picture(samples), "picture")
         return {"distance": sliced_wasserstein(samples, points.flatten(1))}
 
 
@@ -268,7 +268,7 @@ class AccuracyReport(NamedTuple):
             if picture is None:
                 picture = torch.full((8, columns, *images.shape[1:]), 128, dtype=torch.uint8)
             picture[:len(rows), k] = images
-        save_image(path, grid(picture.flatten(0, 1).numpy(), columns))
+        save_image(path, grid(picture.flatten(0, 1).numpy(), columns), "picture")
         return {"accuracy": 1 - wrong.double().mean().item()}
 
 

@@ -13,6 +13,7 @@ Report §4-5 (inference), §4-8, §4-9 (guidance), §1-2 (restoration). The defa
 import argparse
 import math
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from PIL import Image
 
 import restoration
 from cascade import enlarge
-from cli import Parser, gathered, not_negative, one_line_errors, parent_of, positive, processes, progress_bar, share
+from cli import (Parser, add_overwrite_flag, first_in_turn, gathered, not_negative, one_line_errors, positive, processes,
+                 progress_bar, share)
 from data import to_float, to_uint8
-from files import atomic_file
+from files import check_folder, check_output, make_folder, mark, output_file, rule_of
 from image_files import center_crop, open_image
 from pictures import grid, points_picture, save_image, write_gif
 from points import MLP
@@ -46,6 +48,20 @@ def interval(text):
 def is_folder(out):
     """Whether --out names a folder: by a slash at its end, or because it is one."""
     return out.endswith("/") or Path(out).is_dir()
+
+
+def check_outputs(args):
+    """ValueError or OSError, before any work, on a file or folder that may not be written."""
+    rule, out = rule_of(args), Path(args.out)
+    if is_folder(args.out):
+        check_folder(args.out, **rule)
+    elif not out.suffix:
+        raise ValueError(f"--out {out}: {out}.png is one picture of all samples, {out}/ a folder with a file each: say which")
+    else:
+        check_output(args.out, "samples", **rule)
+    for path, purpose in ((args.npz, "images"), (args.trajectory, "trajectory")):
+        if path:
+            check_output(path, purpose, **rule)
 
 
 def add_restoration_flags(parser):
@@ -82,6 +98,7 @@ def flags():
     parser.add_argument("--cfg-interval", type=interval, help="LOW,HIGH: guide between these steps of 0 … T-1 only")
     parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_overwrite_flag(parser)
     add_restoration_flags(parser)
     return parser
 
@@ -103,27 +120,25 @@ def number_and_columns(args, classes, points):
 
 
 def write_outputs(args, images, frames, labels, columns, latent):
-    """Write the grid, if the images are not in a folder already, the .npz and the trajectory -> the paths, as text.
-
-    Latents have no grid: they are written as an .npz, named after --out if it has no name of its own.
-    """
-    written, npz = [], args.npz
-    if latent:
-        npz = npz or str(Path(args.out.rstrip("/")).with_suffix(".npz"))
+    """Write the grid, if the images are not in a folder already, the .npz and the trajectory -> the paths, as text."""
+    written, rule = [], rule_of(args)
+    if latent:                                           # which have no grid
         print(f"the network works on an autoencoder's latents: without --vae FILE they are written as they are, float32 NCHW, to "
-              f"{npz}")
+              f"{args.npz}")
     elif is_folder(args.out):
         written.append(args.out)                         # image by image, while they were drawn
     else:
         shown = points_picture(images) if images.ndim == 2 else grid(images[:400], columns)          # more would be no picture
-        save_image(args.out, shown)
+        save_image(args.out, shown, "samples", **rule)
         written.append(args.out)
-    if npz:
-        with atomic_file(npz) as file:
+    if args.npz:
+        with output_file(args.npz, "images", **rule) as file:
             np.savez(file, arr_0=images, **({} if labels is None else {"arr_1": labels.numpy()}))
-        written.append(npz)
+            with zipfile.ZipFile(file, "a") as archive:
+                archive.comment = mark("images").encode()
+        written.append(args.npz)
     if frames:
-        write_gif(args.trajectory, frames)
+        write_gif(args.trajectory, frames, "trajectory", **rule)
         written.append(args.trajectory)
     return ", ".join(written)
 
@@ -170,7 +185,10 @@ def draw_and_write(args):
     autoencoder = decoder(args.vae, run, network)
     points, on_latents = isinstance(network, MLP), bool(run.vae)
     check_pictures(args, points, on_latents, autoencoder)
-    latent = on_latents and autoencoder is None          # is what is written
+    latent = on_latents and autoencoder is None          # is what is written, named after --out if it has no name of its own
+    if latent and not args.npz:
+        args.npz = str(Path(args.out.rstrip("/")).with_suffix(".npz"))
+        check_output(args.npz, "images", **rule_of(args))
     upsampler, upsampling = (load_upsampler(args.cascade, run, network.num_classes, pixel_shape(network, autoencoder))
                              if args.cascade else (None, None))
     n, columns = number_and_columns(args, classes, points)
@@ -178,8 +196,9 @@ def draw_and_write(args):
     device, rank, _ = processes(args.device)
     network, autoencoder, upsampler = (part and part.to(device) for part in (network, autoencoder, upsampler))
     folder = args.out if is_folder(args.out) and not latent else None
-    if folder:
-        Path(folder).mkdir(exist_ok=True)
+    with first_in_turn():
+        if folder and rank == 0:
+            make_folder(folder, **rule_of(args))
 
     def finished(part, x):
         """What is written of images number `part`: points (n, 2), latents, or uint8 (n, H, W, C)."""
@@ -324,10 +343,10 @@ def restore_and_write(args, task):
     evaluations(args.steps, args.sampler, diffusion)     # and more steps than the process has
     images, how = restore_images(args, task, network, diffusion, autoencoder, classes)
     if is_folder(args.out):
-        Path(args.out).mkdir(exist_ok=True)
+        make_folder(args.out, **rule_of(args))
         save_numbered(args.out, range(len(images) - 1), images[1:])
     else:
-        save_image(args.out, grid(images, len(images)))
+        save_image(args.out, grid(images, len(images)), "samples", **rule_of(args))
     print(f"{how}: wrote {args.out}")
 
 
@@ -335,9 +354,8 @@ def main(argv=None):
     """The command: parse, run, report errors in one line."""
     args = flags().parse_args(argv)
     with one_line_errors("sample.py"):
-        for path in filter(None, (args.out.rstrip("/"), args.npz, args.trajectory)):
-            parent_of(path)
         task = task_of(args)
+        check_outputs(args)
         if task:
             restore_and_write(args, task)
         else:

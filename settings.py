@@ -13,6 +13,7 @@ import dit
 import unet
 from cli import Parser, natural, not_negative, parent_of, positive
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
+from files import check_output, rule_of
 from models import TRAINABLE, check_options, describe, named
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,
@@ -151,6 +152,10 @@ def read_settings(argv):
     for key in ("lr", "warmup", "decay", "clip_grad") if run else ():
         if getattr(args, key) != config.get(key):
             print(f"from step {run.step} on, {flag(key)} is {getattr(args, key)}, not {config.get(key)}", file=sys.stderr)
+    if run is None:
+        check_output(out, "run")
+    check_output(out.with_suffix(".csv"), "log" if run else "new log", **rule_of(args))
+    check_output(out.with_suffix(".png"), "picture", **rule_of(args))
     return args, run
 
 

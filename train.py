@@ -25,6 +25,7 @@ import data
 from cli import first_in_turn, ignore_signals, one_line_errors, processes, stop_signals, total
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
+from files import check_output
 from latents import embeddings, latents, measured_scale
 from models import build
 from objectives import Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, SuperResolution
@@ -193,7 +194,7 @@ class Training:
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} "
                              "micro-batches")
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.out, self.start = Path(args.out), run.step if run else 0
+        self.out, self.start, self.saved = Path(args.out), run.step if run else 0, run and run.step
         self.part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
         random = Randomness(args.seed, args.batch_size, self.part, device)
         self.dataset = load_data(args, run, device)
@@ -209,7 +210,6 @@ class Training:
         if run:
             self.resume(run)
         columns = (*self.report.columns, *(self.scores.columns if self.scores else ()))
-        self.saved = self.start                          # the last step that was
         self.log = Log(self.out.with_suffix(".csv"), args, self.objective.groups, columns, self.start, rank)
         self.model = wrapped(network, args, device, world)
 
@@ -226,13 +226,17 @@ class Training:
     def save(self, step):
         """Write run.pt, on the first process, unless it would replace a better one: then that stays, and this is said."""
         args, dataset, state = self.args, self.dataset, self.state
-        sums = total(state.sums, self.world).cpu()
-        if self.rank > 0:
-            return
-        if not state.worth_saving():
-            say(f"step {step} is not saved: no step since the last save had a finite gradient, or a weight is no longer finite")
+        sums, first = total(state.sums, self.world).cpu(), self.saved is None
+        if not state.worth_saving():                     # all processes find the same
+            if self.rank == 0:
+                say(f"step {step} is not saved: no step since the last save had a finite gradient, or a weight is no longer finite")
             return
         state.taken.zero_()
+        self.saved = step
+        if self.rank > 0:
+            return
+        if first:                                        # a file may have appeared since the start
+            check_output(self.out, "run")
         autoencoder = dataset.autoencoder and replace(dataset.autoencoder.origin, scale=dataset.autoencoder.scale)
         if args.model == "vae":
             autoencoder = checkpoint.Autoencoder(measured_scale(state.ema, dataset, self.device))
@@ -244,7 +248,6 @@ class Training:
             diffusion=process, data=about, vae=autoencoder, text=self.clip, model=state.network.state_dict(),
             ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(), bad_steps=int(state.bad_steps), log=sums,
             norm=state.norm.item()))
-        self.saved = step
 
     def write_row(self, step, diverged=False):
         """Write the log's row of a step, with the picture and the scores that are due there."""
@@ -272,7 +275,8 @@ class Training:
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)
                 saves = (args.save_every, args.sample_every, args.eval_every)
-                if not diverged and (stopping or any(due(every, done, args) for every in saves)):
+                first = row and self.saved is None       # no log has rows of a run that is not there
+                if not diverged and (stopping or first or any(due(every, done, args) for every in saves)):
                     with self.log.paused():
                         self.save(done)                  # before pictures and scores, which may fail
                 if row:
