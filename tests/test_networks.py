@@ -39,11 +39,10 @@ NETWORKS = {
 }
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
-every_label_network, every_text_network = (
-    pytest.mark.parametrize("name", [name for name, (_, arguments) in NETWORKS.items() if key in arguments])
-    for key in ("num_classes", "context_dim"))
+LABELLED, TEXTUAL = ([name for name in NETWORKS if key in NETWORKS[name][1]] for key in ("num_classes", "context_dim"))
+every_label_network, every_text_network = (pytest.mark.parametrize("name", names) for names in (LABELLED, TEXTUAL))
 every_unet = pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("unet")])
-every_textless_network = pytest.mark.parametrize("name", [name for name in NETWORKS if "context_dim" not in NETWORKS[name][1]])
+every_textless_network = pytest.mark.parametrize("name", [name for name in NETWORKS if name not in TEXTUAL])
 
 
 def fresh(name, **changes):
@@ -297,31 +296,25 @@ def test_bfloat16_autocast_is_close(name):
 
 # Wrong inputs
 
-@every_network
-@pytest.mark.parametrize("shape", [(3, 6, 4), (4, 4, 6), (3, 4, 8)], ids=["upright", "channels", "wide"])
-def test_images_of_another_shape_are_an_error(name, shape):
+WRONG = [
+    *((name, dict(x=normal(3, *shape)), f"input of shape {shape} where the network was built for (3, 4, 6)")
+      for name in NETWORKS for shape in [(3, 6, 4), (4, 4, 6), (3, 4, 8)]),
+    *((name, dict(t=t), f"t of shape {tuple(t.shape)} for 3 images: it must be (N,)")
+      for name in NETWORKS for t in [torch.tensor(5), torch.tensor([5]), torch.zeros(3, 1)]),
+    *((name, dict(y=y), f"y of shape {tuple(y.shape)}, {y.dtype}: it must be whole numbers (3,)")
+      for name in LABELLED for y in [torch.tensor([1]), torch.tensor([[1], [2], [3]]), torch.ones(3)]),
+    *((name, dict(y=y), "wants a text context y of shape (3, M, 7)")
+      for name in TEXTUAL for y in [None, torch.tensor([1, 2, 3]), normal(3, 7), normal(3, 4, 6), normal(2, 4, 7)]),
+    *(("unet-upsampler", dict(low=low), "an upsampler wants low, the small images (3, 3, h, w)")
+      for low in [None, normal(3, 3, 2), normal(3, 1, 2, 3), normal(2, 3, 2, 3)]),
+]
+
+
+@pytest.mark.parametrize("name, wrong, message", WRONG, ids=[f"{name} {message[:30]}" for name, _, message in WRONG])
+def test_an_input_of_another_shape_or_kind_is_an_error_that_says_what_is_wanted(name, wrong, message):
     network = fresh(name)
-    message = f"input of shape {shape} where the network was built for (3, 4, 6)"
     with pytest.raises(ValueError, match=re.escape(message)):
-        network(**batch(network) | dict(x=normal(3, *shape)))
-
-
-@every_network
-@pytest.mark.parametrize("t", [torch.tensor(5), torch.tensor([5]), torch.zeros(3, 1)], ids=["scalar", "one", "column"])
-def test_other_than_one_time_an_image_is_an_error(name, t):
-    network = fresh(name)
-    message = f"t of shape {tuple(t.shape)} for 3 images: it must be (N,)"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        network(**batch(network) | dict(t=t))
-
-
-@every_label_network
-@pytest.mark.parametrize("y", [torch.tensor([1]), torch.tensor([[1], [2], [3]]), torch.ones(3)], ids=["one", "column", "floats"])
-def test_other_than_one_whole_number_an_image_is_no_label(name, y):
-    network = fresh(name)
-    message = f"y of shape {tuple(y.shape)}, {y.dtype}: it must be whole numbers (3,)"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        network(**batch(network) | dict(y=y))
+        network(**batch(network) | wrong)
 
 
 @every_label_network
@@ -330,23 +323,6 @@ def test_a_label_that_is_no_class_is_an_error(name, label):
     network = fresh(name).double()
     with pytest.raises(IndexError):
         network(**batch(network) | dict(y=torch.tensor([0, label, 2])))
-
-
-@every_text_network
-@pytest.mark.parametrize("y", [None, torch.tensor([1, 2, 3]), normal(3, 7), normal(3, 4, 6), normal(2, 4, 7)],
-                         ids=["none", "labels", "vectors", "narrow", "fewer"])
-def test_what_is_no_text_of_the_right_width_for_each_image_is_an_error(name, y):
-    network = fresh(name)
-    with pytest.raises(ValueError, match=re.escape("wants a text context y of shape (3, M, 7)")):
-        network(**batch(network) | dict(y=y))
-
-
-@pytest.mark.parametrize("low", [None, normal(3, 3, 2), normal(3, 1, 2, 3), normal(2, 3, 2, 3)],
-                         ids=["none", "flat", "channels", "fewer"])
-def test_an_upsampler_without_a_small_image_for_each_is_an_error(low):
-    network = fresh("unet-upsampler")
-    with pytest.raises(ValueError, match=re.escape("an upsampler wants low, the small images (3, 3, h, w)")):
-        network(**batch(network) | dict(low=low))
 
 
 @every_network
