@@ -1,5 +1,4 @@
 """Captions: read beside their images, told to a network, by an encoder that learns with it or by CLIP's; then drawn from."""
-import itertools
 import json
 import pickle
 import shutil
@@ -326,7 +325,7 @@ def test_another_clip_is_refused_when_drawing_and_when_going_on(runs, here):
 def test_conditions_do_not_depend_on_the_order_in_which_they_are_made_and_a_run_stays_as_it_is(runs):
     for name in ("own.pt", "clip.pt"):
         found = []
-        for order in itertools.permutations(("prompts", "empty", "reader")):
+        for order in (("prompts", "empty", "reader"), ("reader", "empty", "prompts")):
             run, network, _ = drawable(runs / name)
             before, reader = (pickle.dumps(run), set(vars(network))), text_reader(run, network)
             make = dict(prompts=lambda: read_prompts(["a red image", "blue"], reader, network),

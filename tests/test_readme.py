@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import cascade
+import data
 import restoration
 import sampling
-from settings import read_settings
+import settings
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,10 +48,10 @@ def test_the_command_parses_and_its_recipe_exists(command, tmp_path, monkeypatch
     for flag in {"--vae", "--clip"} & {*argv}:           # they are looked for at once
         Path(argv[argv.index(flag) + 1]).touch()
     if program == "train" and "--resume" not in argv:
-        read_settings(argv)
+        settings.read_settings(argv)
     else:
         curves = ["curves"] if program == "plot" and argv[0].endswith(".csv") else []
-        importlib.import_module(program).flags().parse_args([*curves, *argv])
+        importlib.import_module("settings" if program == "train" else program).flags().parse_args([*curves, *argv])
 
 
 def test_every_file_that_the_readme_shows_or_links_exists():
@@ -64,8 +65,13 @@ def test_the_map_names_each_module_once():
 
 
 def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatch, capsys):
-    """With two steps of eight images, two evaluations a sample, and the files that a reader would bring."""
+    """With two steps of eight images, two evaluations a sample, 100 images of each data set, and the files a reader would bring."""
+    def few_images(*args, load=data.load, **options):
+        dataset = load(*args, **options)
+        dataset.rows = dataset.rows[:None if "swissroll" in args else 100]
+        return dataset
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load", few_images)
     for module in (cascade, sampling, restoration):
         monkeypatch.setattr(module, "STEPS", 2)
     pixels = np.pad(np.full((14, 14), 255, np.uint8), 9)
