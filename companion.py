@@ -161,6 +161,7 @@ def coloured(code):
         parts = [f'<span class="{kind}">{escape(part)}</span>' for part in code[start:end].split("\n")]
         html += escape(code[done:start]) + "\n".join(parts)
         done = end
+    html = re.sub(r'(?<=\S)( {3,})(?=<span class="comment">#)', r'<span class="gap">\1</span>', html)
     lines = (html + escape(code[done:])).split("\n")
     indents = [len(line) - len(line.lstrip()) for line in code.split("\n")]
     return "".join(f'<span class="line" style="--indent: {indent}ch">{line}\n</span>' for indent, line in zip(indents, lines))
