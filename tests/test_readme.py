@@ -1,4 +1,4 @@
-"""README.md: every command in it parses and names settings that exist; those of a laptop are run, with a step or two in place of all."""
+"""README.md: every command in it parses and names settings that exist; those for a laptop are run, cut to two steps."""
 import importlib
 import re
 import shlex
@@ -11,7 +11,7 @@ from PIL import Image
 import cascade
 import restoration
 import sampling
-import train
+from settings import read_settings
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +19,14 @@ LINES = [line.split("#")[0].strip() for block in re.findall(r"^```\n(.*?)^```", 
 INLINE = re.findall(r"`(python \w+\.py[^`…]*)`", TEXT.replace("\n", " "))        # in tables and prose; an ellipsis is no command
 COMMANDS = list(dict.fromkeys([line for line in LINES if re.match(r"python \w+\.py|torchrun|pip", line)]
                               + [re.sub(" N$", " 0", line) for line in INLINE]))
+RUN = ("train", "sample", "plot", "checkpoint")          # evaluate, bench and gflops are run by their own tests
+NOT_HERE = (                                             # what of a command asks for more than a laptop and this repository
+    "torchrun", "--resume", "--eval-every",              # more processes, a run that was begun, minutes of scoring
+    "--size B", "--size S", "--size L", "--size XL", "ddpm-cifar10",     # days
+    "cifar", "photos", "images.npz", "coco", "sd-vae", "DiT-XL", "compare/")     # files of others, and of bench.py
+FEW = {                                                  # what is added to a command, by program
+    "train": ["--steps", "2", "--batch-size", "8", "--sample-every", "2", "--device", "cpu", "--cache", "cache"],
+    "sample": ["--steps", "2", "--n", "2"]}
 
 
 def program_and_flags(command):
@@ -38,23 +46,21 @@ def test_the_command_parses_and_its_recipe_exists(command, tmp_path, monkeypatch
     program, argv = program_and_flags(command)
     for flag in {"--vae", "--clip"} & {*argv}:           # they are looked for at once
         Path(argv[argv.index(flag) + 1]).touch()
-    module = importlib.import_module(program)
     if program == "train" and "--resume" not in argv:
-        train.settings(argv)
-    elif program == "plot" and argv[0].endswith(".csv"):
-        module.flags().parse_args(["curves", *argv])
+        read_settings(argv)
     else:
-        module.flags().parse_args(argv)
+        curves = ["curves"] if program == "plot" and argv[0].endswith(".csv") else []
+        importlib.import_module(program).flags().parse_args([*curves, *argv])
 
 
 def test_every_file_that_the_readme_shows_or_links_exists():
     for name in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXT):
         assert name.startswith("http") or (ROOT / name).exists(), name
-    assert {path.name for path in ROOT.glob("*.py")} - {"conftest.py"} <= set(re.findall(r"\[`(\w+\.py)`\]", TEXT))
 
 
-ON_A_LAPTOP = re.compile(r"train\.py(?!.*(--size (?!Ti|Nano)|--data (?!shapes|swissroll)|nproc|--resume|--eval-every|sd-vae))"
-                         r"|sample\.py(?!.*(nproc|coco|DiT-XL|adm|cifar|uvit_small))|plot\.py(?!.*compare/)|checkpoint\.py")
+def test_the_map_names_each_module_once():
+    modules = {path.name for path in ROOT.glob("*.py")} - {"conftest.py"}
+    assert sorted(re.findall(r"\[`(\w+\.py)`\]", TEXT)) == sorted(modules)
 
 
 def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatch, capsys):
@@ -65,22 +71,17 @@ def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatc
     pixels = np.pad(np.full((14, 14), 255, np.uint8), 9)
     for name, image in (("digit", 255 - pixels), ("noisy", pixels), ("mask", pixels), ("small", pixels[::4, ::4])):
         Image.fromarray(image).save(f"{name}.png")
-    chosen = [command for command in COMMANDS if ON_A_LAPTOP.search(command)]
+    here = [program_and_flags(command) for command in COMMANDS if " -m " not in command and not any(w in command for w in NOT_HERE)]
+    chosen = [(program, argv) for program, argv in here if program in RUN]
     assert len(chosen) > 30
-    made = []
-    for command in sorted(chosen, key=lambda command: "train.py" not in command):        # trainings first, else as they stand
-        program, argv = program_and_flags(command)
+    made = set()
+    for program, argv in sorted(chosen, key=lambda command: command[0] != "train"):      # trainings first, else as they stand
         out = argv[argv.index("--out") + 1] if "--out" in argv else "run.pt"
-        if program == "train":
-            if out in made:                              # a line that stands twice with other comments
-                continue
-            made.append(out)
-            argv += ["--steps", "2", "--batch-size", "8", "--sample-every", "2", "--device", "cpu", "--cache", "cache"]
-        elif program == "sample" and "--trajectory" in argv:
-            argv += ["--steps", "2", "--n", "2"]
-        elif program == "sample" and not {"--upscale", "--inpaint", "--denoise"} & {*argv}:
-            argv += ["--n", "2", "--steps", "2"]
-        importlib.import_module(program).main(argv)
-        assert "" == capsys.readouterr().err.replace("\r", ""), command
-    assert {"run.pt", "uvit.pt", "unet.pt", "vae.pt", "latent.pt", "shapes.pt", "base.pt", "sr.pt", "roll.pt"} <= {*made}
+        if program == "train" and out in made:           # a line that stands twice with other comments
+            continue
+        made |= {out} if program == "train" else set()
+        restores = {"--upscale", "--inpaint", "--denoise"} & {*argv}     # takes its own number of steps
+        importlib.import_module(program).main([*argv, *([] if restores else FEW.get(program, []))])
+        assert "" == capsys.readouterr().err.replace("\r", ""), (program, argv)
+    assert {"run.pt", "uvit.pt", "unet.pt", "vae.pt", "latent.pt", "shapes.pt", "base.pt", "sr.pt", "roll.pt"} <= made
     assert all((tmp_path / name).exists() for name in ("samples.png", "schedules.png", "swissroll.png", "way.gif", "curves.png"))
