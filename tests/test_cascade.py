@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,16 @@ import data
 import ddpm
 import gflops
 import models
-import objectives
 import sample
 import sampling
+import settings
 import train
 import unet
 from formula import fill
-from objectives import SuperResolution
+from objectives import Denoising, Pixels, Randomness, SuperResolution
 from refusals import refusal
-from test_objectives import bytes_of, denoising, draw, settings_of
+from reports import UpsamplingReport
+from test_objectives import bytes_of
 from test_train import assert_same_run, refused, rows_of, saved_autoencoder
 
 ROOT = Path(__file__).parents[1]
@@ -64,11 +64,9 @@ PROCESS = ddpm.Diffusion(ddpm.cosine_betas(100), "x0", "small")
 
 # What a step draws
 
-def upsampling(image_size=(8, 8), **changes):
-    """The objective of images of a size; the digits are its held-out images."""
-    dataset = Namespace(num_classes=10, image_size=image_size, text=None)
-    network = Namespace(null_label=10, context_dim=None, factor=4)
-    return SuperResolution(settings_of(prediction="x0", **changes), dataset, network, CPU)
+def upsampling(batch_size=8, flip=False, shift=0):
+    inputs = Pixels(Randomness(0, batch_size, slice(0, batch_size), CPU), flip, shift)
+    return SuperResolution(ddpm.Diffusion(ddpm.linear_betas(), "x0"), inputs, 10, cfg_drop=0.5)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
@@ -81,13 +79,12 @@ def test_the_small_image_is_the_mean_of_four_by_four_pixels(h, w, channels):
 
 def test_low_is_the_image_that_is_learned_and_not_the_one_before_its_flip(monkeypatch):
     monkeypatch.setattr(cascade, "MAX_SIGMA", 0.0)
-    x0, *_, low = draw(upsampling(flip=True, shift=2), bytes_of(8, 8, 8, 1), WHOLE)
+    x0, *_, low = upsampling(flip=True, shift=2).draw(3, bytes_of(8, 8, 8, 1), torch.arange(8))
     torch.testing.assert_close(low, x0.reshape(8, 1, 2, 4, 2, 4).mean(dim=(3, 5)), rtol=0, atol=1e-6)
 
 
 def test_lows_noise_is_normal_and_its_amount_uniform_up_to_the_largest():
-    objective = upsampling((128, 128), batch_size=64)
-    x0, *_, low = draw(objective, bytes_of(64, 128, 128, 1), slice(0, 64))
+    x0, *_, low = upsampling(64).draw(3, bytes_of(64, 128, 128, 1), torch.arange(64) % 10)
     noise = (low - cascade.shrink(x0)).flatten(1) / cascade.MAX_SIGMA    # 1024 numbers an image: its deviation is known to 2 %
     sigma = noise.std(dim=1)
     assert sigma.max() < 1.1 and sigma.min() < 0.1
@@ -96,36 +93,10 @@ def test_lows_noise_is_normal_and_its_amount_uniform_up_to_the_largest():
     assert abs(standard.mean()) < 4 / 256 and abs(standard.pow(4).mean() - 3) < 0.15         # sqrt(96 / 65536) = 0.04
 
 
-def test_processes_draw_their_parts_of_one_batch():
-    images = bytes_of(8, 8, 8, 1)
-    whole = draw(upsampling(), images, WHOLE)
-    for size in (1, 2, 4):
-        parts = [draw(upsampling(), images, slice(first, first + size)) for first in range(0, 8, size)]
-        assert len(whole) == 5 and all(torch.equal(torch.cat(pieces), z) for pieces, z in zip(zip(*parts), whole, strict=True))
-
-
-def test_the_draw_depends_on_seed_and_step_alone():
-    images = bytes_of(8, 8, 8, 1)
-    first, again = draw(upsampling(), images, WHOLE), draw(upsampling(), images, WHOLE)
-    assert all(map(torch.equal, first, again))
-    for other in (draw(upsampling(seed=1), images, WHOLE), draw(upsampling(), images, WHOLE, step=4)):
-        assert not torch.equal(first[4], other[4])
-
-
 def test_what_an_upsampler_draws_besides_low_is_what_any_denoiser_draws():
-    images = bytes_of(8, 8, 8, 1)
-    plain = denoising(prediction="x0")
-    assert all(map(torch.equal, draw(plain, images, WHOLE), draw(upsampling(), images, WHOLE)[:4]))
-    numbers = [objectives.TIME, objectives.NOISE, objectives.DROP, objectives.FLIP, objectives.SHIFT, objectives.DROPOUT,
-               objectives.LATENT, objectives.LOW]
-    assert numbers[:7] == list(range(7)) and objectives.LOW not in numbers[:7]           # runs of yesterday resume exactly
-
-
-def test_every_draw_has_a_generator_of_its_own(monkeypatch):
-    keys = []
-    monkeypatch.setattr(objectives, "keyed_generator", lambda key, device: keys.append(key) or ddpm.keyed_generator(key, device))
-    draw(upsampling(flip=True, shift=1), bytes_of(8, 8, 8, 1), WHOLE)
-    assert len(keys) == len(set(keys)) == 6              # times, noise, dropped labels, flips, shifts; low's amount and noise
+    images, labels, objective = bytes_of(8, 8, 8, 1), torch.arange(8), upsampling()
+    plain = Denoising(objective.diffusion, objective.inputs, 10, cfg_drop=0.5).draw(3, images, labels)
+    assert all(map(torch.equal, plain, objective.draw(3, images, labels)[:4]))
 
 
 def test_the_loss_of_a_network_that_enlarges_low_is_what_the_enlarged_image_misses():
@@ -138,9 +109,9 @@ def test_the_loss_of_a_network_that_enlarges_low_is_what_the_enlarged_image_miss
 
 
 def test_the_picture_shows_small_drawn_and_original_of_the_same_held_out_images(tmp_path):
-    objective = upsampling((32, 32))
-    objective.report(Perfect((32, 32)), tmp_path / "run.png")
-    picture, held_out = np.asarray(Image.open(tmp_path / "run.png")), data.load(split="test")
+    held_out = data.load(split="test")
+    UpsamplingReport(held_out, PROCESS, 0, CPU)(Perfect((32, 32)), tmp_path / "run.png")
+    picture = np.asarray(Image.open(tmp_path / "run.png"))
     assert picture.shape == (9 * 66 + 2, 10 * 66 + 2)
     tiles = picture[2:, 2:].reshape(9, 66, 10, 66)[:, :64:2, :, :64:2].transpose(0, 2, 1, 3)         # magnified twice
     originals = held_out.images[held_out.rows[:30], ..., 0].reshape(3, 10, 32, 32)
@@ -398,8 +369,8 @@ def test_an_upsampler_alone_is_told_of_cascades(tmp_path):
 def test_an_upsampler_is_trained_on_pixels_and_scored_by_its_samples(tmp_path, capsys):
     out = ["--out", tmp_path / "run.pt"]
     for size in unet.UPSAMPLERS:
-        args, _ = train.settings(["--model", "unet", "--size", size, "--out", str(tmp_path / "run.pt")])
-        assert args.steps == (train.FEW if size == "Ti-up" else train.DIT)["steps"]
+        args, _ = settings.read_settings(["--model", "unet", "--size", size, "--out", str(tmp_path / "run.pt")])
+        assert args.steps == (settings.FEW if size == "Ti-up" else settings.DIT)["steps"]
         for flag, *value in (("--vae", saved_autoencoder(tmp_path / "vae.pt")), ("--eval-every", 3), ("--text",)):
             said = refused(capsys, "--model", "unet", "--size", size, flag, *value, *out)
             assert f"{flag}: --size {size} enlarges the pixels" in said and "sample.py --cascade" in said

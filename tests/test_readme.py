@@ -1,7 +1,9 @@
-"""README.md: every command in it parses and names settings that exist; those for a laptop are run, cut to two steps."""
+"""README.md, RESULTS.md and CHANGING.md: every command parses and names settings that exist; those for a laptop are run, cut to two
+steps; the library's lines run; every link, and every name of the code, leads to something that exists."""
 import importlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,15 @@ import pytest
 from PIL import Image
 
 import cascade
+import companion
 import data
 import restoration
 import sampling
-import settings
+from settings import read_settings
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md", "CHANGING.md", "assets/README.md")}
+README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
 LINES = [line.split("#")[0].strip() for block in re.findall(r"^```\n(.*?)^```", TEXT, re.S | re.M) for line in block.splitlines()]
 INLINE = re.findall(r"`(python \w+\.py[^`…]*)`", TEXT.replace("\n", " "))        # in tables and prose; an ellipsis is no command
 COMMANDS = list(dict.fromkeys([line for line in LINES if re.match(r"python \w+\.py|torchrun|pip", line)]
@@ -48,20 +52,47 @@ def test_the_command_parses_and_its_recipe_exists(command, tmp_path, monkeypatch
     for flag in {"--vae", "--clip"} & {*argv}:           # they are looked for at once
         Path(argv[argv.index(flag) + 1]).touch()
     if program == "train" and "--resume" not in argv:
-        settings.read_settings(argv)
+        read_settings(argv)
     else:
         curves = ["curves"] if program == "plot" and argv[0].endswith(".csv") else []
-        importlib.import_module("settings" if program == "train" else program).flags().parse_args([*curves, *argv])
+        importlib.import_module(program).flags().parse_args([*curves, *argv])
 
 
-def test_every_file_that_the_readme_shows_or_links_exists():
-    for name in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXT):
-        assert name.startswith("http") or (ROOT / name).exists(), name
+def anchors(path):
+    """The names in a Markdown file that a link may lead to: of its headings, as GitHub makes them, and of `<a id>`."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = (re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M))
+    return {*headings, *re.findall(r'<a id="([^"]+)"', text)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_file_or_a_heading_leads_to_one(page):
+    for name, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists() and (not anchor or anchor in anchors(target)), (name, anchor)
+
+
+@pytest.mark.parametrize("name", sorted({*re.findall(r"`(\w+\.py: [\w.]+)", TEXT)}))
+def test_every_name_of_the_code_is_defined_there(name):
+    companion.find(ROOT, *name.split(": "), 0)           # raises what it does not find
 
 
 def test_the_map_names_each_module_once():
     modules = {path.name for path in ROOT.glob("*.py")} - {"conftest.py"}
-    assert sorted(re.findall(r"\[`(\w+\.py)`\]", TEXT)) == sorted(modules)
+    assert sorted(re.findall(r"\[`(\w+\.py)`\]", README)) == sorted(modules)
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    assert len(README.splitlines()) <= 160
+
+
+def test_the_librarys_lines_run(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_run, "run.pt")
+    lines, = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    names = {}
+    exec(lines, names)
+    assert names["images"].shape == (8, 1, 32, 32) and names["images"].abs().max() <= 1 and names["network"].num_classes == 10
 
 
 def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatch, capsys):

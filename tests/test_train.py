@@ -33,6 +33,7 @@ import unet
 import uvit
 import vit
 from objectives import Denoising
+from step import guarded_step, update_ema
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "Ti/16", "--batch-size", "8", "--device", "cpu"]
@@ -148,7 +149,7 @@ def test_non_finite_gradients_leave_weights_and_moments_unchanged():
     def step(*gradients):
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient.clone()
-        _, finite = train.guarded_step(optimizer, parameters, clip=1.0)
+        _, finite = guarded_step(optimizer, parameters, clip=1.0)
         return finite, [tensor.clone() for p in parameters for tensor in (p.detach(), *optimizer.state[p].values())]
     good = [torch.randn(3, 3), torch.randn(3)]
     finite, before = step(*good)
@@ -184,7 +185,7 @@ def test_ema_is_its_closed_sum_and_copies_buffers():
         for k, value in enumerate(values):
             network.weight.fill_(value)
             network.running_mean.fill_(value)
-            train.update_ema(ema, network, k, decay, torch.tensor(1.0))
+            update_ema(ema, network, k, decay, torch.tensor(1.0))
     kept = [min(decay, (1 + k) / (10 + k)) for k in range(4)]            # 0.1, 0.18, 0.25, 0.3: the warm-up
     weights = [(1 - kept[k]) * math.prod(kept[k + 1:]) for k in range(4)]
     expected = 7.0 * math.prod(kept) + sum(w * value for w, value in zip(weights, values))
@@ -194,7 +195,7 @@ def test_ema_is_its_closed_sum_and_copies_buffers():
 def test_ema_ignores_a_step_that_was_not_taken():
     network, ema = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     before = ema.weight.detach().clone()
-    train.update_ema(ema, network, 5, 0.9, torch.tensor(0.0))
+    update_ema(ema, network, 5, 0.9, torch.tensor(0.0))
     assert torch.equal(ema.weight, before)
 
 
@@ -447,7 +448,7 @@ def test_an_autoencoder_learns_to_give_images_back_and_logs_its_held_out_psnr(tm
 def test_a_latent_run_resumes_bit_for_bit_and_encodes_once(tmp_path, latent, monkeypatch):
     argv = [*latent, "--flip", "--sample-every", "2"]
     train.main([*argv, "--steps", "4", "--out", str(tmp_path / "whole.pt")])
-    monkeypatch.setattr(latents, "write_record", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(latents.Table, "write", lambda *args: pytest.fail("encoded again"))
     train.main([*argv, "--steps", "2", "--out", str(tmp_path / "cut.pt")])
     train.main(["--resume", "--steps", "4", "--out", str(tmp_path / "cut.pt")])
     assert_same_run(tmp_path / "whole.pt", tmp_path / "cut.pt")
