@@ -51,7 +51,7 @@ COMPARED = (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8
 ROW = ("model", "size", "seed", "steps", "minutes", "parameters", "gflops", "n", "features_sha256", *METRICS)
 DATA_SETS = 25                                   # as many distances of points to the data, of which the median counts
 FEATURES, TIMED_IMAGES = 2048, 64                # made up to time the evaluator: numbers a row, and images of 64 x 64
-TURN, UNTIMED = 10, 5                            # steps of one kind in a row; the first of them read what loaders have ahead
+ROUND, UNTIMED = 10, 5                            # steps of one kind in a row; the first of them read what loaders have ahead
 
 
 def first_of(dataset, n=None):
@@ -358,7 +358,7 @@ def latent_steps(args):
     autoencoder = load_autoencoder(args.vae).to(device)
     read, draw_batch = data.Batches.__getitem__, Denoising.draw
     CACHED, RANDOM, ENCODED = range(3)
-    kinds = np.arange(math.ceil(args.steps / (TURN - UNTIMED)) * 3 * TURN) // TURN % 3           # of each step
+    kinds = np.arange(math.ceil(args.steps / (ROUND - UNTIMED)) * 3 * ROUND) // ROUND % 3           # of each step
 
     def read_kind(batches, step):
         dataset, indices = batches.dataset, batches.indices(step)
@@ -378,7 +378,7 @@ def latent_steps(args):
           patch.object(Denoising, "draw", draw_kind), stopwatch(torch.optim.AdamW, "step", device) as calls):
         network = train_timed(args, args.size, len(kinds), "--vae", args.vae, "--cache", cache)
     seconds = np.diff(np.array(calls)[:, 1], prepend=math.nan)           # from the end of one update to that of the next
-    timed = np.arange(len(kinds)) % TURN >= UNTIMED
+    timed = np.arange(len(kinds)) % ROUND >= UNTIMED
     a, b, c = (np.median(seconds[timed & (kinds == kind)][:args.steps]) for kind in (CACHED, RANDOM, ENCODED))
     shape = "x".join(map(str, (network.channels, *network.image_size)))
     print(f"dit {args.size} on {shape} latents of {args.data}, batch {args.batch_size}, {device}, "
@@ -408,15 +408,15 @@ def speed(args):
           f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms")
 
 
-COMMANDS = {"quality": quality, "restore": restoration_quality, "swissroll": points_quality, "compare": compare,
-            "text": prompt_quality, "train": speed, "latents": latent_steps, "evaluate": evaluation}
+MEASUREMENTS = {"quality": quality, "restore": restoration_quality, "swissroll": points_quality, "compare": compare,
+                "text": prompt_quality, "train": speed, "latents": latent_steps, "evaluate": evaluation}
 
 
 def flags():
     """The command line: one subcommand a measurement."""
     parser = Parser(prog="bench.py", description="Measure the quality of a run's samples, or the speed of training.")
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    commands = {name: subparsers.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
+    commands = {name: subparsers.add_parser(name, help=function.__doc__) for name, function in MEASUREMENTS.items()}
     def add(names, flag, default, help, **options):
         for name in names.split():
             commands[name].add_argument(flag, default=default, help=f"{help} (default: {default})", **options)
@@ -448,7 +448,7 @@ def flags():
     add("train latents", "--batch-size", 32, "images a step", type=positive)
     for name in ("restore", "text"):                     # compare adds to what is there
         add_overwrite_flag(commands[name])
-    add(" ".join(COMMANDS), "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    add(" ".join(MEASUREMENTS), "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
     return parser
 
 
@@ -456,7 +456,7 @@ def main(argv=None):
     """The command: measure."""
     args = flags().parse_args(argv)
     with one_line_errors("bench.py"):
-        COMMANDS[args.command](args)
+        MEASUREMENTS[args.command](args)
 
 
 if __name__ == "__main__":

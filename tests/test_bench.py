@@ -209,12 +209,12 @@ def test_the_loop_trains_on_cached_random_and_fresh_latents_by_turns_and_is_left
         patched.setattr(Denoising, "draw", noting)
         bench.main(["latents", "--vae", str(tmp_path / "sd.ckpt"), "--data", str(tmp_path / "images.npz"), "--batch-size", "4",
                     "--steps", "2", "--device", "cpu"])
-    assert (data.Batches.__getitem__, Denoising.draw) == before and [step for step, *_ in drawn] == list(range(3 * bench.TURN))
+    assert (data.Batches.__getitem__, Denoising.draw) == before and [step for step, *_ in drawn] == list(range(3 * bench.ROUND))
     dataset, autoencoder = data.load(str(tmp_path / "images.npz")), checkpoint.load_autoencoder(str(tmp_path / "sd.ckpt"))
     batches = data.Batches(dataset, 4, 0)
     for step, moments, labels in drawn:
         images, expected = batches[step]
         fresh = torch.from_numpy(np.stack(latents.encode(autoencoder, images), axis=1)).flatten(0, 1)
-        kind = step // bench.TURN                                        # cached, random, encoded
+        kind = step // bench.ROUND                                        # cached, random, encoded
         assert torch.equal(labels, expected)
         assert (moments == 1).all() if kind == 1 else torch.allclose(moments, fresh, atol=1e-5)
