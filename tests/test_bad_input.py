@@ -257,7 +257,7 @@ CASES = [
     ("an unknown flag", nothing, f"{TRAIN} --momentum 3", "--momentum"),
     ("a run that exists", nothing, "train.py --steps 2", "run.pt exists: --resume"),
     ("--resume without a run", nothing, "train.py --resume --out none.pt", "none.pt"),
-    ("--resume against its settings", nothing, "train.py --resume --lr 1 --steps 9", "--lr is 0.002 there, not 1.0"),
+    ("--resume against its settings", nothing, "train.py --resume --seed 1 --steps 9", "--seed is 0 there, not 1"),
     ("--resume of another backbone", nothing, "train.py --resume --model unet --steps 9", "--model is dit there, not unet"),
     ("--resume whose log is damaged", edited(lambda run: run.update(log=torch.zeros(3))), "train.py --resume --steps 9", "damaged"),
     ("--resume of a finished run", nothing, "train.py --resume", "step 4 of 4"),

@@ -41,7 +41,7 @@ def same(one, other):
     """Whether two References are equal bit for bit."""
     a, b = one.measured, other.measured
     pairs = [(a.rows, b.rows), *((getattr(x, name), getattr(y, name)) for x, y in ((a.pool, b.pool), (a.spatial, b.spatial))
-                                 for name in ("mu", "scatter", "sigma"))]
+                                 for name in ("mu", "sigma"))]
     return (a.n == b.n and one.floor == other.floor and one.floor.keys() == {"FD", "sFD"} and (one.order == other.order).all()
             and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs))
 
