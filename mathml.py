@@ -23,9 +23,10 @@ LETTERS = {name: chr(code) for code, name in enumerate("""alpha beta gamma delta
     xi omicron pi rho varsigma sigma tau upsilon varphi chi psi omega""".split(), 0x3b1)} | pairs(r"""epsilon ϵ phi ϕ vartheta ϑ
     Gamma Γ Delta Δ Theta Θ Lambda Λ Xi Ξ Pi Π Sigma Σ Phi Φ Psi Ψ Omega Ω infty ∞ partial ∂ nabla ∇ ell ℓ emptyset ∅ top ⊤
     prime ′ varnothing ∅ dots … ldots … cdots ⋯ vdots ⋮ % % # # $ $ _ _ & &""")
-OPERATORS = pairs("""sim ∼ propto ∝ approx ≈ equiv ≡ simeq ≃ lt < gt > leq ≤ le ≤ geq ≥ ge ≥ neq ≠ ne ≠ ll ≪ gg ≫ in ∈ notin ∉ subset ⊂
-    subseteq ⊆ cup ∪ cap ∩ to → rightarrow → leftarrow ← mapsto ↦ Rightarrow ⇒ Leftrightarrow ⇔ iff ⇔ cdot ⋅ odot ⊙ otimes ⊗ oplus ⊕
-    times × div ÷ pm ± mp ∓ circ ∘ star ⋆ ast ∗ forall ∀ exists ∃ land ∧ lor ∨ perp ⊥ colon : parallel ∥ int ∫""")
+OPERATORS = pairs("""sim ∼ propto ∝ approx ≈ equiv ≡ simeq ≃ lt < gt > leq ≤ le ≤ geq ≥ ge ≥ neq ≠ ne ≠ ll ≪ gg ≫ in ∈ notin ∉
+    subset ⊂ subseteq ⊆ cup ∪ cap ∩ to → rightarrow → leftarrow ← mapsto ↦ Rightarrow ⇒ Leftrightarrow ⇔ iff ⇔ cdot ⋅ odot ⊙
+    otimes ⊗ oplus ⊕ times × div ÷ pm ± mp ∓ circ ∘ star ⋆ ast ∗ forall ∀ exists ∃ land ∧ lor ∨ perp ⊥ colon : parallel ∥ int
+    ∫""")
 LIMITS = pairs("sum ∑ prod ∏ max max min min lim lim sup sup inf inf")       # scripts above and below in a displayed equation
 FUNCTIONS = "log ln exp sin cos tan tanh arg det dim Pr".split()
 DELIMITERS = pairs(r"""( ( ) ) [ [ ] ] | | . . \{ { \} } \lbrace { \rbrace } \| ‖ \Vert ‖ \lVert ‖ \rVert ‖ \vert | \lvert |

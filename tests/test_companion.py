@@ -509,3 +509,13 @@ def test_a_browser_lays_the_page_out_at_both_widths(folder, tmp_path_factory):
         assert result["over"] == [] and result["astray"] == [] and result["undrawn"] == 0
         assert result["sides"] == [side, side]
         assert result["math"] == page.count("<math") > 4 and result["links"] == page.count('href="#') > 4
+
+
+def test_a_figure_may_have_a_width(folder):
+    made = companion.page('<img src="figure.svg" width="90" alt="A & B">', folder, folder)
+    assert re.search(r'<img src="data:image/svg\+xml;base64,[^"]+" alt="A &amp; B" width="90"/>', made)
+
+
+def test_the_gap_before_a_comment_is_marked_and_no_character_changes(folder):
+    made = companion.coloured("x = 1" + " " * 20 + "# one\n    # two")
+    assert made.count('class="gap"') == 1 and re.sub("<[^>]+>", "", made) == "x = 1" + " " * 20 + "# one\n    # two\n"

@@ -13,10 +13,11 @@ SECTIONS = """1-1 1-1-1 1-1-2 1-2 1-3
     4-1 4-1-1 4-1-2 4-1-3 4-2 4-2-1 4-2-2 4-2-3 4-3 4-4 4-5 4-6 4-7 4-8 4-9 4-10 5-1 5-1-1 5-1-2 5-2""".split()
 FIGURES = "1-1 1-2 2-1 2-2 2-3 2-4 2-5 4-1 4-2 4-3 5-1 5-2".split()
 DRAWN = ("unet", "vit", "ldm", "dit", "dit-blocks", "uvit")
-ERRATA = """§1, footnotes 2, 3; §1-1-1; Fig. 1-2; §2-1-1; §2-1-1, end; §2-1-2; Eq. 2-6 … 2-8; Fig. 2-1; Eq. 2-9; Eq. 2-9, second term;
-    Eq. 2-9, third term; Eq. 2-9, last line; Eq. 2-11, line 2; Eq. 2-11, line 3; §2-2-1; §2-4-1; §2-4-2; §2-4-2; §2-4-3; §2-5-1; §2-6;
-    §2-6-2; §2-6-2; §2-6-2; §2-7-1; §3, §4-1-2; §4-2-2, §4-2-3, §5-1-2; §4-3; §4-4; §4-6; §4-6; §4-7; §4-8, §4-9; §4-10; §4-10;
-    Fig. 5-1"""
+ERRATA = """§1, footnotes 2, 3; §1-1-1; Fig. 1-2; §2-1-1; §2-1-1, end; §2-1-2; Eq. 2-6 … 2-8; Fig. 2-1; Eq. 2-9;
+    Eq. 2-9, second term;
+    Eq. 2-9, third term; Eq. 2-9, last line; Eq. 2-11, line 2; Eq. 2-11, line 3; §2-2-1; §2-4-1; §2-4-2; §2-4-2; §2-4-3; §2-5-1;
+    §2-6; §2-6-2; §2-6-2; §2-6-2; §2-7-1; §3, §4-1-2; §4-2-2, §4-2-3, §5-1-2; §4-3; §4-4; §4-6; §4-6; §4-7; §4-8, §4-9; §4-10;
+    §4-10; Fig. 5-1"""
 FORMULAS = {                           # by the section that they stand in: what must be there, some of it in a formula
     "2-1-2": (r"L_{\mathrm{simple}} =", r"L_{\mathrm{hybrid}} &=", r"-\log p_\theta(x_0) &\leq", r"D_{\mathrm{KL}}"),
     "1-2": (r"\hat{x}_0 + A^{+} (y - A \hat{x}_0)", "RePaint", "DDNM"),
@@ -26,7 +27,8 @@ FORMULAS = {                           # by the section that they stand in: what
     "2-8-1": (r"\mathrm{vec}",),
     "2-8-2": (r"\sin(c\, \omega)",),
     "2-8-3": (r"g_1 \odot \mathrm{MSA}", r"(1 + \gamma) \odot", "#### In-context", "#### Cross-attention", "norm_final"),
-    "3": (r"v &= \sqrt{\bar\alpha_t}\, \epsilon -", r"\eta \sqrt", r"e^{-h_{i+1}}", r"\epsilon_\theta(x_t, \varnothing)", r"0.2\, u"),
+    "3": (r"v &= \sqrt{\bar\alpha_t}\, \epsilon -", r"\eta \sqrt", r"e^{-h_{i+1}}", r"\epsilon_\theta(x_t, \varnothing)",
+          r"0.2\, u"),
     "4-1-1": (r"[X, X_{\mathrm{skip}}]\, W_{\mathrm{skip}}",),
     "4-6": (r"(\Sigma_1 \Sigma_2)^{1/2}", r"\sqrt{\lambda_i(A^\top \Sigma_2 A)}", r"\mathrm{IS} &=", r"\mathrm{precision} &=",
             r"\mathrm{recall} &=", "**sFID**"),
