@@ -26,7 +26,7 @@ def tiny_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "run.pt"
     train.main(["--size", "Ti/16", "--steps", "4", "--batch-size", "8", "--device", "cpu", "--out", str(out)])
     run, generator = checkpoint.load(out), torch.Generator().manual_seed(0)
-    for value in run["ema"].values():
+    for value in run.ema.values():
         value += 0.05 * torch.randn(value.shape, generator=generator)
     checkpoint.save(out, run)
     return out

@@ -177,7 +177,7 @@ class Training:
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} "
                              "micro-batches")
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.out, self.start, self.saved = Path(args.out), run.step if run else 0, bool(run)
+        self.out, self.start, self.fresh = Path(args.out), run.step if run else 0, run is None
         self.part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
         random = Randomness(args.seed, args.batch_size, self.part, device)
         self.dataset = load_data(args, run, device)
@@ -208,7 +208,7 @@ class Training:
     def save(self, step):
         """Write run.pt, on the first process."""
         args, dataset, state = self.args, self.dataset, self.state
-        sums, first, self.saved = total(state.sums, self.world).cpu(), not self.saved, True
+        sums, first, self.fresh = total(state.sums, self.world).cpu(), self.fresh, False
         if self.rank > 0:
             return
         if first:                                        # a file may have appeared since the start
@@ -250,7 +250,7 @@ class Training:
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)
                 if not diverged and (stopping or due(args.save_every, done, args) or due(args.eval_every, done, args) or
-                                     row and not self.saved):            # no log has rows of a run that is not there
+                                     row and self.fresh):                # no log has rows of a run that is not there
                     with self.log.paused():
                         self.save(done)                  # before pictures and scores, which may fail
                 if row:
