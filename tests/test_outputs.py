@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import bench
@@ -72,8 +73,13 @@ def linked(path):
     os.symlink(Path("letter.txt").absolute(), path)
 
 
+def run_like(path):
+    """A small checkpoint with AdamW's moments."""
+    torch.save(dict(version=1, optimizer=dict(state={0: dict(exp_avg=torch.zeros(2))})), path)
+
+
 def user_png(path):
-    Image.fromarray(IMAGES[0, ..., 0]).resize((200, 200)).save(path)
+    Image.fromarray(IMAGES[0, ..., 0]).resize((200, 200)).save(path, "PNG")
 
 
 THERE = {                              # what is at the place of an output, and how it is made
@@ -89,7 +95,7 @@ THERE = {                              # what is at the place of an output, and 
     "a data set": lambda path: npz(path, images=IMAGES, labels=LABELS),
     "a nameless data set": lambda path: npz(path, arr_0=IMAGES, arr_1=np.sort(LABELS)),
     "ADM's reference": lambda path: npz(path, arr_0=IMAGES, mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2), sigma_s=np.eye(2)),
-    "a run": lambda path: shutil.copy("run.pt", path),
+    "a run": run_like,
     "a link": linked,
     "a folder": lambda path: (os.mkdir(path), Path(path, "letter.txt").write_text("a letter")),
     "a FIFO": os.mkfifo,
@@ -114,7 +120,9 @@ def folder(tmp_path, tiny_run, monkeypatch):
 def state(folder):
     """All that is in a folder: what kind of thing, its mode, when it was changed, what it holds."""
     def content(path):
-        return os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        large = path.is_file() and path.stat().st_size > 2 ** 20         # the fixture's run: by its place on the disk
+        return (os.readlink(path) if path.is_symlink() else path.stat().st_ino if large else
+                path.read_bytes() if path.is_file() else None)
     return {path: (path.lstat().st_mode, path.lstat().st_mtime_ns, content(path)) for path in folder.rglob("*")
             if not path.is_dir()}
 
@@ -259,7 +267,7 @@ def test_what_an_earlier_call_wrote_is_replaced_and_its_pixels_and_arrays_are_as
         companion.main([])
     with np.load("drawn.npz") as archive:
         assert archive.files == ["arr_0", "arr_1"]
-        assert np.array_equal(np.asarray(Image.open("drawn.png")), grid(archive["arr_0"], 2)[..., 0])
+        assert np.array_equal(np.asarray(Image.open("drawn.png")), grid(archive["arr_0"], 10)[..., 0])
 
 
 def without_mark(path, ending):
@@ -314,7 +322,7 @@ def test_overwrite_is_offered_and_replaces_any_regular_file_but_a_run(folder, ca
     rules = []
     monkeypatch.setattr(files, "parent_of", lambda path: rules.append(path))         # of each check
     check_output(out, purpose, overwrite=True)
-    shutil.copy("run.pt", out)
+    run_like(out)
     for told in (dict(), dict(overwrite=True)):
         refusal(lambda: check_output(out, purpose, **told), out)
     assert len(rules) == 3
@@ -322,13 +330,13 @@ def test_overwrite_is_offered_and_replaces_any_regular_file_but_a_run(folder, ca
 
 
 def test_overwrite_replaces_a_users_file(folder):
-    for name, argv in (("figure.png", ["schedules", "--out", "figure.png"]),):
-        user_png(name)
-        plot.main([*argv, "--overwrite"])
-        assert known(Path(name), "figure schedules")
-    shutil.copy("REPORT.md", "slim.pt")
-    checkpoint.main(["run.pt", "--slim", "slim.pt", "--overwrite"])
-    assert checkpoint.load("slim.pt").optimizer is None
+    user_png("figure.png")
+    plot.main(["schedules", "--out", "figure.png", "--overwrite"])
+    assert known("figure.png", "figure schedules")
+    Path("slim.pt").write_text("a letter")
+    for _ in range(2):                                   # the second time, a slim run
+        checkpoint.main(["run.pt", "--slim", "slim.pt", "--overwrite"])
+    assert checkpoint.load("slim.pt").optimizer is None and files.holds_run("run.pt") and not files.holds_run("slim.pt")
 
 
 # Training
