@@ -47,7 +47,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from cli import Parser, add_overwrite_flag, one_line_errors
-from files import atomic_file, check_output, output_file, rule_of
+from files import atomic_file, output_file, rule_of
 from mathml import equation, error
 
 STYLE = Path(__file__).parent / "assets" / "companion.css"
@@ -379,8 +379,6 @@ def main(argv=None):
     """The command: write the page, or with --sync the source, if anything in it differs from the code."""
     args = flags().parse_args(argv)
     with one_line_errors("companion.py"):
-        if not args.sync:
-            check_output(args.out, "page", **rule_of(args))
         report = Path(args.report)
         root = report.absolute().parent
         try:

@@ -169,21 +169,15 @@ def own_reference(path, purpose):
         return {"mu", "sigma", "features", "features_sha256"} <= set(archive.files) and "rows" not in archive
 
 
-def header_of(path, delimiters=","):
-    """The column names of a table, [] of an empty file; also behind a byte-order mark, which spreadsheets write."""
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        line = file.readline(10_000)
-    return next(csv.reader([line], delimiter=max(delimiters, key=line.count)), [])
+def header_of(path):
+    """The column names of a table, [] of an empty file."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        return next(csv.reader([file.readline(10_000)]), [])
 
 
-def own_log(path, purpose):
-    """Whether a table is a log of train.py; an empty file is as good as none."""
-    return not path.stat().st_size or {"step", "images", "loss"} <= set(header_of(path, ",;\t"))
-
-
-def own_new_log(path, purpose):
-    """Whether a log has no rows: that of a start that ended before its first save."""
-    return own_log(path, purpose) and path.read_bytes().count(b"\n") < 2
+def own_empty_log(path, purpose):
+    """Whether a log of train.py has no rows: that of a start that ended before its first save."""
+    return header_of(path)[:3] == ["step", "images", "loss"] and path.read_bytes().count(b"\n") < 2
 
 
 def own_scores(path, purpose):
@@ -206,8 +200,8 @@ def own_page(path, purpose):
 PURPOSES = {
     "run": Purpose("a run", ".pt", never),
     "slim run": Purpose("a slim run", ".pt", never),     # perhaps the only copy of days of training
-    "new log": Purpose("the empty log of a new run", ".csv", own_new_log),
-    "log": Purpose("the log of a run", ".csv", own_log),
+    "new log": Purpose("the empty log of a new run", ".csv", own_empty_log),
+    "log": Purpose("the log of a run that is resumed", ".csv", lambda path, purpose: True),       # reports.Log keeps other files
     "picture": Purpose("a picture of train.py", ".png", own_png),
     "samples": Purpose("a picture of samples", ".png", own_png),
     "sample": Purpose("one sample", ".png", never),      # of a folder, in which those of two calls are not mixed
