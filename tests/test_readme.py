@@ -4,23 +4,27 @@ import importlib
 import re
 import shlex
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import cascade
 import companion
 import data
+import reports
 import restoration
 import sampling
-from settings import read_settings
+import settings
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md", "CHANGING.md", "assets/README.md")}
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md", "CHANGING.md")}
 README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
-LINES = [line.split("#")[0].strip() for block in re.findall(r"^```\n(.*?)^```", TEXT, re.S | re.M) for line in block.splitlines()]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.S | re.M)         # language and lines
+LINES = [line.split("#")[0].strip() for language, block in BLOCKS if not language for line in block.splitlines()]
 INLINE = re.findall(r"`(python \w+\.py[^`…]*)`", TEXT.replace("\n", " "))        # in tables and prose; an ellipsis is no command
 COMMANDS = list(dict.fromkeys([line for line in LINES if re.match(r"python \w+\.py|torchrun|pip", line)]
                               + [re.sub(" N$", " 0", line) for line in INLINE]))
@@ -51,8 +55,10 @@ def test_the_command_parses_and_its_recipe_exists(command, tmp_path, monkeypatch
     program, argv = program_and_flags(command)
     for flag in {"--vae", "--clip"} & {*argv}:           # they are looked for at once
         Path(argv[argv.index(flag) + 1]).touch()
-    if program == "train" and "--resume" not in argv:
-        read_settings(argv)
+    if program == "train" and "--resume" in argv:
+        settings.flags().parse_args(argv)
+    elif program == "train":
+        settings.read_settings(argv)
     else:
         curves = ["curves"] if program == "plot" and argv[0].endswith(".csv") else []
         importlib.import_module(program).flags().parse_args([*curves, *argv])
@@ -89,10 +95,20 @@ def test_the_readme_is_read_in_a_few_minutes():
 def test_the_librarys_lines_run(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(tiny_run, "run.pt")
-    lines, = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    lines, = (block for language, block in BLOCKS if language == "python")
     names = {}
     exec(lines, names)
     assert names["images"].shape == (8, 1, 32, 32) and names["images"].abs().max() <= 1 and names["network"].num_classes == 10
+
+
+@pytest.mark.parametrize("steps, batch_size, device, epochs, lines", [
+    (400_000, 256, "cpu", "11,378 epochs", 2), (400_000, 256, "cuda", "11,378 epochs", 1), (2800, 32, "cpu", "10 epochs", 1)])
+def test_a_run_begins_with_its_epochs_and_on_a_cpu_with_what_fits_it(steps, batch_size, device, epochs, lines):
+    args = Namespace(steps=steps, batch_size=batch_size, data="mnist", size="B/4", vae=None, precision="fp32")
+    training = Namespace(args=args, dataset=data.load(), start=0, described={"class": "DiT"}, device=torch.device(device), world=1,
+                         state=Namespace(network=torch.nn.Linear(1, 1)))
+    first, *more = reports.first_line(training).split("\n")
+    assert first.endswith(f"of {batch_size} images, {epochs}") and len(more) == lines - 1 and all("python train.py," in line for line in more)
 
 
 def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatch, capsys):
@@ -121,4 +137,4 @@ def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatc
         importlib.import_module(program).main([*argv, *([] if restores else FEW.get(program, []))])
         assert "" == capsys.readouterr().err.replace("\r", ""), (program, argv)
     assert {"run.pt", "uvit.pt", "unet.pt", "vae.pt", "latent.pt", "shapes.pt", "base.pt", "sr.pt", "roll.pt"} <= made
-    assert all((tmp_path / name).exists() for name in ("samples.png", "schedules.png", "swissroll.png", "way.gif", "curves.png"))
+    assert all((tmp_path / name).exists() for name in ("samples.png", "schedules.png", "swissroll.png", "way.gif", "roll.gif", "curves.png"))
