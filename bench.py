@@ -33,9 +33,9 @@ import restoration
 import shapes
 import train
 from checkpoint import load, load_autoencoder
-from cli import Parser, add_overwrite_flag, natural, one_line_errors, positive, processes
+from cli import Parser, add_overwrite_flag, natural, one_line_errors, positive, processes, rule_of
 from features import JUDGE, default_space, full_precision, space_of
-from files import check_output, header_of, output_file, rule_of
+from files import check_output, header_of, output_file
 from gflops import count, inputs_of
 from latents import encode
 from metrics import Statistics, distance, nearest, precision_recall, psnr, unique_share, vote

@@ -28,9 +28,9 @@ import torch
 
 import models
 import text
-from cli import Parser, add_overwrite_flag, one_line_errors
+from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
 from ddpm import SCHEDULES, Diffusion
-from files import atomic_file, check_output, rule_of, sha256_of, writing
+from files import atomic_file, check_output, sha256_of, writing
 from released import clip_encoder, released_autoencoder, released_run
 
 VERSION = 1

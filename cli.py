@@ -165,6 +165,18 @@ def total(tensor, world):
     return tensor
 
 
+INPUTS = ("ckpt", "vae", "clip", "inpaint", "mask", "upscale", "denoise", "cascade", "samples", "reference", "features", "data", "csv",
+          "report", "file")            # the flags and arguments of all commands that name a file to read
+
+
+def rule_of(args):
+    """What `files.check_output` has to know of a command line: the files that it reads, and --overwrite, None where there is no such
+    flag."""
+    named = [getattr(args, name, None) for name in INPUTS]
+    inputs = [path for entry in named if entry for path in (entry if isinstance(entry, list) else [entry])]
+    return dict(inputs=inputs, overwrite=getattr(args, "overwrite", None))
+
+
 def parent_of(path):
     """ValueError, before the work and not after it, if a file's folder does not exist."""
     if not Path(path).absolute().parent.is_dir():

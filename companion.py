@@ -46,8 +46,8 @@ from html import escape, unescape
 from pathlib import Path
 from urllib.parse import unquote
 
-from cli import Parser, add_overwrite_flag, one_line_errors
-from files import atomic_file, output_file, rule_of
+from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
+from files import atomic_file, output_file
 from mathml import equation, error
 
 STYLE = Path(__file__).parent / "assets" / "companion.css"

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 import data
-from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes
+from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes, rule_of
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
-from files import check_output, header_of, rule_of, sha256_of, writing
+from files import check_output, header_of, sha256_of, writing
 from image_files import side_of
 from latents import embeddings
 from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module

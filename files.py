@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import re
 import secrets
 import sys
 import time
@@ -139,7 +138,7 @@ def own_png(path, purpose):
     edge[2:-2, 2:-2] = False
     if (pixels[edge] == 128).all():    # pictures.grid's gap, and within it tiles of more than 32 pixels a side
         return min(pixels.shape[:2]) > 36 and bool((pixels[[2, -3]] != 128).any())
-    lines = [(pixels == grey).all(axis=-1).sum() > 500 for grey in (51, 225)]            # chart.INK and GRID
+    lines = [(pixels == grey).all(axis=-1).sum() > 500 for grey in (51, 225)]            # pictures.INK and GRID
     return pixels.ndim == 3 and bool((pixels[edge] == 255).all()) and all(lines)
 
 
@@ -217,18 +216,6 @@ PURPOSES = {
     "comparison": Purpose("a table of bench.py compare", ".csv", own_comparison),
     "page": Purpose("a page of companion.py", ".html", own_page),
 }
-INPUTS = ("ckpt", "vae", "clip", "inpaint", "mask", "upscale", "denoise", "cascade", "samples", "reference", "features", "data", "csv",
-          "report", "file")            # the flags and arguments of all commands that name a file to read
-
-
-def rule_of(args):
-    """What `check_output` has to know of a command line: the files that it reads, and --overwrite, None where there is no such
-    flag."""
-    named = [getattr(args, name, None) for name in INPUTS]
-    inputs = [path for entry in named if entry for path in (entry if isinstance(entry, list) else [entry])]
-    return dict(inputs=inputs, overwrite=getattr(args, "overwrite", None))
-
-
 def check_output(path, purpose, inputs=(), overwrite=None):
     """ValueError or OSError, in one line, where a command may not write a file for a purpose, a key of PURPOSES.
 
@@ -289,34 +276,6 @@ def output_file(path, purpose, inputs=(), overwrite=None):
     """An `atomic_file` to write for a purpose, see `check_output`."""
     with atomic_file(path, lambda: check_output(path, purpose, inputs, overwrite)) as file:
         yield file
-
-
-def check_folder(path, inputs=(), overwrite=None):
-    """ValueError or OSError where numbered samples may not be written into a folder: it holds something else, or earlier ones,
-    unless overwrite."""
-    folder = Path(os.path.realpath(path))
-    parent_of(folder)
-    if not os.path.lexists(folder):
-        return check_access(path, folder.parent)
-    if not folder.is_dir():
-        raise ValueError(f"{path} is no folder: choose another name")
-    check_access(path, folder)
-    for file in sorted(folder.iterdir()):
-        sample = re.fullmatch(r"\d{6,}\.png", file.name)
-        if sample and overwrite:
-            check_output(file, "sample", inputs, overwrite)
-        elif not file.name.startswith("."):
-            remedy = ", or --overwrite replaces the samples" if sample and overwrite is False else ""
-            raise ValueError(f"{path} holds {file.name}, with which samples are not mixed: choose a new folder{remedy}")
-
-
-def make_folder(path, inputs=(), overwrite=None):
-    """Make a folder for numbered samples, see `check_folder`; earlier ones are removed from it."""
-    check_folder(path, inputs, overwrite)
-    with writing(path):
-        Path(path).mkdir(exist_ok=True)
-        for sample in Path(path).glob("[0-9]*.png"):
-            sample.unlink()
 
 
 def sha256_of(path):

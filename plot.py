@@ -1,7 +1,7 @@
 """Draw the figures: each shows one claim, which the command prints for the caption, and one line remakes it.
 
 Report Fig. 1-2 and Eq. 2-3 (schedules and noise), Fig. 2-1 (a swiss roll, there and back), §3 (guidance), Fig. 4-3 and §2-7-1
-(quality against Gflops). Times in the figures are the report's, t = 1 … T, and t = 0 is the data. chart.py draws the lines.
+(quality against Gflops). Times in the figures are the report's, t = 1 … T, and t = 0 is the data. pictures.py draws the lines.
 
     python plot.py run1.csv run2.csv                     loss curves of runs
     python plot.py schedules                             beta, alpha_bar and the signal-to-noise ratio of the three schedules
@@ -19,9 +19,9 @@ import torch
 
 import data
 import ddpm
-from chart import COLOURS, Chart, faint, spread, table
-from cli import Parser, add_overwrite_flag, natural, one_line_errors, processes
-from files import check_output, rule_of
+from pictures import COLOURS, Chart, faint, spread, table
+from cli import Parser, add_overwrite_flag, natural, one_line_errors, processes, rule_of
+from files import check_output
 from pictures import WINDOW, points_panel, save_image, write_gif
 from sampling import decode, decoder, draw, drawable
 from points import MLP, swiss_roll

@@ -23,7 +23,7 @@ from files import output_file, writing
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
 from sampling import SCATTERED, decode, draw, draw_points, guidance_scale
-from step import learning_rate
+from objectives import learning_rate
 from unet import UPSAMPLERS
 from vae import pieces
 

@@ -12,6 +12,8 @@ Report §4-5 (inference), §4-8, §4-9 (guidance), §1-2 (restoration). The defa
 """
 import argparse
 import math
+import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -22,10 +24,10 @@ from PIL import Image
 
 import restoration
 from cascade import enlarge
-from cli import (Parser, add_overwrite_flag, first_in_turn, gathered, not_negative, one_line_errors, positive, processes,
-                 progress_bar, share)
+from cli import (Parser, add_overwrite_flag, first_in_turn, gathered, not_negative, one_line_errors, parent_of, positive,
+                 processes, progress_bar, rule_of, share)
 from data import to_float, to_uint8
-from files import check_folder, check_output, make_folder, mark, output_file, rule_of
+from files import check_access, check_output, mark, output_file, writing
 from image_files import center_crop, open_image
 from pictures import grid, points_picture, save_image, write_gif
 from points import MLP
@@ -101,6 +103,34 @@ def flags():
     add_overwrite_flag(parser)
     add_restoration_flags(parser)
     return parser
+
+
+def check_folder(path, inputs=(), overwrite=None):
+    """ValueError or OSError where numbered samples may not be written into a folder: it holds something else, or earlier ones,
+    unless overwrite."""
+    folder = Path(os.path.realpath(path))
+    parent_of(folder)
+    if not os.path.lexists(folder):
+        return check_access(path, folder.parent)
+    if not folder.is_dir():
+        raise ValueError(f"{path} is no folder: choose another name")
+    check_access(path, folder)
+    for file in sorted(folder.iterdir()):
+        sample = re.fullmatch(r"\d{6,}\.png", file.name)
+        if sample and overwrite:
+            check_output(file, "sample", inputs, overwrite)
+        elif not file.name.startswith("."):
+            remedy = ", or --overwrite replaces the samples" if sample and overwrite is False else ""
+            raise ValueError(f"{path} holds {file.name}, with which samples are not mixed: choose a new folder{remedy}")
+
+
+def make_folder(path, inputs=(), overwrite=None):
+    """Make a folder for numbered samples, see `check_folder`; earlier ones are removed from it."""
+    check_folder(path, inputs, overwrite)
+    with writing(path):
+        Path(path).mkdir(exist_ok=True)
+        for sample in Path(path).glob("[0-9]*.png"):
+            sample.unlink()
 
 
 def save_numbered(folder, numbers, images):

@@ -11,9 +11,9 @@ from pathlib import Path
 import checkpoint
 import dit
 import unet
-from cli import Parser, natural, not_negative, parent_of, positive
+from cli import Parser, natural, not_negative, parent_of, positive, rule_of
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
-from files import check_output, rule_of
+from files import check_output
 from models import TRAINABLE, check_options, describe, named
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,

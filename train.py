@@ -34,7 +34,7 @@ from reports import (AccuracyReport, Log, PointReport, ReconstructionReport, Sam
 from sampling import TextReader, unconditional
 from scoring import SampleScores, lacks, measure_reference, possible
 from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings
-from step import State, train_step
+from objectives import State, train_step
 from text import TextEncoder
 from unet import UPSAMPLERS
 from vit import divided

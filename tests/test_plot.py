@@ -16,7 +16,7 @@ import ddpm
 import plot
 import sample
 import train
-from chart import COLOURS, Chart
+from pictures import COLOURS, Chart
 from plot import drift, numbers, read_rows, reverse, smooth
 
 

@@ -33,7 +33,7 @@ import unet
 import uvit
 import vit
 from objectives import Denoising
-from step import guarded_step, update_ema
+from objectives import guarded_step, update_ema
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "Ti/16", "--batch-size", "8", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""chart.py: ticks are round and cover the axis, a point lands on its pixel, and nothing is drawn outside of the box."""
+"""pictures.py: ticks are round and cover the axis, a point lands on its pixel, and nothing is drawn outside of the box."""
 import itertools
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import assume, given, strategies as st
 from PIL import ImageColor
 from refusals import refusal
 
-from chart import COLOURS, Chart, faint, log_ticks, number, spread, table, text_width, ticks
+from pictures import COLOURS, Chart, faint, log_ticks, number, spread, table, text_width, ticks
 
 RED = "#ff0000"
 finite = st.floats(-1e6, 1e6)
