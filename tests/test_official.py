@@ -1,6 +1,6 @@
 """The README's commands for official weights, as they stand there, on files of formula weights in exactly these layouts.
 
-    python -m pytest -m slow tests/test_official.py        the full sizes: DiT-XL/2 and Stable Diffusion's autoencoder, 3 GB, minutes
+    python -m pytest -m slow tests/test_official.py        the full sizes: DiT-XL/2 and Stable Diffusion's autoencoder, 3 GB
 """
 import json
 import shutil
@@ -21,7 +21,7 @@ from uvit import UViT
 from vae import AutoencoderKL
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-COMMAND = next(line for line in README.splitlines() if "--ckpt DiT-XL-2-256x256.pt --vae" in line and line.startswith("python sample.py"))
+COMMAND = next(line for line in README.splitlines() if line.startswith("python sample.py --ckpt DiT-XL-2-256x256.pt --vae"))
 SMALL_VAE = dict(dim=32, multipliers=(1, 2, 4, 4), res_blocks=1)         # f = 8, as Stable Diffusion's
 
 
@@ -88,8 +88,8 @@ def test_a_released_uvit_of_ms_coco_draws_what_clip_reads_in_its_own_time(tmp_pa
     _, tokenizer = checkpoint.load_clip("clip")
     diffusion = ddpm.Diffusion(ddpm.scaled_linear_betas(), timesteps=np.arange(1000) + 1)
     with torch.no_grad():
-        told, empty = (clip(tokenizer.tokenize([text])) for text in ("a cat on a table", ""))
-        x = ddpm.sample(diffusion, network, (1, 4, 8, 8), told, "dpm++", 2, cfg_scale=2.0, y_null=empty[0], seeds=[(0, 0)])
+        context, empty = (clip(tokenizer.tokenize([text])) for text in ("a cat on a table", ""))
+        x = ddpm.sample(diffusion, network, (1, 4, 8, 8), context, "dpm++", 2, cfg_scale=2.0, y_null=empty[0], seeds=[(0, 0)])
         wanted = data.to_uint8(autoencoder.decode(x / 0.2301)).numpy()
     with np.load("drawn.npz") as archive:
         assert abs(archive["arr_0"].astype(int) - wanted).max() <= 1

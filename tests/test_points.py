@@ -124,10 +124,6 @@ def test_a_shift_is_as_far_as_its_mean_projection(x, y):
     assert sliced_wasserstein(a, a + torch.tensor([x, y])) == pytest.approx(expected, rel=1e-3, abs=1e-12)
 
 
-def test_sets_of_unequal_size_are_refused():
-    refusal(lambda: sliced_wasserstein(cloud(3), cloud(4)), "3 and 4 points")
-
-
 # The network
 
 def test_point_and_time_matter_and_batch_mates_do_not(network):
@@ -233,8 +229,9 @@ def test_what_does_not_go_with_points_is_refused_before_the_work(tmp_path, roll_
     assert not list(tmp_path.iterdir())
 
 
-def test_points_have_no_image_size():
+def test_points_have_no_image_size_and_sets_of_unequal_size_no_distance():
     refusal(lambda: data.load("swissroll", 32), "--image-size")
+    refusal(lambda: sliced_wasserstein(cloud(3), cloud(4)), "3 and 4 points")
 
 
 def test_the_window_of_pictures_shows_all_of_the_roll():

@@ -218,7 +218,8 @@ def test_a_run_killed_at_random_moments_and_resumed_is_bit_identical(tmp_path):
     whole, cut, random = trained(tmp_path / "whole.pt", *argv), tmp_path / "cut.pt", np.random.default_rng(0)
     for resume in ([], ["--resume"]):
         before = cut.stat().st_mtime_ns if resume else 0
-        process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, *argv, "--out", cut, *resume], stdout=subprocess.DEVNULL)
+        command = [sys.executable, ROOT / "train.py", *TINY, *argv, "--out", cut, *resume]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (cut.exists() and cut.stat().st_mtime_ns > before):
             time.sleep(0.02)
         time.sleep(random.uniform(0, 0.2))                # into the next steps, or the next save
