@@ -211,7 +211,7 @@ CASES = [
     ("how to score, but not when", nothing, f"{TRAIN} --eval-n 100",
      "--eval-n: it says how to score, which only --eval-every does"),
     ("too few samples to score", nothing, f"{TRAIN} --eval-every 2 --eval-n 3", "need at least 4 samples and images, not 3"),
-    ("a slim run over a file that is there", nothing, "checkpoint.py run.pt --slim run.pt", "there is such a file already"),
+    ("a slim run over a file that is there", nothing, "checkpoint.py run.pt --slim run.pt", "would replace it"),
     ("an unknown data set", nothing, f"{TRAIN} --data nowhere", "no data set 'nowhere'"),
     ("an empty folder", lambda: os.mkdir("photos"), f"{TRAIN} --data photos --image-size 32", "photos holds no image"),
     ("a folder without a size", images_of_two_classes, f"{TRAIN} --data photos", "--image-size"),
