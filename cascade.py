@@ -4,8 +4,8 @@ Report §3 (cascades with super-resolution). Papers: Ho et al. 2022 (Cascaded Di
 The upsampler is `unet.SuperResUNet`, a denoiser that sees beside x_t an image low of a quarter of its sides. It learns from
 pairs: low is the mean over 4 x 4 pixels of the image itself, with noise of a random amount, which Ho et al. call conditioning
 augmentation (their section 4). Without it the upsampler believes every pixel of low, also those that a base got wrong, and
-errors add up. They tell the network how much noise there is. The upsamplers that are released, ADM's, have no input for that,
-and ours has the same architecture: it has to see the amount in low itself, and nothing is told when sampling.
+errors add up. Ho et al. pass the amount of noise to the network. The upsamplers that are released, ADM's, have no input for that,
+and ours has the same architecture: it estimates the amount from low.
 
     python train.py --image-size 8 --size Ti/2 --out base.pt
     python train.py --model unet --size Ti-up --out sr.pt

@@ -70,7 +70,7 @@ class Diffusion:
     betas (T,) in (0, 1). prediction: what the network outputs, the noise "eps", the image "x0", or
     "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0. variance of the reverse step: "small" is beta_tilde, "large" is beta,
     "learned" interpolates between their logarithms. The tables .betas .alphas .alpha_bars .beta_tildes are float64 arrays of
-    length T. timesteps (T,) is the time that the model is told at each step, 0 .. T-1 by default; released weights may count
+    length T. timesteps (T,) are the times passed to the model, 0 .. T-1 by default; released weights may count
     otherwise. ValueError on unknown names or betas outside (0, 1).
     """
 
@@ -111,7 +111,7 @@ class Diffusion:
             table = self.tables[name] = table.to(x.device)               # moved once, not at every step
         if t.shape != x.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)} for a batch of {len(x)}: it must be (N,)")
-        if t.device.type == "cpu" and ((t < 0) | (t >= self.T)).any():   # on a GPU to look would be to wait
+        if t.device.type == "cpu" and ((t < 0) | (t >= self.T)).any():   # on a GPU the check would wait for it
             raise IndexError(f"t must lie in 0 .. {self.T - 1}")
         return table[t].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
@@ -264,7 +264,7 @@ def guided(model, y, y_null, scale, channels=None, interval=None):
 
     uncond + scale (cond - uncond) on all channels of the prediction, or on the first `channels` only; a learned variance
     stays the conditional one. Since eps, x0 and v are affine in each other, guiding one guides all. interval (low, high), in
-    the time that the model is told, inclusive, guides only there and evaluates the condition alone elsewhere.
+    the time that the model is told, inclusive, guides inside it; outside only the conditional prediction is used.
     """
     def model_with_guidance(x, t):
         if scale == 1 or (interval is not None and not interval[0] <= int(t[0]) <= interval[1]):

@@ -1,4 +1,4 @@
-"""DiT, the diffusion transformer: a ViT that predicts noise, told the time and the class in one of four ways.
+"""DiT, the diffusion transformer: a ViT that predicts noise. Time and class enter its blocks in one of four ways.
 
 Report §2-6, §2-7, §2-8 and §4-2 … §4-4. Paper: Peebles & Xie 2023, figure 3 and section 3.2 (the block designs), table 1
 (sizes). Every denoiser here has one signature: model(x, t, y=None) with x (N, C, H, W), t (N,) the step in 0 .. T-1 and
@@ -169,11 +169,11 @@ class DiT(nn.Module):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)                # the first prediction is 0, whatever the block
         if self.conditioning == "adaln-zero":
-            for module in (*self.blocks, self.final_layer):           # no modulation, closed gates: blocks are identities
+            for module in (*self.blocks, self.final_layer):           # gates start at 0: each block is the identity
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     def condition(self, t, y):
-        """What the blocks are told: one vector t + y (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two."""
+        """The condition c of the blocks: one vector t + y (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two."""
         t_embedding = self.t_embedder(t)                                             # (N, D)
         if self.context_dim is not None:
             return torch.cat([t_embedding.unsqueeze(1), self.context_embedder(y)], dim=1)        # (N, 1 + M, D)

@@ -36,7 +36,7 @@ def resize_torch(x, side=SIDE):
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm with fixed statistics, ReLU.  "Same" padding, or none where it strides or is told so."""
+    """Convolution, batch norm with fixed statistics, ReLU.  "Same" padding, or none with a stride or padded=False."""
 
     def __init__(self, inputs, outputs, kernel, stride=1, padded=True):
         super().__init__()

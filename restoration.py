@@ -1,9 +1,9 @@
-"""Restoration: hidden, shrunk or noisy images made whole by any trained model, as it is.
+"""Restoration: fill in, enlarge or denoise images with any trained model, without further training.
 
 Report §1-2, §2-1 (what diffusion models are used for). Papers: Wang et al. 2023 (DDNM); Lugmayr et al. 2022 (RePaint). What is
 known of an image is a linear measurement y = A x: the visible pixels, or the means of squares of pixels. Each x0 that the reverse
 process predicts is corrected by the pseudo-inverse A+ so that it has this measurement. Noise is what a diffusion model is trained
-to remove: a noisy image is the x_t of some step, and the reverse process goes on from there.
+to remove: a noisy image is the x_t of one step t, from which the reverse process starts.
 
 Measuring pixels is no linear function of latents. So each predicted x0 is decoded, corrected and encoded again, and the decoded
 result is corrected once more: it keeps the measurement too, and each step takes a pass through the autoencoder besides. (Forty

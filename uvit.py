@@ -77,7 +77,7 @@ class UViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def tokens(self, x, t, y):
-        """All that the network is told, as one sequence (N, E + L, D): [label, time, patches] or [time, text, patches]."""
+        """All inputs as one sequence (N, E + L, D): [label, time, patches] or [time, text, patches]."""
         patches = self.patch_embed(x)                                                    # (N, L, D)
         time = timestep_embedding(t, self.dim).to(self.pos_embed.dtype)                  # (N, D); exact, also under autocast
         sequence = [self.time_embed(time).unsqueeze(1), patches]                         # (N, 1, D), (N, L, D)
@@ -97,7 +97,7 @@ class UViT(nn.Module):
             skips.append(x)
         x = run_block(self, self.mid_block, x)
         for block in self.out_blocks:
-            x = run_block(self, block, x, skips.pop() if self.skip else None)                  # the last one in is the first out
+            x = run_block(self, block, x, skips.pop() if self.skip else None)                  # the last output first
         x = self.decoder_pred(self.norm(x))[:, self.extras:]                             # (N, L, p p C): the extra tokens leave
         return self.final_layer(unpatchify(x, self.grid, self.patch_size))               # (N, C, H, W)
 
