@@ -1,4 +1,5 @@
 """bench.py: its judge is right on digits whose class is known, and its stopwatch changes nothing."""
+from dataclasses import replace
 import csv
 
 import numpy as np
@@ -160,11 +161,11 @@ def test_a_blur_keeps_the_mean_spreads_a_point_by_its_deviation_and_leaves_flat_
     torch.testing.assert_close(restoration.blurred(flat, 1.5), flat)
 
 
-@pytest.mark.parametrize("change, said", [(dict(vae={"scale": 0.5}), "32x32 pixels with a null class"),
-                                          (dict(data={"spec": "photos"}), "32x32 pixels with a null class")])
+@pytest.mark.parametrize("change, said", [(dict(vae=checkpoint.Autoencoder(0.5)), "32x32 pixels with a null class"),
+                                          (dict(data=checkpoint.Data("photos", None, 10, 1, 32)), "32x32 pixels with a null class")])
 def test_restoration_refuses_a_run_that_knows_no_digits(tiny_run, tmp_path, capsys, change, said):
     run = checkpoint.load(tiny_run)
-    checkpoint.save(tmp_path / "other.pt", {**run, **change})
+    checkpoint.save(tmp_path / "other.pt", replace(run, **change))
     with pytest.raises(SystemExit) as stopped:
         bench.main(["restore", "--ckpt", str(tmp_path / "other.pt")])
     error = capsys.readouterr().err
@@ -203,9 +204,9 @@ def test_the_loop_trains_on_cached_random_and_fresh_latents_by_turns_and_is_left
     np.savez(tmp_path / "images.npz", arr_0=pixels, arr_1=np.arange(40) % 10)
     drawn, before = [], (data.Batches.__getitem__, Denoising.draw)
 
-    def noting(objective, step, moments, labels, part):
+    def noting(objective, step, moments, labels):
         drawn.append((step, moments.flatten(0, 2), labels))
-        return before[1](objective, step, moments, labels, part)
+        return before[1](objective, step, moments, labels)
     with monkeypatch.context() as patched:
         patched.setattr(Denoising, "draw", noting)
         bench.main(["latents", "--vae", str(tmp_path / "sd.ckpt"), "--data", str(tmp_path / "images.npz"), "--batch-size", "4",

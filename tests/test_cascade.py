@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def runs(small):
     train.main([*argv, *UP, "--steps", "2", "--out", str(folder / "sr.pt")])
     for name in ("base.pt", "sr.pt"):
         run, generator = checkpoint.load(folder / name), torch.Generator().manual_seed(0)
-        for value in run["ema"].values():
+        for value in run.ema.values():
             value += 0.05 * torch.randn(value.shape, generator=generator)
         checkpoint.save(folder / name, run)
     return folder
@@ -237,7 +238,7 @@ def test_an_upsampler_learns_to_believe_the_small_image(tmp_path):
     train.main([*UP, "--data", str(tmp_path / "images.npz"), "--steps", "40", "--batch-size", "8", "--warmup", "5", "--ema", "0.9",
                 "--device", "cpu", "--sample-every", "100", "--out", str(tmp_path / "sr.pt")])
     low = data.to_float(torch.tensor([[[[10], [200]], [[250], [90]]]], dtype=torch.uint8))
-    found = cascade.enlarge(*checkpoint.build(checkpoint.load(tmp_path / "sr.pt")), low, None, 0, [0])
+    found = cascade.enlarge(*checkpoint.load(tmp_path / "sr.pt").build(), low, None, 0, [0])
     # two random images differ by 0.8 in the mean of a quarter, the mean of all images from one by 0.5
     assert (cascade.shrink(found) - low).abs().mean() < 0.25
 
@@ -252,7 +253,7 @@ def test_a_cascade_draws_images_of_the_upsamplers_size_with_the_bases_labels(tmp
 
 def test_a_cascade_is_the_upsampler_on_what_the_base_draws(tmp_path, runs):
     images, labels = drawn(tmp_path, runs, "--n", "4", "--seed", "5", "--cfg-scale", "2")
-    base, upsampler = (checkpoint.build(checkpoint.load(runs / name)) for name in ("base.pt", "sr.pt"))
+    base, upsampler = (checkpoint.load(runs / name).build() for name in ("base.pt", "sr.pt"))
     (_, low), = sample.draw(*base, range(4), [0, 1, 2], 5, steps=2, cfg_scale=2, clip=True)
     assert low.shape == (4, 1, 2, 2)
     expected = data.to_uint8(cascade.enlarge(*upsampler, low, torch.from_numpy(labels), 5, range(4))).numpy()
@@ -283,7 +284,7 @@ def test_a_slim_run_is_described_and_draws_as_with_weights_rounded_to_half_preci
     checkpoint.main([str(runs / "sr.pt"), "--slim", str(tmp_path / "slim.pt")])
     assert "network    SuperResUNet " in capsys.readouterr().out
     rounded = checkpoint.load(runs / "sr.pt")
-    rounded["ema"] = {name: value.half().float() for name, value in rounded["ema"].items()}
+    rounded.ema = {name: value.half().float() for name, value in rounded.ema.items()}
     checkpoint.save(tmp_path / "rounded.pt", rounded)
     assert_close(*(drawn(tmp_path, runs, "--n", "3", upsampler=tmp_path / name)[0] for name in ("slim.pt", "rounded.pt")))
 
@@ -293,9 +294,9 @@ def saved(path, model="unet", size="Ti-up", side=8, channels=1, classes=None, na
     torch.manual_seed(0)
     described = models.describe(model, size, side, channels, classes, **options)
     state = models.build(described).state_dict()
-    checkpoint.save(path, dict(
-        version=checkpoint.VERSION, step=1, config={}, network=described, data=dict(classes=names, num_classes=classes), vae=None,
-        diffusion=dict(schedule="cosine", T=1000, prediction="x0", variance="small"), model=state, ema=state, optimizer={}))
+    checkpoint.save(path, checkpoint.Run(
+        checkpoint.VERSION, 1, {}, described, checkpoint.Process("cosine", 1000, "x0", "small"),
+        checkpoint.Data("mnist", names, classes, channels, side), state, state))
     return str(path)
 
 
@@ -307,7 +308,7 @@ def test_latents_are_decoded_and_then_enlarged(tmp_path, small):
     saved(tmp_path / "sr.pt", side=32, classes=3)
     assert drawn(tmp_path, tmp_path, "--n", "2")[0].shape == (2, 32, 32, 1)          # 4 x 4 latents, 8 x 8 pixels
     run = checkpoint.load(tmp_path / "base.pt")
-    run["vae"] = {"scale": 0.5}
+    run.vae = checkpoint.Autoencoder(0.5)
     checkpoint.save(tmp_path / "base.pt", run)
     os.remove(autoencoder)
     flags = ["--ckpt", tmp_path / "base.pt", "--cascade", tmp_path / "sr.pt", "--out", tmp_path / "x.png"]
@@ -331,19 +332,24 @@ def test_adms_released_upsampler_enlarges_what_adms_released_base_draws(tmp_path
 
 # What does not fit
 
-FITS = dict(base=dict(data=dict(classes=["a", "b", "c"])), labelled=3, shape=(2, 2, 1))
+def run_of(classes):
+    """What an upsampler must fit: the run of a base, with these classes."""
+    return Namespace(data=Namespace(classes=classes))
+
+
+FITS = dict(base=run_of(["a", "b", "c"]), labelled=3, shape=(2, 2, 1))
 
 
 def test_classes_of_base_and_upsampler_must_be_the_same_or_missing(tmp_path):
     with_null = saved(tmp_path / "null.pt", classes=3, names=["a", "b", "c"])
     without, none = saved(tmp_path / "without.pt", classes=3, null_class=False), saved(tmp_path / "none.pt")
-    unlabelled = FITS | dict(base=dict(data=dict(classes=None)), labelled=None)
+    unlabelled = FITS | dict(base=run_of(None), labelled=None)
     for path, how in ((with_null, FITS), (without, FITS), (none, FITS), (none, unlabelled), (with_null, unlabelled)):
         network, process = sampling.load_upsampler(path, **how)
         assert isinstance(network, unet.SuperResUNet) and process.prediction == "x0"
     said = "was trained with 3 classes, which are not those of --ckpt"
     for path, how in ((without, unlabelled), (with_null, FITS | dict(labelled=4)),
-                      (with_null, FITS | dict(base=dict(data=dict(classes=["a", "c", "b"]))))):
+                      (with_null, FITS | dict(base=run_of(["a", "c", "b"])))):
         refusal(lambda: sampling.load_upsampler(path, **how), path, said)
 
 

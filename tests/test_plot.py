@@ -233,8 +233,8 @@ def refused(capsys, argv, *words):
 def unlabelled(run):
     """The run without its classes."""
     content = checkpoint.load(run)
-    content["network"]["arguments"] |= dict(num_classes=None)
-    for weights in (content["model"], content["ema"]):
+    content.network["arguments"] |= dict(num_classes=None)
+    for weights in (content.model, content.ema):
         del weights["y_embedder.embedding_table.weight"]
     checkpoint.save("unlabelled.pt", content)
 

@@ -1,4 +1,5 @@
 """restoration.py, and sample.py on images to restore: what is known is kept, the rest is what the exact denoiser says."""
+from dataclasses import replace
 import math
 from types import SimpleNamespace
 
@@ -302,10 +303,9 @@ def latent_run(tmp_path_factory, tiny_run):
     autoencoder = vae.AutoencoderKL(channels=1, **vae.SIZES["Ti"])
     arguments = dict(image_size=8, patch_size=4, channels=4, dim=64, depth=1, heads=1, num_classes=10, learn_sigma=False)
     run, state = checkpoint.load(tiny_run), nudged(dit.DiT(**arguments))
-    kept = dict(scale=0.5, network={"class": "AutoencoderKL", "arguments": dict(channels=1, **vae.SIZES["Ti"])},
-                model=autoencoder.state_dict(), sha256="0")
-    checkpoint.save(folder / "run.pt", {**run, "network": {"class": "DiT", "arguments": arguments}, "vae": kept, "model": state,
-                                        "ema": state})
+    network = {"class": "AutoencoderKL", "arguments": dict(channels=1, **vae.SIZES["Ti"])}
+    kept = checkpoint.Autoencoder(0.5, sha256="0", network=network, model=autoencoder.state_dict())
+    checkpoint.save(folder / "run.pt", replace(run, network={"class": "DiT", "arguments": arguments}, vae=kept, model=state, ema=state))
     return folder / "run.pt"
 
 
@@ -363,7 +363,7 @@ def test_upscaling_keeps_the_means_of_squares(tiny_run, latent_run, folder):
 
 
 def test_denoising_gives_one_mean_or_several_draws(tiny_run, folder, capsys):
-    network, diffusion = checkpoint.build(checkpoint.load(tiny_run))
+    network, diffusion = checkpoint.load(tiny_run).build()
     mean = command(tiny_run, "--denoise", "digit.png", "--sigma", "0.5", "--device", "cpu")
     x = data.to_float(torch.from_numpy(shown("digit.png").astype(np.uint8))[None, ..., None])
     expected = data.to_uint8(denoise(diffusion, network, x, 0.5, clip=True))[0, ..., 0].numpy().astype(int)
@@ -460,9 +460,9 @@ def assert_refused(run, argv, said, capsys):
 def changed(run, path, network={}, by=0.02, **fields):
     """The run with its network made anew from other arguments, and other fields."""
     content = checkpoint.load(run)
-    arguments = {**content["network"]["arguments"], **network}
+    arguments = {**content.network["arguments"], **network}
     state = nudged(dit.DiT(**arguments), by)
-    checkpoint.save(path, {**content, "network": {"class": "DiT", "arguments": arguments}, "model": state, "ema": state, **fields})
+    checkpoint.save(path, replace(content, network={"class": "DiT", "arguments": arguments}, model=state, ema=state, **fields))
     return path
 
 

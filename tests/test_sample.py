@@ -2,6 +2,7 @@
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_the_trajectory_has_a_frame_a_step_from_noise_to_image(tmp_path, tiny_ru
 
 
 def test_a_batch_that_memory_does_not_hold_is_halved(tiny_run, monkeypatch):
-    network, diffusion = checkpoint.build(checkpoint.load(tiny_run))
+    network, diffusion = checkpoint.load(tiny_run).build()
     sizes, original = [], ddpm.sample
 
     def narrow(diffusion, model, shape, *args, **options):
@@ -179,8 +180,8 @@ def test_a_latent_models_images_are_scored_with_its_autoencoder_and_not_without(
             str(tmp_path), "--results", str(tmp_path / "results.csv"), "--metrics", "FD", "--features", str(tmp_path / "colour.pt")]
     np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
     run = checkpoint.load(features.JUDGE)                                # a judge of colour images, untaught
-    run["network"]["arguments"]["channels"] = run["data"]["channels"] = 3
-    run["ema"] = run["model"] = models.build(run["network"]).state_dict()
+    run.network["arguments"]["channels"] = run.data.channels = 3
+    run.ema = run.model = models.build(run.network).state_dict()
     checkpoint.save(tmp_path / "colour.pt", run)
     with pytest.raises(SystemExit):
         evaluate.main(argv)
@@ -199,9 +200,15 @@ def test_a_released_latent_model_writes_its_latents_and_says_so(latent, tmp_path
 
 # Which autoencoder decodes: --vae's, or the run's own, in it or where it was
 
-def described(**kept):
-    """What `sample.decoder` reads of a checkpoint: a network of four channels, trained on latents scaled by 0.5."""
-    return {**dict.fromkeys(("network", "diffusion")), "vae": {"scale": 0.5, **kept}}
+def run_with(kept):
+    """A run whose record of its autoencoder is this one."""
+    data = checkpoint.Data("mnist", None, None, 4, 8)
+    return checkpoint.Run(checkpoint.VERSION, 1, {}, {}, checkpoint.Process("linear", 9, "eps", "small"), data, {}, {}, vae=kept)
+
+
+def on_latents(**kept):
+    """What `sample.decoder` reads of a checkpoint: a run that was trained on latents scaled by 0.5."""
+    return run_with(checkpoint.Autoencoder(0.5, **kept))
 
 
 FOUR = Namespace(channels=4)
@@ -214,8 +221,8 @@ def own(tmp_path_factory):
     torch.manual_seed(1)
     network = {"class": "AutoencoderKL", "arguments": dict(channels=1, dim=32, multipliers=(1, 2), res_blocks=1)}
     state = models.build(network).state_dict()
-    checkpoint.save(path, dict(version=checkpoint.VERSION, step=3, config={}, network=network, diffusion=None,
-                               data=dict(spec="mnist", classes=None), vae={"scale": 0.7}, model=state, ema=state, optimizer={}))
+    checkpoint.save(path, checkpoint.Run(checkpoint.VERSION, 3, {}, network, None, checkpoint.Data("mnist", None, None, 1, 8), state,
+                                         state, vae=checkpoint.Autoencoder(0.7)))
     return path, checkpoint.load_autoencoder(path)
 
 
@@ -227,32 +234,32 @@ def assert_decodes_alike(a, b):
 
 def test_without_a_file_an_embedded_autoencoder_decodes_else_that_at_its_place_else_none(own, tmp_path):
     path, autoencoder = own
-    assert set(autoencoder.origin) == {"path", "sha256", "network", "model"} and autoencoder.scale == 0.7
-    elsewhere = {**autoencoder.origin, "path": str(tmp_path / "gone.pt")}
-    embedded = sample.decoder(None, described(**elsewhere), FOUR)
-    outside = {key: autoencoder.origin[key] for key in ("path", "sha256")}
-    at_its_place = sample.decoder(None, described(**outside), FOUR)
+    assert autoencoder.scale == autoencoder.origin.scale == 0.7
+    elsewhere = replace(autoencoder.origin, scale=0.5, path=str(tmp_path / "gone.pt"))
+    embedded = sample.decoder(None, run_with(elsewhere), FOUR)
+    outside = dict(path=autoencoder.origin.path, sha256=autoencoder.origin.sha256)
+    at_its_place = sample.decoder(None, on_latents(**outside), FOUR)
     for found in (embedded, at_its_place):
         assert_decodes_alike(found, autoencoder)
         assert found.scale == 0.5 and not found.training # the run's, which may differ from the file's
-    assert sample.decoder(None, described(**{**outside, "path": str(tmp_path / "gone.pt")}), FOUR) is None
-    assert sample.decoder(None, described(), FOUR) is None               # released weights name no autoencoder
-    assert sample.decoder(None, {"vae": None}, FOUR) is None
+    assert sample.decoder(None, on_latents(**{**outside, "path": str(tmp_path / "gone.pt")}), FOUR) is None
+    assert sample.decoder(None, on_latents(), FOUR) is None               # released weights name no autoencoder
+    assert sample.decoder(None, run_with(None), FOUR) is None
 
 
 def test_a_file_must_be_the_autoencoder_of_the_run_and_any_will_do_for_released_weights(own, latent):
     path, autoencoder = own
     other = latent / "vae.pt"
-    assert_decodes_alike(sample.decoder(str(path), described(**autoencoder.origin), FOUR), autoencoder)
-    found = sample.decoder(str(other), described(), FOUR)
+    assert_decodes_alike(sample.decoder(str(path), run_with(autoencoder.origin), FOUR), autoencoder)
+    found = sample.decoder(str(other), on_latents(), FOUR)
     assert found.scale == 0.5 and found.channels == 3
-    for kept in (autoencoder.origin, {key: autoencoder.origin[key] for key in ("path", "sha256")}):
+    for kept in (autoencoder.origin, replace(autoencoder.origin, network=None, model=None)):
         with pytest.raises(ValueError, match="vae.pt is another autoencoder than the network was trained with"):
-            sample.decoder(str(other), described(**kept), FOUR)
+            sample.decoder(str(other), run_with(kept), FOUR)
     with pytest.raises(ValueError, match="another autoencoder"):         # another file stands where it was
-        sample.decoder(None, described(path=str(other), sha256=autoencoder.origin["sha256"]), FOUR)
+        sample.decoder(None, on_latents(path=str(other), sha256=autoencoder.origin.sha256), FOUR)
     with pytest.raises(ValueError, match="there is nothing to decode"):
-        sample.decoder(str(path), {"vae": None}, FOUR)
+        sample.decoder(str(path), run_with(None), FOUR)
 
 
 def test_decoding_divides_by_the_scale(own):
@@ -275,6 +282,6 @@ def test_an_autoencoders_run_is_not_sampled_and_told_what_it_is(own, tmp_path, c
 def test_only_an_autoencoder_of_ours_below_the_limit_is_carried(own, latent, monkeypatch, size, embedded):
     path, autoencoder = own
     monkeypatch.setattr(checkpoint, "EMBEDDED", size)
-    assert ("model" in checkpoint.load_autoencoder(path).origin) == embedded
+    assert (checkpoint.load_autoencoder(path).origin.model is not None) == embedded
     released, path = checkpoint.load_autoencoder(latent / "vae.pt"), latent / "vae.pt"
-    assert released.scale == 0.18215 and released.origin == dict(path=str(path), sha256=files.sha256_of(path))
+    assert released.scale == 0.18215 and released.origin == checkpoint.Autoencoder(0.18215, str(path), files.sha256_of(path))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import settings
+from objectives import learning_rate
 from settings import read_settings
 
 
@@ -16,14 +17,14 @@ def settings_of(tmp_path, *argv):
 @given(st.integers(0, 50), st.integers(51, 400), st.sampled_from(["none", "cosine"]))
 def test_the_learning_rate_rises_linearly_and_falls_to_nothing_or_not_at_all(warmup, steps, decay):
     args = Namespace(lr=2.0, warmup=warmup, decay=decay, steps=steps)
-    rates = [settings.learning_rate(step, args) for step in range(steps)]
+    rates = [learning_rate(step, args) for step in range(steps)]
     assert all(0 < rate <= 2.0 for rate in rates)
     if decay == "none":
         assert rates[warmup:] == [2.0] * (steps - warmup)
         assert np.allclose(np.diff([0.0, *rates[:warmup]]), 2.0 / max(1, warmup))
     else:
         assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1:])) and rates[-1] < 2.0 * (4 / steps) ** 2
-        assert settings.learning_rate(steps, args) < 1e-12
+        assert learning_rate(steps, args) < 1e-12
 
 
 def test_the_embedded_recipe_is_the_default(tmp_path):
