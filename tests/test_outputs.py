@@ -420,6 +420,11 @@ def write_arrays(path):
         np.savez(file, arr_0=IMAGES)
 
 
+def write_tensors(path):
+    with output_file(path, "run") as file:
+        torch.save(torch.zeros(9999), file)              # which hides the disk's error behind one of its own
+
+
 def append(path):
     log = reports.Log.__new__(reports.Log)
     log.path = path
@@ -429,7 +434,7 @@ def append(path):
 
 @pytest.mark.parametrize("name, write", [
     ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays), ("new.csv", append),
-    ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
+    ("new.pt", write_tensors), ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
 def test_a_full_disk_is_a_line_that_names_the_file_and_the_remedy(tmp_path, name, write):
     path = tmp_path / name
     assert in_a_fork(lambda: refusal(lambda: write(path), f"cannot write {path}", "make room", kind=OSError)) == 0
