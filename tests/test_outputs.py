@@ -180,7 +180,8 @@ def test_what_a_command_reads_it_does_not_replace(folder, capsys):
     before, overwrite = state(folder), ["--overwrite"]
     restored = ["--inpaint", "seen.png", "--mask", "mask.png"]
     for command, argv in (
-            *[(sample, [*DRAWN, *restored, "--out", out]) for out in ("seen.png", "mask.png", "again.png", "linked.png", "./seen.png")],
+            *[(sample, [*DRAWN, *restored, "--out", out])
+              for out in ("seen.png", "mask.png", "again.png", "linked.png", "./seen.png")],
             (sample, [*DRAWN, "--upscale", "seen.png", "--factor", "2", "--out", "seen.png"]),
             (sample, [*DRAWN, "--denoise", "seen.png", "--sigma", "0.5", "--out", "seen.png"]),
             *[(evaluate, ["--reference", reference, "--samples", samples, "--save-reference", "ours.npz"])
@@ -453,8 +454,9 @@ def test_a_place_that_turns_out_not_to_be_writable_is_named(tmp_path, monkeypatc
     def denied(path, *rest, **more):
         raise PermissionError(13, "Permission denied", str(path))
     monkeypatch.setattr("builtins.open", denied)
-    refusal(lambda: save_image(tmp_path / "new.png", IMAGES[0], "samples"), f"cannot write {tmp_path / 'new.png'}: Permission denied",
-            "choose a folder", kind=OSError)
+    path = tmp_path / "new.png"
+    refusal(lambda: save_image(path, IMAGES[0], "samples"), f"cannot write {path}: Permission denied", "choose a folder",
+            kind=OSError)
 
 
 def test_a_long_name_that_the_disk_takes_is_written(tmp_path):
