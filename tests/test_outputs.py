@@ -180,7 +180,8 @@ def test_what_a_command_reads_it_does_not_replace(folder, capsys):
     before, overwrite = state(folder), ["--overwrite"]
     restored = ["--inpaint", "seen.png", "--mask", "mask.png"]
     for command, argv in (
-            *[(sample, [*DRAWN, *restored, "--out", out]) for out in ("seen.png", "mask.png", "again.png", "linked.png", "./seen.png")],
+            *[(sample, [*DRAWN, *restored, "--out", out])
+              for out in ("seen.png", "mask.png", "again.png", "linked.png", "./seen.png")],
             (sample, [*DRAWN, "--upscale", "seen.png", "--factor", "2", "--out", "seen.png"]),
             (sample, [*DRAWN, "--denoise", "seen.png", "--sigma", "0.5", "--out", "seen.png"]),
             *[(evaluate, ["--reference", reference, "--samples", samples, "--save-reference", "ours.npz"])
@@ -385,7 +386,8 @@ def test_no_log_has_a_row_of_a_run_that_is_not_there(folder, monkeypatch):
 
 
 def test_a_run_that_appears_before_the_first_save_stays(folder, capsys, monkeypatch):
-    monkeypatch.setattr(train, "train_step", lambda *_: Path("new.pt").write_text("a letter"))
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *batch: (step(*batch), Path("new.pt").write_text("a letter")))
     assert "new.pt exists" in refused(train, [*TINY, "--out", "new.pt"], capsys)
     assert Path("new.pt").read_text() == "a letter"
 
@@ -419,6 +421,11 @@ def write_arrays(path):
         np.savez(file, arr_0=IMAGES)
 
 
+def write_tensors(path):
+    with output_file(path, "run") as file:
+        torch.save(torch.zeros(9999), file)              # which hides the disk's error behind one of its own
+
+
 def append(path):
     log = reports.Log.__new__(reports.Log)
     log.path = path
@@ -428,7 +435,7 @@ def append(path):
 
 @pytest.mark.parametrize("name, write", [
     ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays), ("new.csv", append),
-    ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
+    ("new.pt", write_tensors), ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
 def test_a_full_disk_is_a_line_that_names_the_file_and_the_remedy(tmp_path, name, write):
     path = tmp_path / name
     assert in_a_fork(lambda: refusal(lambda: write(path), f"cannot write {path}", "make room", kind=OSError)) == 0
@@ -447,8 +454,9 @@ def test_a_place_that_turns_out_not_to_be_writable_is_named(tmp_path, monkeypatc
     def denied(path, *rest, **more):
         raise PermissionError(13, "Permission denied", str(path))
     monkeypatch.setattr("builtins.open", denied)
-    refusal(lambda: save_image(tmp_path / "new.png", IMAGES[0], "samples"), f"cannot write {tmp_path / 'new.png'}: Permission denied",
-            "choose a folder", kind=OSError)
+    path = tmp_path / "new.png"
+    refusal(lambda: save_image(path, IMAGES[0], "samples"), f"cannot write {path}: Permission denied", "choose a folder",
+            kind=OSError)
 
 
 def test_a_long_name_that_the_disk_takes_is_written(tmp_path):
