@@ -374,10 +374,10 @@ def test_what_a_prompt_loses_is_shown_in_a_warning(runs, capsys):
 
 
 def test_the_coco_recipe_runs_on_a_stand_in(coco, here):
-    """The README's command, with everything smaller."""
+    """The command in CHANGING.md, with everything smaller."""
     root, clip = coco(train2014=9, val2014=3), make_clip(here / "clip")
     torch.save(fill(AutoencoderKL(dim=32, multipliers=(1, 2), res_blocks=1)).state_dict(), "sd-vae.ckpt")
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "CHANGING.md").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if "coco:" in line and "--clip" in line)
     command = line.split("#")[0].split()[2:]
     smaller = dict(size="Nano/2", image_size=16, clip=clip, vae="sd-vae.ckpt", data=f"coco:{root}", steps=2, batch_size=4,

@@ -224,7 +224,7 @@ def test_an_upsampler_resumes_bit_for_bit_with_its_dropout(tmp_path, small, monk
     torch.rand(5)
     train.main(["--resume", "--steps", "4", "--out", str(tmp_path / "cut.pt")])
     assert_same_run(tmp_path / "whole.pt", tmp_path / "cut.pt")
-    assert [row[0] for row in rows_of(tmp_path / "cut.pt")] == ["step", "2", "4"] and (tmp_path / "cut.png").is_file()
+    assert [row["step"] for row in rows_of(tmp_path / "cut.pt")] == ["2", "4"] and (tmp_path / "cut.png").is_file()
 
 
 def test_training_says_how_the_upsampler_is_used(tmp_path, small, capsys):
