@@ -42,7 +42,7 @@ from metrics import Statistics, distance, nearest, precision_recall, psnr, uniqu
 from models import MODELS
 from objectives import Classification, Denoising
 from pictures import grid, save_image
-from sampling import (SCATTERED, STEPS, draw, draw_points, drawable, guidance_scale, labels_of, read_prompts, text_reader,
+from sampling import (SCATTERED, STEPS, draw_images, draw_points, drawable, guidance_scale, labels_of, read_prompts, text_reader,
                       unconditional)
 from scoring import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from settings import DEFAULT_SIZE
@@ -70,8 +70,8 @@ def quality(args):
         for split in ("train", "test"))
     classes = list(range(network.num_classes))
     scale = guidance_scale(network)
-    drawn = draw(network.to(device), diffusion, range(args.n), classes, args.seed, clip=True, cfg_scale=scale)
-    neighbours = nearest(torch.cat([data.to_uint8(x).cpu() for _, x in drawn]), images)
+    drawn = draw_images(network.to(device), diffusion, range(args.n), classes, args.seed)
+    neighbours = nearest(torch.cat([x.cpu() for _, x in drawn]), images)
     right = (vote(labels, neighbours) == labels_of(range(args.n), classes)).float().mean().item()
     real_right = (vote(labels, nearest(test_images, images)) == test_labels).float().mean().item()
     print(f"{args.n} samples of {args.ckpt} (step {run.step}), seed {args.seed}, dpm++ {STEPS} steps, guidance {scale:g}")
@@ -318,8 +318,8 @@ def prompt_quality(args):
     for kind, prompts in kinds.items():
         prompts = [prompts[i % len(prompts)] for i in range(args.n)]
         contexts = read_prompts(prompts, reader, network)
-        drawn = draw(network, diffusion, range(args.n), contexts, args.sample_seed, clip=True, cfg_scale=scale, y_null=y_null)
-        images = torch.cat([data.to_uint8(x).cpu() for _, x in drawn]).numpy()
+        drawn = draw_images(network, diffusion, range(args.n), contexts, args.sample_seed, y_null=y_null)
+        images = torch.cat([x.cpu() for _, x in drawn]).numpy()
         wanted = [shapes.parse(prompt)[0] for prompt in prompts]
         colour = np.mean([{thing[0] for thing in named} == {thing[0] for thing in found}
                           for named, found in zip(wanted, shapes.look(images))])

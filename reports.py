@@ -22,7 +22,7 @@ from ddpm import Diffusion
 from files import output_file, writing
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
-from sampling import SCATTERED, decode, draw, draw_points, guidance_scale
+from sampling import SCATTERED, draw_images, draw_points
 from objectives import learning_rate
 from unet import UPSAMPLERS
 from vae import pieces
@@ -206,17 +206,16 @@ class SampleReport(NamedTuple):
     columns = ()
 
     def __call__(self, network, path):
-        contexts, autoencoder = self.dataset.contexts, self.dataset.autoencoder
+        contexts = self.dataset.contexts
         columns = min((self.dataset.num_classes if contexts is None else len(contexts)) or 8, 10)
         shown = list(range(columns)) if self.dataset.num_classes else None
         if contexts is not None:
             rows = np.linspace(0, len(contexts) - 1, columns, dtype=int)
             shown = contexts[rows]
             print("captions of the picture's columns: " + "; ".join(self.dataset.distinct[row] for row in rows), flush=True)
-        batches = draw(network, self.diffusion, range(8 * columns), shown, self.seed, clip=autoencoder is None,
-                       cfg_scale=guidance_scale(network, y_null=self.y_null), y_null=self.y_null)
-        images = [data.to_uint8(x if autoencoder is None else decode(autoencoder, x)).cpu() for _, x in batches]
-        save_image(path, grid(torch.cat(images).numpy(), columns), "picture")
+        drawn = draw_images(network, self.diffusion, range(8 * columns), shown, self.seed, self.dataset.autoencoder,
+                            y_null=self.y_null)
+        save_image(path, grid(torch.cat([images.cpu() for _, images in drawn]).numpy(), columns), "picture")
         return {}
 
 

@@ -19,7 +19,7 @@ from features import (Measured, full_precision, measure, measure_dataset, read_s
                       with_statistics)
 from files import cache_folder
 from metrics import distance, inception_score, precision_recall
-from sampling import decode, draw, guidance_scale, labels_of
+from sampling import draw_images, labels_of
 
 REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
 METRICS = ("IS", "FD", "sFD", "precision", "recall", "accuracy")         # in the order in which ADM prints them
@@ -166,9 +166,9 @@ def score_network(network, diffusion, real, space, n, classes=None, seed=0, scal
     possible by default. Only the first process gets the scores, the others {}.
     """
     numbers = None if classes is None else list(range(len(classes)))
-    drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
-                 cfg_scale=guidance_scale(network, scale, y_null), y_null=y_null)
-    fake = measure((data.to_uint8(x if autoencoder is None else decode(autoencoder, x)) for _, x in drawn), space)
+    conditions = numbers if contexts is None else contexts
+    drawn = draw_images(network, diffusion, share(n), conditions, seed, autoencoder, scale, y_null)
+    fake = measure((images for _, images in drawn), space)
     if not fake.n:
         return {}
     fake.labels = labels_of(range(n), numbers)

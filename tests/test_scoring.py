@@ -96,7 +96,7 @@ def test_scores_of_a_network_are_those_of_the_command(tmp_path, monkeypatch, tin
     judge, real = features.space_of(JUDGE, CPU), data.load("real.npz", split="all")
     measured = scoring.measure_reference(real, judge, "real", cache="cache").measured
     for batch in (64, 7):                                # another batch may round a pixel by one grey level
-        monkeypatch.setattr(scoring, "draw", partial(sampling.draw, batch_size=batch))
+        monkeypatch.setattr(scoring, "draw_images", partial(sampling.draw_images, batch_size=batch))
         found = scoring.score_network(*checkpoint.load(tiny_run).build(), measured, judge, 20, real.classes)
         assert found == pytest.approx({metric: float(row[metric]) for metric in found}, rel=1e-3)
         assert list(found) == ["IS", "FD", "precision", "recall", "accuracy"] == scoring.possible(judge, real.classes)
