@@ -42,6 +42,7 @@ from metrics import Statistics, distance, nearest, precision_recall, psnr, uniqu
 from models import MODELS
 from objectives import Classification, Denoising
 from pictures import grid, save_image
+from reports import now
 from sampling import (SCATTERED, STEPS, draw_images, draw_points, drawable, guidance_scale, labels_of, read_prompts, text_reader,
                       unconditional)
 from scoring import METRICS, measure_reference, measure_samples, possible, score_network, scores
@@ -213,18 +214,11 @@ def points_quality(args):
     print(f"the data to the data   {floor:.4f}")
 
 
-def now(device):
-    """Seconds on the clock, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds_of(operation, device):
+def seconds_of(operation):
     """Seconds that an operation takes."""
-    began = now(device)
+    began = now()
     operation()
-    return now(device) - began
+    return now() - began
 
 
 def ruler_rate(ruler, device, dtype):
@@ -242,7 +236,7 @@ def ruler_rate(ruler, device, dtype):
     with torch.no_grad():
         operation()                                      # the first call loads libraries
         while taken < 0.5:
-            taken += seconds_of(lambda: [operation() for _ in range(8)], device)
+            taken += seconds_of(lambda: [operation() for _ in range(8)])
             times += 8
     return times * flops / taken
 
@@ -267,12 +261,12 @@ def evaluation(args):
     generator = torch.Generator(device).manual_seed(0)
     real, fake = (torch.randn(n, D, generator=generator, device=device) + shift for shift in (0.0, 0.1))
     one, other = Statistics().add(real), Statistics().add(fake)
-    _, taken = (seconds_of(lambda: distance(one, other), device) for _ in range(2))              # the first call loads libraries
+    _, taken = (seconds_of(lambda: distance(one, other)) for _ in range(2))              # the first call loads libraries
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; random weights and features")
     print(f"Fréchet distance, {D} features, from statistics: {taken:.2f} s")
 
     with full_precision(), ruled("product", device, torch.float32) as rates:
-        taken = seconds_of(lambda: precision_recall(real, fake), device)
+        taken = seconds_of(lambda: precision_recall(real, fake))
     work = 3 * 2 * n ** 2 * D                            # each set with itself, and both with each other
     print(f"precision and recall, {n} x {n}: {taken:.2f} s, {beside_ruler(work, taken, rates, 'float32 product')}")
 
@@ -281,7 +275,7 @@ def evaluation(args):
     multiply_adds = count(network, images[:1])[1]
     with torch.no_grad(), full_precision(), ruled("convolution", device, torch.float32) as rates:
         network.features(images)
-        taken, resizing = (min(seconds_of(lambda: part(images), device) for _ in range(3))
+        taken, resizing = (min(seconds_of(lambda: part(images)) for _ in range(3))
                            for part in (network.features, network.preprocess))
     work = 2 * len(images) * multiply_adds
     print(f"Inception: {len(images) / taken:.1f} images/s, {beside_ruler(work, taken, rates, 'float32 convolution')}; "
@@ -329,14 +323,14 @@ def prompt_quality(args):
 
 
 @contextmanager
-def stopwatch(owner, name, device):
+def stopwatch(owner, name):
     """A list that fills, while the context lasts, with (begin, end) in seconds of each call of a method."""
     original, calls = getattr(owner, name), []
 
     def timed(*args, **kwargs):
-        began = now(device)
+        began = now()
         result = original(*args, **kwargs)
-        calls.append((began, now(device)))
+        calls.append((began, now()))
         return result
     with patch.object(owner, name, timed):
         yield calls
@@ -375,7 +369,7 @@ def latent_steps(args):
         return draw_batch(objective, step, images, labels)
 
     with (tempfile.TemporaryDirectory() as cache, patch.object(data.Batches, "__getitem__", read_kind),
-          patch.object(Denoising, "draw", draw_kind), stopwatch(torch.optim.AdamW, "step", device) as calls):
+          patch.object(Denoising, "draw", draw_kind), stopwatch(torch.optim.AdamW, "step") as calls):
         network = train_timed(args, args.size, len(kinds), "--vae", args.vae, "--cache", cache)
     seconds = np.diff(np.array(calls)[:, 1], prepend=math.nan)           # from the end of one update to that of the next
     timed = np.arange(len(kinds)) % ROUND >= UNTIMED
@@ -395,8 +389,8 @@ def speed(args):
     ruler = "convolution" if args.model == "unet" else "product"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # of training's products
     objective = Classification if args.model == "vit" else Denoising
-    with (ruled(ruler, device, dtype) as rates, stopwatch(objective, "loss", device) as losses,
-          stopwatch(torch.Tensor, "backward", device) as backwards, stopwatch(torch.optim.AdamW, "step", device) as steps):
+    with (ruled(ruler, device, dtype) as rates, stopwatch(objective, "loss") as losses,
+          stopwatch(torch.Tensor, "backward") as backwards, stopwatch(torch.optim.AdamW, "step") as steps):
         network = train_timed(args, size, warm + args.steps, "--model", args.model, *["--compile"] * args.compile)
     losses, backwards, steps = (np.array(calls)[warm:] for calls in (losses, backwards, steps))      # (steps, 2)
     whole = np.diff(losses[:, 0]).mean()                                             # seconds a step, all included

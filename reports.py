@@ -81,10 +81,11 @@ def row_missing(path, run, args):
     return row_due(run.step, args) and not row_told(path, run.step) and bool(run.log[1].sum() > 0)
 
 
-def wait_for_device():
-    """Wait until a GPU has done all that it was given."""
+def now():
+    """Seconds on the clock, once a GPU has done all that it was given."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Log:
@@ -110,8 +111,7 @@ class Log:
     @contextlib.contextmanager
     def paused(self):
         """Keep the time of a save, a picture or a score out of images/s."""
-        wait_for_device()
-        began = time.perf_counter()
+        began = now()
         yield
         (step, since), paused = self.since, time.perf_counter() - began
         self.since, self.fifth = (step, since + paused), self.fifth and self.fifth + paused
@@ -119,9 +119,9 @@ class Log:
     def write(self, sums, step, norm):
         """Append the row of the steps since the last one; sums are those of all processes."""
         losses, counts = sums.tolist()                   # waits for the device
-        now, (last, since) = time.perf_counter(), self.since
-        rate = (step - last) * self.args.batch_size / (now - since)
-        self.since = step, now
+        ended, (last, since) = now(), self.since
+        rate = (step - last) * self.args.batch_size / (ended - since)
+        self.since = step, ended
         if self.rank > 0:
             return
         mean = sum(losses) / sum(counts)
@@ -142,11 +142,9 @@ class Log:
         """Count a step on the bar.  After ten, say how long the rest will take by the last five: the first compile and warm up."""
         self.bar.update()
         if step == self.start + 5:
-            wait_for_device()
-            self.fifth = time.perf_counter()
+            self.fifth = now()
         if step == self.start + 10 and self.rank == 0:
-            wait_for_device()
-            say(f"about {(time.perf_counter() - self.fifth) / 5 * (self.args.steps - step) / 60:.1f} minutes to go")
+            say(f"about {(now() - self.fifth) / 5 * (self.args.steps - step) / 60:.1f} minutes to go")
 
 
 def first_line(training):
