@@ -44,7 +44,7 @@ def in_files(spec):
 
 def images_of(spec, split, args):
     """The data set of --samples or --reference; None if it is an .npz of statistics without images."""
-    tables = read_tables(spec) if spec.endswith(".npz") and Path(spec).is_file() else None
+    tables = read_tables(spec)
     if tables and not tables["images"]:
         return None
     with first_in_turn():
@@ -147,8 +147,7 @@ def validate(args):
 
 def suited(args, images):
     """--features where it is not given: those that the reference's statistics are of, or that suit the images."""
-    named = space_named_in(args.reference) if args.reference else None
-    return named or (default_space(images.spec, images.images.shape[1:]) if images else "inception")
+    return space_named_in(args.reference) or (default_space(images.spec, images.images.shape[1:]) if images else "inception")
 
 
 def open_run(args):

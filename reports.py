@@ -263,13 +263,11 @@ class AccuracyReport(NamedTuple):
         found = in_batches(lambda x, y: (network(x.to(self.device)).argmax(dim=1).cpu(), y), self.held_out)
         taken, labels = (torch.cat(parts) for parts in zip(*found))      # (N,), (N,)
         wrong = taken != labels
-        columns, picture = min(self.held_out.num_classes, 10), None
+        columns = min(self.held_out.num_classes, 10)
+        picture = torch.full((8, columns, *self.held_out.images.shape[1:]), 128, dtype=torch.uint8)
         for k in range(columns):
             rows = torch.cat([(wrong & (taken == k)).nonzero(), (~wrong & (taken == k)).nonzero()]).flatten()[:8]
-            images, _ = self.held_out.batch(rows.numpy())
-            if picture is None:
-                picture = torch.full((8, columns, *images.shape[1:]), 128, dtype=torch.uint8)
-            picture[:len(rows), k] = images
+            picture[:len(rows), k], _ = self.held_out.batch(rows.numpy())
         save_image(path, grid(picture.flatten(0, 1).numpy(), columns), "picture")
         return {"accuracy": 1 - wrong.double().mean().item()}
 
@@ -293,8 +291,7 @@ class ReconstructionReport(NamedTuple):
         error, shown = 0.0, []
         for error_of_batch, decoded in in_batches(returned, self.held_out):
             error += error_of_batch
-            if len(shown) < 40:
-                shown += decoded[:40 - len(shown)]
+            shown += decoded[:40 - len(shown)]
         originals, _ = self.held_out.batch(np.arange(len(shown)))
         save_rows(path, originals, torch.stack(shown))
         return {"psnr": 10 * math.log10(4 * len(self.held_out) / error) if error else math.inf}

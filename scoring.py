@@ -36,7 +36,7 @@ class Reference(NamedTuple):
 
 def lacks(images, file):
     """What a side lacks: "images" if it is statistics alone, "spatial" ones if its file has only pooled ones."""
-    tables = read_tables(file) if file and file.endswith(".npz") else None
+    tables = read_tables(file)
     return ({"images"} if images is None else set()) | ({"spatial"} if tables and "mu_s" not in tables else set())
 
 

@@ -194,10 +194,10 @@ def check_flags(args, given):
                 raise ValueError(f"{flag(key)}: {why}")
     if (args.model == "mlp") != (args.data == "swissroll"):
         raise ValueError(f"--model {args.model} --data {args.data}: mlp learns points, which swissroll has, and all others images")
-    if args.vae and not Path(args.vae).is_file():
-        raise ValueError(f"--vae {args.vae}: there is no such file")
-    if args.clip and not Path(args.clip).exists():
-        raise ValueError(f"--clip {args.clip}: there is no such folder")
+    for key, kind in (("vae", "file"), ("clip", "folder"), ("reference", "file")):
+        path = getattr(args, key)
+        if path and not Path(path).exists():
+            raise ValueError(f"{flag(key)} {path}: there is no such {kind}")
     if max(args.ema, args.cfg_drop or 0) >= 1:
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
     check_options(args.model, args.size, args.variance == "learned", args.conditioning, TEXT_DIM if args.text else None,
