@@ -28,7 +28,7 @@ from metrics import frechet_distance, inception_score, precision_recall      # n
 from points import MLP
 from sampling import (add_sampling_flags, decoder, draw_once, drawable, evaluations, guidance_scale, parse_classes, pixel_shape,
                       text_reader, unconditional)
-from scoring import METRICS, REFERENCE_IMAGES, lacks, measure_reference, measure_samples, obstacles, scores, singular
+from scoring import METRICS, REFERENCE_IMAGES, lacks, measure_reference, measure_samples, obstacles, scores, warn_of_few
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
 COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "features_sha256", *METRICS, "FD_floor", "classes",
@@ -183,8 +183,7 @@ def report(args, found, reference, fake, space, how):
     how: what --ckpt's samples were drawn with, a row's columns among it; {} for --samples.
     """
     real = reference.measured
-    for line in singular(found, fake.pool.n, real):
-        print(f"evaluate.py: {line}", file=sys.stderr)
+    warn_of_few(found, fake.pool.n, real, "evaluate.py: ")
     drawn = "" if not how else (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} "
                                 f"steps, guidance {how['cfg_scale']:g}, seed {how['seed']}")
     held_out = ", held-out part" if args.samples and not in_files(args.samples) else ""

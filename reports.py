@@ -1,8 +1,8 @@
 """What training shows at intervals: the log, a picture of what the network does, and scores on images that were held out.
 
-Report §4-5, §2-4, §2-5, Fig. 2-1. A report is called with the averaged network and the path of its picture. It writes the
-picture and returns its scores, whose names are its `columns`. Held-out images are read and computed in batches, which are halved
-where the device's memory does not hold them.
+Report §4-5, §2-4, §2-5, Fig. 2-1. A report's last arguments are the averaged network and the path of its picture. It writes the
+picture and returns its scores by their names. Held-out images are read and computed in batches, which are halved where the
+device's memory does not hold them.
 """
 import contextlib
 import csv
@@ -10,7 +10,6 @@ import itertools
 import math
 import sys
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from tqdm import tqdm
 
 import data
 from cascade import enlarge, shrink
-from ddpm import Diffusion
 from files import output_file, writing
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
@@ -178,7 +176,6 @@ def last_line(training, done, minutes):
 
 # Pictures and held-out scores
 
-
 def save_rows(path, *sets):
     """Write a picture of sets of n images, uint8 (n, H, W, C), in rows of ten: below each row of the first set the others'."""
     n = len(sets[0]) // 10 * 10 or len(sets[0])          # whole rows
@@ -194,104 +191,71 @@ def in_batches(function, dataset):
     return pieces(computed, np.arange(len(dataset)), BATCH)
 
 
-class SampleReport(NamedTuple):
-    """Samples of a denoiser in eight rows; one column a class, for the first ten classes, or a caption."""
+def sample_report(dataset, diffusion, seed, y_null, network, path):
+    """Samples of a denoiser in eight rows; one column a class, for the first ten classes, or a caption.
 
-    dataset: data.Dataset
-    diffusion: Diffusion
-    seed: int
-    y_null: object = None            # the unconditional input
-    columns = ()
-
-    def __call__(self, network, path):
-        contexts = self.dataset.contexts
-        columns = min((self.dataset.num_classes if contexts is None else len(contexts)) or 8, 10)
-        shown = list(range(columns)) if self.dataset.num_classes else None
-        if contexts is not None:
-            rows = np.linspace(0, len(contexts) - 1, columns, dtype=int)
-            shown = contexts[rows]
-            print("captions of the picture's columns: " + "; ".join(self.dataset.distinct[row] for row in rows), flush=True)
-        drawn = draw_images(network, self.diffusion, range(8 * columns), shown, self.seed, self.dataset.autoencoder,
-                            y_null=self.y_null)
-        save_image(path, grid(torch.cat([images.cpu() for _, images in drawn]).numpy(), columns), "picture")
-        return {}
+    y_null: the unconditional input.
+    """
+    contexts = dataset.contexts
+    columns = min((dataset.num_classes if contexts is None else len(contexts)) or 8, 10)
+    shown = list(range(columns)) if dataset.num_classes else None
+    if contexts is not None:
+        rows = np.linspace(0, len(contexts) - 1, columns, dtype=int)
+        shown = contexts[rows]
+        print("captions of the picture's columns: " + "; ".join(dataset.distinct[row] for row in rows), flush=True)
+    drawn = draw_images(network, diffusion, range(8 * columns), shown, seed, dataset.autoencoder, y_null=y_null)
+    save_image(path, grid(torch.cat([images.cpu() for _, images in drawn]).numpy(), columns), "picture")
+    return {}
 
 
-class UpsamplingReport(NamedTuple):
+def upsampling_report(held_out, diffusion, seed, device, network, path):
     """For every ten of up to 30 held-out images three rows: small, what an upsampler draws of those, and the originals."""
-
-    held_out: data.Dataset
-    diffusion: Diffusion
-    seed: int
-    device: torch.device
-    columns = ()
-
-    def __call__(self, network, path):
-        n = min(30, len(self.held_out))
-        images, labels = self.held_out.batch(np.arange(n))
-        low = shrink(data.to_float(images.to(self.device)))
-        drawn = data.to_uint8(enlarge(network, self.diffusion, low, labels, self.seed, range(n))).cpu()
-        small = data.to_uint8(low).cpu().repeat_interleave(network.factor, dim=1).repeat_interleave(network.factor, dim=2)
-        save_rows(path, small, drawn, images)
-        return {}
+    n = min(30, len(held_out))
+    images, labels = held_out.batch(np.arange(n))
+    low = shrink(data.to_float(images.to(device)))
+    drawn = data.to_uint8(enlarge(network, diffusion, low, labels, seed, range(n))).cpu()
+    small = data.to_uint8(low).cpu().repeat_interleave(network.factor, dim=1).repeat_interleave(network.factor, dim=2)
+    save_rows(path, small, drawn, images)
+    return {}
 
 
-class PointReport(NamedTuple):
+def point_report(held_out, diffusion, seed, network, path):
     """The sliced Wasserstein distance of samples to as many points held out; as picture, the samples beside the data."""
-
-    held_out: data.Dataset
-    diffusion: Diffusion
-    seed: int
-    columns = ("distance",)
-
-    def __call__(self, network, path):
-        points, _ = self.held_out.batch(np.arange(SCATTERED))
-        samples = draw_points(network, self.diffusion, SCATTERED, self.seed)
-        save_image(path, points_picture(samples), "picture")
-        return {"distance": sliced_wasserstein(samples, points.flatten(1))}
+    points, _ = held_out.batch(np.arange(SCATTERED))
+    samples = draw_points(network, diffusion, SCATTERED, seed)
+    save_image(path, points_picture(samples), "picture")
+    return {"distance": sliced_wasserstein(samples, points.flatten(1))}
 
 
-class AccuracyReport(NamedTuple):
+@torch.no_grad()
+def accuracy_report(held_out, device, network, path):
     """The accuracy on held-out images; as picture, what is taken for each of the first ten classes, mistakes on top."""
-
-    held_out: data.Dataset
-    device: torch.device
-    columns = ("accuracy",)
-
-    @torch.no_grad()
-    def __call__(self, network, path):
-        found = in_batches(lambda x, y: (network(x.to(self.device)).argmax(dim=1).cpu(), y), self.held_out)
-        taken, labels = (torch.cat(parts) for parts in zip(*found))      # (N,), (N,)
-        wrong = taken != labels
-        columns = min(self.held_out.num_classes, 10)
-        picture = torch.full((8, columns, *self.held_out.images.shape[1:]), 128, dtype=torch.uint8)
-        for k in range(columns):
-            rows = torch.cat([(wrong & (taken == k)).nonzero(), (~wrong & (taken == k)).nonzero()]).flatten()[:8]
-            picture[:len(rows), k], _ = self.held_out.batch(rows.numpy())
-        save_image(path, grid(picture.flatten(0, 1).numpy(), columns), "picture")
-        return {"accuracy": 1 - wrong.double().mean().item()}
+    found = in_batches(lambda x, y: (network(x.to(device)).argmax(dim=1).cpu(), y), held_out)
+    taken, labels = (torch.cat(parts) for parts in zip(*found))          # (N,), (N,)
+    wrong = taken != labels
+    columns = min(held_out.num_classes, 10)
+    picture = torch.full((8, columns, *held_out.images.shape[1:]), 128, dtype=torch.uint8)
+    for k in range(columns):
+        rows = torch.cat([(wrong & (taken == k)).nonzero(), (~wrong & (taken == k)).nonzero()]).flatten()[:8]
+        picture[:len(rows), k], _ = held_out.batch(rows.numpy())
+    save_image(path, grid(picture.flatten(0, 1).numpy(), columns), "picture")
+    return {"accuracy": 1 - wrong.double().mean().item()}
 
 
-class ReconstructionReport(NamedTuple):
+@torch.no_grad()
+def reconstruction_report(held_out, device, network, path):
     """The PSNR in dB of held-out images that an autoencoder gives back; as picture, 40 of them, below each row what comes back.
 
     PSNR = 10 log10(2^2 / mean square error), of means decoded.
     """
-
-    held_out: data.Dataset
-    device: torch.device
-    columns = ("psnr",)
-
-    @torch.no_grad()
-    def __call__(self, network, path):
-        def returned(x, _):
-            x = x.to(self.device)
-            decoded = network.decode(network.encode(x)[0]).clamp(-1, 1)
-            return (decoded - x).double().square().flatten(1).mean(dim=1).sum().item(), data.to_uint8(decoded).cpu()
-        error, shown = 0.0, []
-        for error_of_batch, decoded in in_batches(returned, self.held_out):
-            error += error_of_batch
-            shown += decoded[:40 - len(shown)]
-        originals, _ = self.held_out.batch(np.arange(len(shown)))
-        save_rows(path, originals, torch.stack(shown))
-        return {"psnr": 10 * math.log10(4 * len(self.held_out) / error) if error else math.inf}
+    def returned(x, _):
+        x = x.to(device)
+        decoded = network.decode(network.encode(x)[0]).clamp(-1, 1)
+        return (decoded - x).double().square().flatten(1).mean(dim=1).sum().item(), data.to_uint8(decoded).cpu()
+    error, shown = 0.0, []
+    for error_of_batch, decoded in in_batches(returned, held_out):
+        error += error_of_batch
+        shown += decoded[:40 - len(shown)]
+    originals, _ = held_out.batch(np.arange(len(shown)))
+    save_rows(path, originals, torch.stack(shown))
+    return {"psnr": 10 * math.log10(4 * len(held_out) / error) if error else math.inf}

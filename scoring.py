@@ -85,12 +85,12 @@ def scores(fake, real, wanted):
     return {metric: found[metric] for metric in METRICS if metric in wanted}
 
 
-def singular(metrics, n, real):
-    """A warning for each Fréchet distance among the metrics that n samples are too few for: a list of lines."""
-    sides = {"FD": real.pool, "sFD": real.spatial}
-    return [f"warning: {min(n, side.n)} samples of {len(side.mu)} features have a singular covariance: the Fréchet distance is far "
-            "above that of more samples"
-            for metric, side in sides.items() if metric in metrics and min(n, side.n) <= len(side.mu)]
+def warn_of_few(metrics, n, real, prefix=""):
+    """Say on stderr, on the first process, of each Fréchet distance among the metrics that n samples are too few for it."""
+    for metric, side in (("FD", real.pool), ("sFD", real.spatial)) if place()[0] == 0 else ():   # on the others real may be empty
+        if metric in metrics and min(n, side.n) <= len(side.mu):
+            print(f"{prefix}warning: {min(n, side.n)} samples of {len(side.mu)} features have a singular covariance: the Fréchet "
+                  "distance is far above that of more samples", file=sys.stderr, flush=True)
 
 
 def kept_reference(path, space):
@@ -175,23 +175,12 @@ def score_network(network, diffusion, real, space, n, classes=None, seed=0, scal
     return scores(fake, real, possible(space, classes) if wanted is None else wanted)
 
 
-class SampleScores:
-    """The scores of a network while it is trained: of n samples, drawn by `sample.py`'s defaults, against real images, Measured.
+def sample_scores(dataset, diffusion, real, space, wanted, n, seed, y_null, network):
+    """The scores {column: score} of a network that is trained on a data set, see `score_network`.
 
-    wanted: the metrics. The samples are told the data set's classes or its captions in turn. `columns`: the scores' names.
+    The samples are told the data set's classes or its captions in turn. Only the first process gets the scores, the others {}.
     """
-
-    def __init__(self, real, space, wanted, dataset, diffusion, n, seed, y_null=None):
-        self.real, self.space, self.wanted, self.dataset = real, space, wanted, dataset
-        self.diffusion, self.n, self.seed, self.y_null = diffusion, n, seed, y_null
-        self.columns = tuple(map(space.title, wanted))
-        for line in singular(wanted, n, real) if place()[0] == 0 else ():        # on the others real may be empty
-            print(line, file=sys.stderr, flush=True)
-
-    def __call__(self, network):
-        """{column: score} on the first process, {} on the others, which draw their share."""
-        contexts = None if self.dataset.contexts is None else self.dataset.contexts_of(self.n)
-        found = score_network(network, self.diffusion, self.real, self.space, self.n,
-                              self.dataset.classes if contexts is None else None, self.seed, autoencoder=self.dataset.autoencoder,
-                              contexts=contexts, y_null=self.y_null, wanted=self.wanted)
-        return {self.space.title(metric): value for metric, value in found.items()}
+    contexts = None if dataset.contexts is None else dataset.contexts_of(n)
+    found = score_network(network, diffusion, real, space, n, dataset.classes if contexts is None else None, seed,
+                          autoencoder=dataset.autoencoder, contexts=contexts, y_null=y_null, wanted=wanted)
+    return {space.title(metric): value for metric, value in found.items()}

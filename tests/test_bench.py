@@ -11,7 +11,6 @@ import checkpoint
 import data
 import latents
 import metrics
-import reports
 import restoration
 import shapes
 import train
@@ -24,7 +23,7 @@ from objectives import Classification, Denoising
 @pytest.fixture
 def no_picture(monkeypatch):
     """Training without the picture at its end, which takes longer than the few steps that a test makes."""
-    monkeypatch.setattr(reports.SampleReport, "__call__", lambda *_: {})
+    monkeypatch.setattr(train, "sample_report", lambda *_: {})
 
 
 def test_the_judge_recognises_real_held_out_digits():
