@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -35,7 +36,7 @@ import train
 from checkpoint import load, load_autoencoder
 from cli import Parser, add_overwrite_flag, natural, one_line_errors, positive, processes, rule_of
 from features import JUDGE, default_space, full_precision, space_of
-from files import check_output, header_of, output_file
+from files import check_output, output_file
 from gflops import count, inputs_of
 from latents import encode
 from metrics import Statistics, distance, nearest, precision_recall, psnr, unique_share, vote
@@ -93,7 +94,6 @@ def restoration_quality(args):
     real, real_labels = first_of(data.load(split="train"))
     images, labels = first_of(data.load(split="test"), args.n)
     real, images, labels = data.to_float(real).to(device), data.to_float(images).to(device), labels.to(device)
-    null = torch.full_like(labels, network.null_label)
     keys = [(args.seed, i) for i in range(len(images))]
 
     def kept(x):
@@ -111,14 +111,14 @@ def restoration_quality(args):
         A, A_plus = degrade
         with_label, without = (restoration.restore(
             diffusion, network, A(images), degrade, y, steps=args.steps, repeats=args.repeats, seeds=keys, clip=True)
-            for y in (labels, null))
+            for y in (labels, None))
         neighbours = nearest(A(images).cpu(), A(real).cpu(), k=1)[:, 0]
         alike = (real_labels[neighbours] == labels.cpu()).float().mean()
         print(f"{name:28}{kept(with_label):12.1%}{kept(without):12.1%}{alike:20.1%}")
         rows += [A_plus(A(images)), with_label]
     noise = torch.stack([torch.randn(images.shape[1:], generator=ddpm.keyed_generator(key)) for key in keys]).to(device)
     noisy = images + sigma * noise
-    with_label, without = (restoration.denoise(diffusion, network, noisy, sigma, y, clip=True) for y in (labels, null))
+    with_label, without = (restoration.denoise(diffusion, network, noisy, sigma, y, clip=True) for y in (labels, None))
     blur = max(psnr(restoration.blurred(noisy, deviation), images) for deviation in np.arange(0.5, 2, 0.05))
     print(f"noise of deviation {sigma} removed: {psnr(without, images):.1f} dB, with the label {psnr(with_label, images):.1f}; "
           f"noisy {psnr(noisy, images):.1f}, best Gaussian blur {blur:.1f}, best linear filter "
@@ -139,21 +139,6 @@ def trained(out, steps, argv):
     return run
 
 
-def compare_one(args, model, size, seed, device, space, real, classes):
-    """Train one network and score its samples -> a row of compare.csv, all text."""
-    out = Path(args.out) / f"{model}-{size.replace('/', '-')}-{args.steps}-{seed}.pt"
-    began, resumed = time.perf_counter(), out.exists()
-    run = trained(out, args.steps, ["--model", model, "--size", size, "--seed", str(seed), "--sample-every", str(args.steps),
-                                    "--device", args.device])
-    minutes = "" if resumed else (time.perf_counter() - began) / 60      # of an interrupted run nobody knows them
-    network, diffusion = run.build()
-    parameters, multiply_adds = count(network, *inputs_of(network))
-    found = score_network(network.to(device), diffusion, real, space, args.n, classes, seed, scale=1.0)
-    row = dict(model=model, size=size, seed=seed, steps=args.steps, minutes=minutes, parameters=parameters,
-               gflops=multiply_adds / 1e9, n=args.n, features_sha256=space.sha256, **found)
-    return {column: str(value) for column, value in row.items()}
-
-
 def compare(args):
     """Train the networks of COMPARED on the same images and noise, seed by seed, and print their scores."""
     device, folder = processes(args.device)[0], Path(args.out)
@@ -162,31 +147,39 @@ def compare(args):
     folder.mkdir(exist_ok=True)
     table = folder / "compare.csv"
     check_output(table, "comparison")
-    if table.exists() and (other := [name for name in header_of(table) if name not in ROW]):
+    reader = csv.DictReader(table.read_text().splitlines() if table.exists() else [])
+    if other := [name for name in reader.fieldnames or () if name not in ROW]:
         raise ValueError(f"{table} has a column {other[0]}, which would be lost: move it away, or choose another --out")
     dataset, held_out = (data.load(split=split) for split in ("train", "test"))
     space = space_of(default_space(dataset.spec, dataset.images.shape[1:]), device)
     reference = measure_reference(dataset, space, dataset.spec)
     ours = scores(measure_samples(held_out, None, space), reference.measured, possible(space, held_out.classes))
-    rows = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
-
-    def runs(model, size):
-        """The rows {seed: row} of a network that were made with the settings asked for."""
-        wanted = dict(model=model, size=size, steps=str(args.steps), n=str(args.n), features_sha256=space.sha256)
-        return {int(row["seed"]): row for row in rows if wanted.items() <= row.items()}
-
-    for seed in range(args.seeds):
-        for model, size in COMPARED:
-            if seed not in runs(model, size):
-                rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset.classes))
-                lines = [ROW, *([row.get(column) or "" for column in ROW] for row in rows)]
-                with output_file(table, "comparison") as file:
-                    file.write("".join(",".join(line) + "\n" for line in lines).encode())
+    wanted = dict(steps=str(args.steps), n=str(args.n), features_sha256=space.sha256)
+    rows = list(reader)
+    there = {(row["model"], row["size"], int(row["seed"])): row for row in rows if wanted.items() <= row.items()}
+    for seed, (model, size) in product(range(args.seeds), COMPARED):
+        if (model, size, seed) in there:
+            continue
+        out = folder / f"{model}-{size.replace('/', '-')}-{args.steps}-{seed}.pt"
+        began, resumed = time.perf_counter(), out.exists()
+        run = trained(out, args.steps, ["--model", model, "--size", size, "--seed", str(seed), "--sample-every", str(args.steps),
+                                        "--device", args.device])
+        minutes = "" if resumed else (time.perf_counter() - began) / 60  # of an interrupted run nobody knows them
+        network, diffusion = run.build()
+        parameters, multiply_adds = count(network, *inputs_of(network))
+        found = score_network(network.to(device), diffusion, reference.measured, space, args.n, dataset.classes, seed, scale=1.0)
+        row = dict(wanted, model=model, size=size, seed=seed, minutes=minutes, parameters=parameters, gflops=multiply_adds / 1e9,
+                   **found)
+        there[model, size, seed] = {column: str(value) for column, value in row.items()}
+        rows.append(there[model, size, seed])
+        lines = [ROW, *([row.get(column) or "" for column in ROW] for row in rows)]
+        with output_file(table, "comparison") as file:
+            file.write("".join(",".join(line) + "\n" for line in lines).encode())
     print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, "
           f"weights {space.sha256[:8]}; a range is that of {args.seeds} seeds")
     print(f"{'':14}{'Mparams':>8}{'Gflops':>8}{'minutes':>9}" + "".join(f"{metric:>18}" for metric in ours))
     for model, size in COMPARED:
-        found = [row for seed, row in runs(model, size).items() if seed < args.seeds]
+        found = [there[model, size, seed] for seed in range(args.seeds)]
         minutes = [float(row["minutes"]) for row in found if row["minutes"]]
         line = f"{model + ' ' + size:14}{int(found[0]['parameters']) / 1e6:8.2f}{float(found[0]['gflops']):8.3f}"
         line += f"{np.mean(minutes) if minutes else math.nan:9.1f}"
@@ -233,11 +226,10 @@ def ruler_rate(ruler, device, dtype):
                            for shape in ((N, C, side, side), (C, C, 3, 3)))
         operation, flops = lambda: F.conv2d(images, kernels, padding=1), 2 * N * 9 * C ** 2 * side ** 2
     taken, times = 0.0, 0
-    with torch.no_grad():
-        operation()                                      # the first call loads libraries
-        while taken < 0.5:
-            taken += seconds_of(lambda: [operation() for _ in range(8)])
-            times += 8
+    operation()                                          # the first call loads libraries
+    while taken < 0.5:
+        taken += seconds_of(lambda: [operation() for _ in range(8)])
+        times += 8
     return times * flops / taken
 
 

@@ -90,7 +90,7 @@ class Log:
     """run.csv and the line or bar on the terminal.  images/s are training's own: the clock stands still where it is `paused`."""
 
     def __init__(self, path, args, groups, scores, start, rank):
-        self.path, self.args, self.groups, self.names, self.rank = path, args, groups, scores, rank
+        self.path, self.args, self.groups, self.rank = path, args, groups, rank
         self.columns = ("step", "images", "loss", *groups, *scores, "grad_norm", "lr", "images_per_s")
         self.scores = {}                                 # of the next row
         self.start, self.since, self.fifth = start, (start, time.perf_counter()), None
@@ -123,12 +123,12 @@ class Log:
         if self.rank > 0:
             return
         mean = sum(losses) / sum(counts)
-        by_group = [loss / count if count else math.nan for loss, count in zip(losses, counts)] if self.groups else []
-        values = (mean, *by_group, *map(self.scores.get, self.names), norm.item(), learning_rate(step - 1, self.args))
-        row = [str(step), str(step * self.args.batch_size), *("" if value is None else f"{value:.8g}" for value in values),
-               f"{rate:.1f}" if rate else ""]            # none of a row that a stop had left out
+        by_group = {name: loss / count if count else math.nan for name, loss, count in zip(self.groups, losses, counts)}
+        values = {"loss": mean, **by_group, **self.scores, "grad_norm": norm.item(), "lr": learning_rate(step - 1, self.args)}
+        row = {"step": str(step), "images": str(step * self.args.batch_size), "images_per_s": f"{rate:.1f}" if rate else "",
+               **{name: f"{value:.8g}" for name, value in values.items()}}       # no rate of a row that a stop had left out
         with writing(self.path), open(self.path, "a") as file:
-            file.write(",".join(row + [""] * (len(self.columns) - len(row))) + "\n")
+            file.write(",".join(row.get(name, "") for name in self.columns) + "\n")
         shown = "".join(f", {name} {value:.4g}" for name, value in self.scores.items())
         self.scores = {}
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
