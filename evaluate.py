@@ -52,10 +52,10 @@ def images_of(spec, split, args):
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
-def read_images(args, run, shape):
-    """The data sets of the reference and of --samples, each None if there is none.  ValueError on what cannot be compared.
+def read_images(args, run):
+    """The data sets of the reference and of --samples, each None if there is none.  ValueError if they have too few images.
 
-    run: that of --ckpt, whose training part is the reference if none is given; shape: (H, W, C) of what it draws.
+    run: that of --ckpt, whose training part is the reference if none is given.
     """
     if args.reference:
         real = images_of(args.reference, "train", args)
@@ -69,10 +69,6 @@ def read_images(args, run, shape):
     there = len(fake) if fake else 0
     if args.samples and (args.n or 0) > there:
         raise ValueError(f"--n {args.n}: {args.samples} has {there} images")
-    shape = fake.images.shape[1:] if fake else shape
-    if real and shape and tuple(real.image_size) != tuple(shape[:2]):
-        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(
-            *shape[:2], *real.image_size))
     return real, fake
 
 
@@ -141,13 +137,7 @@ def validate(args):
     if results.is_file() and header_of(results) not in ([], list(COLUMNS)):
         raise ValueError(f"--results {results} has other columns: choose another file")
     check_output(results, "scores", rule_of(args)["inputs"])             # rows are added to it, it is never replaced
-    check_saving(args)
     return wanted
-
-
-def suited(args, images):
-    """--features where it is not given: those that the reference's statistics are of, or that suit the images."""
-    return space_named_in(args.reference) or (default_space(images.spec, images.images.shape[1:]) if images else "inception")
 
 
 def open_run(args):
@@ -210,10 +200,10 @@ def report(args, found, reference, fake, space, how):
             **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if how}))
 
 
-def check_saving(args, *read):
-    """ValueError or OSError if --save-reference may not be written; read: what it must not replace, besides what flags name."""
+def check_saving(args, spec):
+    """ValueError or OSError if --save-reference may not be written; spec: of the reference, which it must not replace either."""
     if args.save_reference:
-        check_output(args.save_reference, "reference", [*rule_of(args)["inputs"], *read], args.overwrite)
+        check_output(args.save_reference, "reference", [*rule_of(args)["inputs"], spec], args.overwrite)
 
 
 def score_samples(args):
@@ -231,11 +221,16 @@ def score_samples(args):
     check_saving(args, name)
     device, rank, _ = processes(args.device)
 
-    real_images, fake_images = read_images(args, run, shape)
+    real_images, fake_images = read_images(args, run)
     if fake_images:
         names, shape = fake_images.classes, fake_images.images.shape[1:]
+    if real_images and shape and tuple(real_images.image_size) != tuple(shape[:2]):
+        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(
+            *shape[:2], *real_images.image_size))
+    images = real_images or fake_images
+    suited = default_space(images.spec, images.images.shape[1:]) if images else "inception"
     with first_in_turn():
-        space = space_of(args.features or suited(args, real_images or fake_images), device, args.cache, args.resize == "tf1")
+        space = space_of(args.features or space_named_in(args.reference) or suited, device, args.cache, args.resize == "tf1")
     n = args.n or (len(fake_images) if fake_images else FULL if space.name.startswith("inception") else QUICK)
     fewest = min(n if shape else math.inf, len(real_images) if real_images else math.inf)
     if fewest < 2:

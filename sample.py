@@ -332,17 +332,18 @@ def check_task(args, task, network, latent, autoencoder, classes):
 
 
 @torch.no_grad()
-def restore_images(args, task, network, diffusion, autoencoder=None, classes=None):
+def restore_images(args, task, network, diffusion, autoencoder, classes):
     """What is known of the image, and n restored ones, as uint8 (1 + n, H, W, C); and how they were made, in words.  classes:
     those that the images cycle through, None for the null class."""
+    scale = guidance_scale(network, 1.0 if args.cfg_scale is None else args.cfg_scale)
+    n, sampler = args.n or (1 if task == "denoise" else 4), args.sampler or "ddpm"
+    steps = evaluations(args.steps or min(restoration.STEPS, diffusion.T), sampler, diffusion)
     device, _, world = processes(args.device)
     if world > 1:
         raise ValueError(f"--{task} restores one image in one process: start it without torchrun")
     network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)
     *size, channels = pixel_shape(network, autoencoder)
     y, degrade = measured(args, task, size, channels, device)
-    n, scale = args.n or (1 if task == "denoise" else 4), 1.0 if args.cfg_scale is None else args.cfg_scale
-    sampler, steps = args.sampler or "ddpm", args.steps or min(restoration.STEPS, diffusion.T)
     repeats = args.repeats or (1 if task == "denoise" or sampler == "dpm++" else restoration.REPEATS)
     how = f"{n} images, {sampler}, {steps} steps" + f" repeated {repeats} times" * (repeats > 1) + f", seed {args.seed}"
     if task == "denoise" and n == 1:
@@ -369,8 +370,6 @@ def restore_and_write(args, task):
     classes = parse_classes(args.classes, run.data.classes, network.num_classes) if args.classes else None
     autoencoder = decoder(args.vae, run, network)
     check_task(args, task, network, bool(run.vae), autoencoder, classes)
-    guidance_scale(network, args.cfg_scale)              # refuses a scale that the network lacks the input for,
-    evaluations(args.steps, args.sampler, diffusion)     # and more steps than the process has
     images, how = restore_images(args, task, network, diffusion, autoencoder, classes)
     if is_folder(args.out):
         make_folder(args.out, **rule_of(args))
