@@ -38,14 +38,14 @@ def say(line):
     sys.stdout.flush()
 
 
-def due(every, step, args):
-    """Whether what is done every so many steps is due after a step, of which the last one is always due."""
-    return bool(every) and (step % every == 0 or step == args.steps)
+def due(step, args, *intervals):
+    """Whether what is done at one of these intervals of steps, None is never, is due after a step; after the last one it is."""
+    return any(every and (step % every == 0 or step == args.steps) for every in intervals)
 
 
 def row_due(step, args):
     """Whether the log has a row of a step: the only steps that wait for the device."""
-    return any(due(every, step, args) for every in (LOG_EVERY, args.sample_every, args.eval_every))
+    return due(step, args, LOG_EVERY, args.sample_every, args.eval_every)
 
 
 def read_log(path, step):

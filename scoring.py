@@ -111,11 +111,8 @@ def measure_halves(dataset, order, space):
     with progress_bar("measuring the reference", len(order)) as progress:
         first, second = (measure_dataset(dataset, rows, space, max(0, REFERENCE_IMAGES - before), progress)
                          for rows, before in ((order[:half], 0), (order[half:], half)))
-    floor = {}
-    if min(first.pool.n, second.pool.n) > 1:             # on the first process, of at least four images
-        floor["FD"] = distance(first.pool, second.pool)
-        if first.spatial:
-            floor["sFD"] = distance(first.spatial, second.spatial)
+    halves = {"FD": (first.pool, second.pool), "sFD": (first.spatial, second.spatial)}
+    floor = {metric: distance(*pair) for metric, pair in halves.items() if all(pair) and min(side.n for side in pair) > 1}
     return first.merge(second), floor
 
 

@@ -57,10 +57,15 @@ def check_data(args, run, pixels):
         raise ValueError(f"--resume: {args.data} is not what the run in {args.out} was trained on: {differ}")
 
 
+def load_split(args, split):
+    """The "train" or "test" part of the data, which may lie in other files."""
+    with first_in_turn():
+        return data.load(args.data, args.image_size, split, args.cache, args.skip_bad)
+
+
 def load_data(args, run, device):
     """The training split, or with --vae its latents, which are encoded once it is clear that the network takes them."""
-    with first_in_turn():
-        pixels = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
+    pixels = load_split(args, "train")
     if run:
         check_data(args, run, pixels)
     if args.text and pixels.captions is None:
@@ -103,12 +108,6 @@ def encode_captions(args, dataset, run, device):
     return TextReader(encoder)
 
 
-def held_out(args):
-    """The held-out part of the data, which may lie in other files than the training part."""
-    with first_in_turn():
-        return data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
-
-
 # The network, what it learns, and what is shown of it
 
 def build_network(args, dataset, reader=None):
@@ -134,18 +133,18 @@ def build_objective(args, dataset, network, random, reader=None):
     inputs = (Pixels(random, args.flip, args.shift) if autoencoder is None else
               LatentSamples(random, args.flip, autoencoder.scale))
     if args.model == "vit":
-        return Classification(inputs), partial(accuracy_report, held_out(args), device), ("accuracy",)
+        return Classification(inputs), partial(accuracy_report, load_split(args, "test"), device), ("accuracy",)
     if args.model == "vae":
         shape = (network.latent_channels, *divided(dataset.image_size, network.factor, "the autoencoder's factor"))
-        return Autoencoding(inputs, shape), partial(reconstruction_report, held_out(args), device), ("psnr",)
+        return Autoencoding(inputs, shape), partial(reconstruction_report, load_split(args, "test"), device), ("psnr",)
     diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
     y_null = unconditional(network, reader, args.cfg_drop)
     if args.size in UPSAMPLERS:
-        report = partial(upsampling_report, held_out(args), diffusion, args.seed, device)
+        report = partial(upsampling_report, load_split(args, "test"), diffusion, args.seed, device)
         return SuperResolution(diffusion, inputs, y_null, args.cfg_drop), report, ()
     objective = Denoising(diffusion, inputs, y_null, args.cfg_drop)
     if args.model == "mlp":
-        return objective, partial(point_report, held_out(args), diffusion, args.seed), ("distance",)
+        return objective, partial(point_report, load_split(args, "test"), diffusion, args.seed), ("distance",)
     return objective, partial(sample_report, dataset, diffusion, args.seed, objective.y_null), ()
 
 
@@ -256,9 +255,9 @@ class Training:
     def write_row(self, step, diverged=False):
         """Write the log's row of a step, with the picture and the scores that are due there."""
         with self.log.paused():
-            if self.rank == 0 and due(self.args.sample_every, step, self.args) and not diverged:
+            if self.rank == 0 and due(step, self.args, self.args.sample_every) and not diverged:
                 self.log.scores |= self.report(self.state.ema, self.out.with_suffix(".png"))
-            if due(self.args.eval_every, step, self.args) and not diverged:
+            if due(step, self.args, self.args.eval_every) and not diverged:
                 self.log.scores |= self.scores(self.state.ema)           # by all processes together
         self.log.write(total(self.state.sums, self.world), step, self.state.norm)
         self.state.sums.zero_()
@@ -278,9 +277,9 @@ class Training:
                 if row:                                  # the only steps that wait for the device
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)
-                saves = (args.save_every, args.sample_every, args.eval_every)
                 first = row and self.saved is None       # no log has rows of a run that is not there
-                if not diverged and (stopping or first or any(due(every, done, args) for every in saves)):
+                saves = stopping or first or due(done, args, args.save_every, args.sample_every, args.eval_every)
+                if saves and not diverged:
                     with self.log.paused():
                         self.save(done)                  # before pictures and scores, which may fail
                 if row:
