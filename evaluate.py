@@ -28,7 +28,7 @@ from metrics import frechet_distance, inception_score, precision_recall      # n
 from points import MLP
 from sampling import (add_sampling_flags, decoder, draw_once, drawable, evaluations, guidance_scale, parse_classes, pixel_shape,
                       text_reader, unconditional)
-from scoring import METRICS, REFERENCE_IMAGES, lacks, measure_reference, measure_samples, obstacles, scores, warn_of_few
+from scoring import METRICS, REFERENCE_IMAGES, lacks, measure_reference, measure_samples, possible, scores, warn_of_few
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
 COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "features_sha256", *METRICS, "FD_floor", "classes",
@@ -154,14 +154,6 @@ def open_run(args):
     return run, network, diffusion, autoencoder, text_reader(run, network, args.clip)
 
 
-def agreed(wanted, against, space):
-    """The metrics wanted, or all that nothing stands against.  ValueError on one that is wanted and cannot be had."""
-    for metric in wanted:
-        if against[metric]:
-            raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
-    return wanted or [metric for metric in METRICS if not against[metric]]
-
-
 def number_of(n):
     """A number of images, as text."""
     return f"{n:,}" if math.isfinite(n) else "an unknown number"
@@ -235,8 +227,8 @@ def score_samples(args):
     fewest = min(n if shape else math.inf, len(real_images) if real_images else math.inf)
     if fewest < 2:
         raise ValueError(f"{fewest} image on one side: at least two samples and two real images are needed")
-    against = obstacles(space, names, lacks(real_images, args.reference), () if how else lacks(fake_images, args.samples), fewest)
-    wanted = agreed(wanted, against, space)
+    fake_lacks = () if how else lacks(fake_images, args.samples)
+    wanted = possible(space, names, lacks(real_images, args.reference), fake_lacks, fewest, wanted)
     examples = [images.batch(np.arange(1))[0] for images in (real_images, fake_images) if images]
     if how:
         examples.append(torch.zeros(1, *shape, dtype=torch.uint8))

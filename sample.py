@@ -66,23 +66,6 @@ def check_outputs(args):
             check_output(path, purpose, **rule)
 
 
-def add_restoration_flags(parser):
-    """The flags of sample.py that name an image to restore."""
-    parser = parser.add_argument_group("restoring an image", "where --sampler is ddpm and --cfg-scale 1 by default")
-    images = parser.add_mutually_exclusive_group()
-    images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image, in 4 ways or --n; without "
-                        "--classes the run is told no class")
-    images.add_argument("--upscale", metavar="IMAGE", help="draw 4 images, or --n, whose means over squares of --factor pixels "
-                        "are this one")
-    images.add_argument("--denoise", metavar="IMAGE", help="remove white noise (which a file cuts off at black and white): the "
-                        "mean of all possible originals; --n 2 or more draws some of them")
-    parser.add_argument("--mask", metavar="IMAGE", help="white is hidden, black is kept; as large as the image of --inpaint")
-    parser.add_argument("--factor", type=int, choices=(2, 4), help="of --upscale")
-    parser.add_argument("--sigma", type=not_negative, help="the noise's deviation, where black is -1 and white 1")
-    parser.add_argument("--repeats", type=positive, help="of each step of --inpaint and --upscale: what is drawn agrees more with "
-                        f"what is known (default: {restoration.REPEATS})")
-
-
 def flags():
     """The command line."""
     parser = Parser(prog="sample.py", description="Draw images from a trained run or from released weights.")
@@ -101,7 +84,19 @@ def flags():
     parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add_overwrite_flag(parser)
-    add_restoration_flags(parser)
+    restoring = parser.add_argument_group("restoring an image", "where --sampler is ddpm and --cfg-scale 1 by default")
+    images = restoring.add_mutually_exclusive_group()
+    images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image, in 4 ways or --n; without "
+                        "--classes the run is told no class")
+    images.add_argument("--upscale", metavar="IMAGE", help="draw 4 images, or --n, whose means over squares of --factor pixels "
+                        "are this one")
+    images.add_argument("--denoise", metavar="IMAGE", help="remove white noise (which a file cuts off at black and white): the "
+                        "mean of all possible originals; --n 2 or more draws some of them")
+    restoring.add_argument("--mask", metavar="IMAGE", help="white is hidden, black is kept; as large as the image of --inpaint")
+    restoring.add_argument("--factor", type=int, choices=(2, 4), help="of --upscale")
+    restoring.add_argument("--sigma", type=not_negative, help="the noise's deviation, where black is -1 and white 1")
+    restoring.add_argument("--repeats", type=positive, help="of each step of --inpaint and --upscale: what is drawn agrees more "
+                           f"with what is known (default: {restoration.REPEATS})")
     return parser
 
 

@@ -40,17 +40,17 @@ def lacks(images, file):
     return ({"images"} if images is None else set()) | ({"spatial"} if tables and "mu_s" not in tables else set())
 
 
-def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
-    """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
+def possible(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf, wanted=()):
+    """The metrics wanted, or all that samples of classes (their names, or None) can have in a space.
 
     real_lacks, fake_lacks: what the reference and the samples come without, see `lacks`. fewest: images of the side that has
-    fewer.
+    fewer. ValueError on a metric that is wanted and cannot be had.
     """
     spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks        # a classifier has none
     pairs = ("the reference is statistics without images" if "images" in real_lacks else
              "the samples are statistics without images" if "images" in fake_lacks else
              f"it needs 4 images on both sides, and there are {fewest}" if fewest < 4 else None)
-    return {
+    against = {
         "IS": "the samples are statistics without images" if "images" in fake_lacks else None,
         "FD": None,
         "sFD": "it needs spatial features on both sides" if spatial else None,
@@ -58,11 +58,10 @@ def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
         "accuracy": None if space.knows(classes) and "images" not in fake_lacks else
         "it needs samples with labels, and the features of a classifier that knows these",
     }
-
-
-def possible(space, classes, real_lacks=()):
-    """The scores that images of classes (their names, or None) can have in a space, against a reference, see `obstacles`."""
-    return [metric for metric, obstacle in obstacles(space, classes, real_lacks).items() if obstacle is None]
+    for metric in wanted:
+        if against[metric]:
+            raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
+    return wanted or [metric for metric in METRICS if not against[metric]]
 
 
 def scores(fake, real, wanted):
