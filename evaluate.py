@@ -182,14 +182,13 @@ def report(args, found, reference, fake, space, how):
             line += f"   two halves of the reference, {half} images each: {reference.floor[metric]:.3f}"
         print(line)
     with writing(args.results), open(args.results, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")    # of what only tells samples in the cache apart
         if not file.tell():
             writer.writeheader()
         writer.writerow(dict(
-            samples=args.ckpt or args.samples, n=fake.n, reference=reference.name,
+            how, samples=args.ckpt or args.samples, n=fake.n, reference=reference.name,
             reference_n=real.n if math.isfinite(real.n) else None, features=space.name, features_sha256=space.sha256, **found,
-            FD_floor=reference.floor.get("FD"), torch=torch.__version__, numpy=np.__version__, classes=args.classes,
-            **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if how}))
+            FD_floor=reference.floor.get("FD"), torch=torch.__version__, numpy=np.__version__, classes=args.classes))
 
 
 def check_saving(args, spec):
