@@ -181,10 +181,10 @@ def measure_dataset(dataset, indices, space, keep=None, bar=None):
 
     def batches():
         with ThreadPoolExecutor(1) as reader:            # reads the next batch while the network works on this one
-            ahead = None
-            for start in range(mine.start, mine.stop, BATCH):
-                images = (ahead or reader.submit(read, start)).result()
-                ahead = reader.submit(read, start + BATCH) if start + BATCH < mine.stop else None
+            reads = (reader.submit(read, start) for start in range(mine.start, mine.stop, BATCH))
+            ahead = next(reads, None)
+            while ahead:
+                images, ahead = ahead.result(), next(reads, None)
                 yield images.to(space.device, non_blocking=True)
                 if bar is not None:
                     bar.update(len(images))
