@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -35,14 +36,15 @@ import train
 from checkpoint import load, load_autoencoder
 from cli import Parser, add_overwrite_flag, natural, one_line_errors, positive, processes, rule_of
 from features import JUDGE, default_space, full_precision, space_of
-from files import check_output, header_of, output_file
+from files import check_output, output_file
 from gflops import count, inputs_of
 from latents import encode
 from metrics import Statistics, distance, nearest, precision_recall, psnr, unique_share, vote
 from models import MODELS
 from objectives import Classification, Denoising
 from pictures import grid, save_image
-from sampling import (SCATTERED, STEPS, draw, draw_points, drawable, guidance_scale, labels_of, read_prompts, text_reader,
+from reports import now
+from sampling import (SCATTERED, STEPS, draw_images, draw_points, drawable, guidance_scale, labels_of, read_prompts, text_reader,
                       unconditional)
 from scoring import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from settings import DEFAULT_SIZE
@@ -70,8 +72,8 @@ def quality(args):
         for split in ("train", "test"))
     classes = list(range(network.num_classes))
     scale = guidance_scale(network)
-    drawn = draw(network.to(device), diffusion, range(args.n), classes, args.seed, clip=True, cfg_scale=scale)
-    neighbours = nearest(torch.cat([data.to_uint8(x).cpu() for _, x in drawn]), images)
+    drawn = draw_images(network.to(device), diffusion, range(args.n), classes, args.seed)
+    neighbours = nearest(torch.cat([x.cpu() for _, x in drawn]), images)
     right = (vote(labels, neighbours) == labels_of(range(args.n), classes)).float().mean().item()
     real_right = (vote(labels, nearest(test_images, images)) == test_labels).float().mean().item()
     print(f"{args.n} samples of {args.ckpt} (step {run.step}), seed {args.seed}, dpm++ {STEPS} steps, guidance {scale:g}")
@@ -92,7 +94,6 @@ def restoration_quality(args):
     real, real_labels = first_of(data.load(split="train"))
     images, labels = first_of(data.load(split="test"), args.n)
     real, images, labels = data.to_float(real).to(device), data.to_float(images).to(device), labels.to(device)
-    null = torch.full_like(labels, network.null_label)
     keys = [(args.seed, i) for i in range(len(images))]
 
     def kept(x):
@@ -110,14 +111,14 @@ def restoration_quality(args):
         A, A_plus = degrade
         with_label, without = (restoration.restore(
             diffusion, network, A(images), degrade, y, steps=args.steps, repeats=args.repeats, seeds=keys, clip=True)
-            for y in (labels, null))
+            for y in (labels, None))
         neighbours = nearest(A(images).cpu(), A(real).cpu(), k=1)[:, 0]
         alike = (real_labels[neighbours] == labels.cpu()).float().mean()
         print(f"{name:28}{kept(with_label):12.1%}{kept(without):12.1%}{alike:20.1%}")
         rows += [A_plus(A(images)), with_label]
     noise = torch.stack([torch.randn(images.shape[1:], generator=ddpm.keyed_generator(key)) for key in keys]).to(device)
     noisy = images + sigma * noise
-    with_label, without = (restoration.denoise(diffusion, network, noisy, sigma, y, clip=True) for y in (labels, null))
+    with_label, without = (restoration.denoise(diffusion, network, noisy, sigma, y, clip=True) for y in (labels, None))
     blur = max(psnr(restoration.blurred(noisy, deviation), images) for deviation in np.arange(0.5, 2, 0.05))
     print(f"noise of deviation {sigma} removed: {psnr(without, images):.1f} dB, with the label {psnr(with_label, images):.1f}; "
           f"noisy {psnr(noisy, images):.1f}, best Gaussian blur {blur:.1f}, best linear filter "
@@ -138,21 +139,6 @@ def trained(out, steps, argv):
     return run
 
 
-def compare_one(args, model, size, seed, device, space, real, classes):
-    """Train one network and score its samples -> a row of compare.csv, all text."""
-    out = Path(args.out) / f"{model}-{size.replace('/', '-')}-{args.steps}-{seed}.pt"
-    began, resumed = time.perf_counter(), out.exists()
-    run = trained(out, args.steps, ["--model", model, "--size", size, "--seed", str(seed), "--sample-every", str(args.steps),
-                                    "--device", args.device])
-    minutes = "" if resumed else (time.perf_counter() - began) / 60      # of an interrupted run nobody knows them
-    network, diffusion = run.build()
-    parameters, multiply_adds = count(network, *inputs_of(network))
-    found = score_network(network.to(device), diffusion, real, space, args.n, classes, seed, scale=1.0)
-    row = dict(model=model, size=size, seed=seed, steps=args.steps, minutes=minutes, parameters=parameters,
-               gflops=multiply_adds / 1e9, n=args.n, features_sha256=space.sha256, **found)
-    return {column: str(value) for column, value in row.items()}
-
-
 def compare(args):
     """Train the networks of COMPARED on the same images and noise, seed by seed, and print their scores."""
     device, folder = processes(args.device)[0], Path(args.out)
@@ -161,31 +147,39 @@ def compare(args):
     folder.mkdir(exist_ok=True)
     table = folder / "compare.csv"
     check_output(table, "comparison")
-    if table.exists() and (other := [name for name in header_of(table) if name not in ROW]):
+    reader = csv.DictReader(table.read_text().splitlines() if table.exists() else [])
+    if other := [name for name in reader.fieldnames or () if name not in ROW]:
         raise ValueError(f"{table} has a column {other[0]}, which would be lost: move it away, or choose another --out")
     dataset, held_out = (data.load(split=split) for split in ("train", "test"))
     space = space_of(default_space(dataset.spec, dataset.images.shape[1:]), device)
     reference = measure_reference(dataset, space, dataset.spec)
     ours = scores(measure_samples(held_out, None, space), reference.measured, possible(space, held_out.classes))
-    rows = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
-
-    def runs(model, size):
-        """The rows {seed: row} of a network that were made with the settings asked for."""
-        wanted = dict(model=model, size=size, steps=str(args.steps), n=str(args.n), features_sha256=space.sha256)
-        return {int(row["seed"]): row for row in rows if wanted.items() <= row.items()}
-
-    for seed in range(args.seeds):
-        for model, size in COMPARED:
-            if seed not in runs(model, size):
-                rows.append(compare_one(args, model, size, seed, device, space, reference.measured, dataset.classes))
-                lines = [ROW, *([row.get(column) or "" for column in ROW] for row in rows)]
-                with output_file(table, "comparison") as file:
-                    file.write("".join(",".join(line) + "\n" for line in lines).encode())
+    wanted = dict(steps=str(args.steps), n=str(args.n), features_sha256=space.sha256)
+    rows = list(reader)
+    there = {(row["model"], row["size"], int(row["seed"])): row for row in rows if wanted.items() <= row.items()}
+    for seed, (model, size) in product(range(args.seeds), COMPARED):
+        if (model, size, seed) in there:
+            continue
+        out = folder / f"{model}-{size.replace('/', '-')}-{args.steps}-{seed}.pt"
+        began, resumed = time.perf_counter(), out.exists()
+        run = trained(out, args.steps, ["--model", model, "--size", size, "--seed", str(seed), "--sample-every", str(args.steps),
+                                        "--device", args.device])
+        minutes = "" if resumed else (time.perf_counter() - began) / 60  # of an interrupted run nobody knows them
+        network, diffusion = run.build()
+        parameters, multiply_adds = count(network, *inputs_of(network))
+        found = score_network(network.to(device), diffusion, reference.measured, space, args.n, dataset.classes, seed, scale=1.0)
+        row = dict(wanted, model=model, size=size, seed=seed, minutes=minutes, parameters=parameters, gflops=multiply_adds / 1e9,
+                   **found)
+        there[model, size, seed] = {column: str(value) for column, value in row.items()}
+        rows.append(there[model, size, seed])
+        lines = [ROW, *([row.get(column) or "" for column in ROW] for row in rows)]
+        with output_file(table, "comparison") as file:
+            file.write("".join(",".join(line) + "\n" for line in lines).encode())
     print(f"{args.n} samples a run, guidance 1, {STEPS} steps of dpm++; {args.steps} steps of training; features {space.name}, "
           f"weights {space.sha256[:8]}; a range is that of {args.seeds} seeds")
     print(f"{'':14}{'Mparams':>8}{'Gflops':>8}{'minutes':>9}" + "".join(f"{metric:>18}" for metric in ours))
     for model, size in COMPARED:
-        found = [row for seed, row in runs(model, size).items() if seed < args.seeds]
+        found = [there[model, size, seed] for seed in range(args.seeds)]
         minutes = [float(row["minutes"]) for row in found if row["minutes"]]
         line = f"{model + ' ' + size:14}{int(found[0]['parameters']) / 1e6:8.2f}{float(found[0]['gflops']):8.3f}"
         line += f"{np.mean(minutes) if minutes else math.nan:9.1f}"
@@ -213,18 +207,11 @@ def points_quality(args):
     print(f"the data to the data   {floor:.4f}")
 
 
-def now(device):
-    """Seconds on the clock, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds_of(operation, device):
+def seconds_of(operation):
     """Seconds that an operation takes."""
-    began = now(device)
+    began = now()
     operation()
-    return now(device) - began
+    return now() - began
 
 
 def ruler_rate(ruler, device, dtype):
@@ -239,11 +226,10 @@ def ruler_rate(ruler, device, dtype):
                            for shape in ((N, C, side, side), (C, C, 3, 3)))
         operation, flops = lambda: F.conv2d(images, kernels, padding=1), 2 * N * 9 * C ** 2 * side ** 2
     taken, times = 0.0, 0
-    with torch.no_grad():
-        operation()                                      # the first call loads libraries
-        while taken < 0.5:
-            taken += seconds_of(lambda: [operation() for _ in range(8)], device)
-            times += 8
+    operation()                                          # the first call loads libraries
+    while taken < 0.5:
+        taken += seconds_of(lambda: [operation() for _ in range(8)])
+        times += 8
     return times * flops / taken
 
 
@@ -267,12 +253,12 @@ def evaluation(args):
     generator = torch.Generator(device).manual_seed(0)
     real, fake = (torch.randn(n, D, generator=generator, device=device) + shift for shift in (0.0, 0.1))
     one, other = Statistics().add(real), Statistics().add(fake)
-    _, taken = (seconds_of(lambda: distance(one, other), device) for _ in range(2))              # the first call loads libraries
+    _, taken = (seconds_of(lambda: distance(one, other)) for _ in range(2))              # the first call loads libraries
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; random weights and features")
     print(f"Fréchet distance, {D} features, from statistics: {taken:.2f} s")
 
     with full_precision(), ruled("product", device, torch.float32) as rates:
-        taken = seconds_of(lambda: precision_recall(real, fake), device)
+        taken = seconds_of(lambda: precision_recall(real, fake))
     work = 3 * 2 * n ** 2 * D                            # each set with itself, and both with each other
     print(f"precision and recall, {n} x {n}: {taken:.2f} s, {beside_ruler(work, taken, rates, 'float32 product')}")
 
@@ -281,7 +267,7 @@ def evaluation(args):
     multiply_adds = count(network, images[:1])[1]
     with torch.no_grad(), full_precision(), ruled("convolution", device, torch.float32) as rates:
         network.features(images)
-        taken, resizing = (min(seconds_of(lambda: part(images), device) for _ in range(3))
+        taken, resizing = (min(seconds_of(lambda: part(images)) for _ in range(3))
                            for part in (network.features, network.preprocess))
     work = 2 * len(images) * multiply_adds
     print(f"Inception: {len(images) / taken:.1f} images/s, {beside_ruler(work, taken, rates, 'float32 convolution')}; "
@@ -318,8 +304,8 @@ def prompt_quality(args):
     for kind, prompts in kinds.items():
         prompts = [prompts[i % len(prompts)] for i in range(args.n)]
         contexts = read_prompts(prompts, reader, network)
-        drawn = draw(network, diffusion, range(args.n), contexts, args.sample_seed, clip=True, cfg_scale=scale, y_null=y_null)
-        images = torch.cat([data.to_uint8(x).cpu() for _, x in drawn]).numpy()
+        drawn = draw_images(network, diffusion, range(args.n), contexts, args.sample_seed, y_null=y_null)
+        images = torch.cat([x.cpu() for _, x in drawn]).numpy()
         wanted = [shapes.parse(prompt)[0] for prompt in prompts]
         colour = np.mean([{thing[0] for thing in named} == {thing[0] for thing in found}
                           for named, found in zip(wanted, shapes.look(images))])
@@ -329,14 +315,14 @@ def prompt_quality(args):
 
 
 @contextmanager
-def stopwatch(owner, name, device):
+def stopwatch(owner, name):
     """A list that fills, while the context lasts, with (begin, end) in seconds of each call of a method."""
     original, calls = getattr(owner, name), []
 
     def timed(*args, **kwargs):
-        began = now(device)
+        began = now()
         result = original(*args, **kwargs)
-        calls.append((began, now(device)))
+        calls.append((began, now()))
         return result
     with patch.object(owner, name, timed):
         yield calls
@@ -375,7 +361,7 @@ def latent_steps(args):
         return draw_batch(objective, step, images, labels)
 
     with (tempfile.TemporaryDirectory() as cache, patch.object(data.Batches, "__getitem__", read_kind),
-          patch.object(Denoising, "draw", draw_kind), stopwatch(torch.optim.AdamW, "step", device) as calls):
+          patch.object(Denoising, "draw", draw_kind), stopwatch(torch.optim.AdamW, "step") as calls):
         network = train_timed(args, args.size, len(kinds), "--vae", args.vae, "--cache", cache)
     seconds = np.diff(np.array(calls)[:, 1], prepend=math.nan)           # from the end of one update to that of the next
     timed = np.arange(len(kinds)) % ROUND >= UNTIMED
@@ -395,8 +381,8 @@ def speed(args):
     ruler = "convolution" if args.model == "unet" else "product"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # of training's products
     objective = Classification if args.model == "vit" else Denoising
-    with (ruled(ruler, device, dtype) as rates, stopwatch(objective, "loss", device) as losses,
-          stopwatch(torch.Tensor, "backward", device) as backwards, stopwatch(torch.optim.AdamW, "step", device) as steps):
+    with (ruled(ruler, device, dtype) as rates, stopwatch(objective, "loss") as losses,
+          stopwatch(torch.Tensor, "backward") as backwards, stopwatch(torch.optim.AdamW, "step") as steps):
         network = train_timed(args, size, warm + args.steps, "--model", args.model, *["--compile"] * args.compile)
     losses, backwards, steps = (np.array(calls)[warm:] for calls in (losses, backwards, steps))      # (steps, 2)
     whole = np.diff(losses[:, 0]).mean()                                             # seconds a step, all included

@@ -28,7 +28,7 @@ from metrics import frechet_distance, inception_score, precision_recall      # n
 from points import MLP
 from sampling import (add_sampling_flags, decoder, draw_once, drawable, evaluations, guidance_scale, parse_classes, pixel_shape,
                       text_reader, unconditional)
-from scoring import METRICS, REFERENCE_IMAGES, lacks, measure_reference, measure_samples, obstacles, scores, singular
+from scoring import METRICS, REFERENCE_IMAGES, lacks, measure_reference, measure_samples, possible, scores, warn_of_few
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
 COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "features_sha256", *METRICS, "FD_floor", "classes",
@@ -44,7 +44,7 @@ def in_files(spec):
 
 def images_of(spec, split, args):
     """The data set of --samples or --reference; None if it is an .npz of statistics without images."""
-    tables = read_tables(spec) if spec.endswith(".npz") and Path(spec).is_file() else None
+    tables = read_tables(spec)
     if tables and not tables["images"]:
         return None
     with first_in_turn():
@@ -52,10 +52,10 @@ def images_of(spec, split, args):
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
-def read_images(args, run, shape):
-    """The data sets of the reference and of --samples, each None if there is none.  ValueError on what cannot be compared.
+def read_images(args, run):
+    """The data sets of the reference and of --samples, each None if there is none.  ValueError if they have too few images.
 
-    run: that of --ckpt, whose training part is the reference if none is given; shape: (H, W, C) of what it draws.
+    run: that of --ckpt, whose training part is the reference if none is given.
     """
     if args.reference:
         real = images_of(args.reference, "train", args)
@@ -69,10 +69,6 @@ def read_images(args, run, shape):
     there = len(fake) if fake else 0
     if args.samples and (args.n or 0) > there:
         raise ValueError(f"--n {args.n}: {args.samples} has {there} images")
-    shape = fake.images.shape[1:] if fake else shape
-    if real and shape and tuple(real.image_size) != tuple(shape[:2]):
-        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(
-            *shape[:2], *real.image_size))
     return real, fake
 
 
@@ -141,14 +137,7 @@ def validate(args):
     if results.is_file() and header_of(results) not in ([], list(COLUMNS)):
         raise ValueError(f"--results {results} has other columns: choose another file")
     check_output(results, "scores", rule_of(args)["inputs"])             # rows are added to it, it is never replaced
-    check_saving(args)
     return wanted
-
-
-def suited(args, images):
-    """--features where it is not given: those that the reference's statistics are of, or that suit the images."""
-    named = space_named_in(args.reference) if args.reference else None
-    return named or (default_space(images.spec, images.images.shape[1:]) if images else "inception")
 
 
 def open_run(args):
@@ -165,14 +154,6 @@ def open_run(args):
     return run, network, diffusion, autoencoder, text_reader(run, network, args.clip)
 
 
-def agreed(wanted, against, space):
-    """The metrics wanted, or all that nothing stands against.  ValueError on one that is wanted and cannot be had."""
-    for metric in wanted:
-        if against[metric]:
-            raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
-    return wanted or [metric for metric in METRICS if not against[metric]]
-
-
 def number_of(n):
     """A number of images, as text."""
     return f"{n:,}" if math.isfinite(n) else "an unknown number"
@@ -184,8 +165,7 @@ def report(args, found, reference, fake, space, how):
     how: what --ckpt's samples were drawn with, a row's columns among it; {} for --samples.
     """
     real = reference.measured
-    for line in singular(found, fake.pool.n, real):
-        print(f"evaluate.py: {line}", file=sys.stderr)
+    warn_of_few(found, fake.pool.n, real, "evaluate.py: ")
     drawn = "" if not how else (f" at step {how['step']}" * (how["step"] is not None) + f", {how['sampler']}, {how['steps']} "
                                 f"steps, guidance {how['cfg_scale']:g}, seed {how['seed']}")
     held_out = ", held-out part" if args.samples and not in_files(args.samples) else ""
@@ -202,20 +182,19 @@ def report(args, found, reference, fake, space, how):
             line += f"   two halves of the reference, {half} images each: {reference.floor[metric]:.3f}"
         print(line)
     with writing(args.results), open(args.results, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")    # of what only tells samples in the cache apart
         if not file.tell():
             writer.writeheader()
         writer.writerow(dict(
-            samples=args.ckpt or args.samples, n=fake.n, reference=reference.name,
+            how, samples=args.ckpt or args.samples, n=fake.n, reference=reference.name,
             reference_n=real.n if math.isfinite(real.n) else None, features=space.name, features_sha256=space.sha256, **found,
-            FD_floor=reference.floor.get("FD"), torch=torch.__version__, numpy=np.__version__, classes=args.classes,
-            **{key: how[key] for key in ("step", "cfg_scale", "sampler", "steps", "seed") if how}))
+            FD_floor=reference.floor.get("FD"), torch=torch.__version__, numpy=np.__version__, classes=args.classes))
 
 
-def check_saving(args, *read):
-    """ValueError or OSError if --save-reference may not be written; read: what it must not replace, besides what flags name."""
+def check_saving(args, spec):
+    """ValueError or OSError if --save-reference may not be written; spec: of the reference, which it must not replace either."""
     if args.save_reference:
-        check_output(args.save_reference, "reference", [*rule_of(args)["inputs"], *read], args.overwrite)
+        check_output(args.save_reference, "reference", [*rule_of(args)["inputs"], spec], args.overwrite)
 
 
 def score_samples(args):
@@ -233,17 +212,22 @@ def score_samples(args):
     check_saving(args, name)
     device, rank, _ = processes(args.device)
 
-    real_images, fake_images = read_images(args, run, shape)
+    real_images, fake_images = read_images(args, run)
     if fake_images:
         names, shape = fake_images.classes, fake_images.images.shape[1:]
+    if real_images and shape and tuple(real_images.image_size) != tuple(shape[:2]):
+        raise ValueError("images of unequal sizes: the samples have {}x{} pixels, the reference {}x{}".format(
+            *shape[:2], *real_images.image_size))
+    images = real_images or fake_images
+    suited = default_space(images.spec, images.images.shape[1:]) if images else "inception"
     with first_in_turn():
-        space = space_of(args.features or suited(args, real_images or fake_images), device, args.cache, args.resize == "tf1")
+        space = space_of(args.features or space_named_in(args.reference) or suited, device, args.cache, args.resize == "tf1")
     n = args.n or (len(fake_images) if fake_images else FULL if space.name.startswith("inception") else QUICK)
     fewest = min(n if shape else math.inf, len(real_images) if real_images else math.inf)
     if fewest < 2:
         raise ValueError(f"{fewest} image on one side: at least two samples and two real images are needed")
-    against = obstacles(space, names, lacks(real_images, args.reference), () if how else lacks(fake_images, args.samples), fewest)
-    wanted = agreed(wanted, against, space)
+    fake_lacks = () if how else lacks(fake_images, args.samples)
+    wanted = possible(space, names, lacks(real_images, args.reference), fake_lacks, fewest, wanted)
     examples = [images.batch(np.arange(1))[0] for images in (real_images, fake_images) if images]
     if how:
         examples.append(torch.zeros(1, *shape, dtype=torch.uint8))

@@ -181,10 +181,10 @@ def measure_dataset(dataset, indices, space, keep=None, bar=None):
 
     def batches():
         with ThreadPoolExecutor(1) as reader:            # reads the next batch while the network works on this one
-            ahead = None
-            for start in range(mine.start, mine.stop, BATCH):
-                images = (ahead or reader.submit(read, start)).result()
-                ahead = reader.submit(read, start + BATCH) if start + BATCH < mine.stop else None
+            reads = (reader.submit(read, start) for start in range(mine.start, mine.stop, BATCH))
+            ahead = next(reads, None)
+            while ahead:
+                images, ahead = ahead.result(), next(reads, None)
                 yield images.to(space.device, non_blocking=True)
                 if bar is not None:
                     bar.update(len(images))
@@ -199,8 +199,11 @@ def read_tables(path):
     images, whether it has some.
 
     ADM's files lack n and what follows it and are of Inception; so do pytorch-fid's, which have no mu_s either and are of
-    Inception by PyTorch's resize. None if there is no mu. ValueError if the file is damaged or its tables do not fit.
+    Inception by PyTorch's resize. None if there is no mu, or the path, perhaps None, is no .npz's. ValueError if the file is
+    damaged or its tables do not fit.
     """
+    if not str(path).endswith(".npz"):
+        return None
     try:
         with np.load(path, allow_pickle=False) as archive:
             if "mu" not in archive:
@@ -259,7 +262,7 @@ def space_named_in(path):
 
     ValueError if they are of another space, whose file is not known.
     """
-    given = read_tables(path) if path.endswith(".npz") else None
+    given = read_tables(path)
     if given is None:
         return None
     if given["features"].startswith("inception"):        # by either resize: that of another --resize is refused later
@@ -272,7 +275,7 @@ def space_named_in(path):
 def with_statistics(measured, path, space):
     """A Measured (None: there are no images) with the statistics that its .npz holds, if it does, in place of its own: they are
     of more images than the file shows."""
-    given = read_statistics(path, space) if path and path.endswith(".npz") else None
+    given = read_statistics(path, space)
     if given and measured:
         measured.n, measured.pool, measured.spatial = given.n, given.pool, given.spatial
     return measured or given

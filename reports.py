@@ -1,8 +1,8 @@
 """What training shows at intervals: the log, a picture of what the network does, and scores on images that were held out.
 
-Report §4-5, §2-4, §2-5, Fig. 2-1. A report is called with the averaged network and the path of its picture. It writes the
-picture and returns its scores, whose names are its `columns`. Held-out images are read and computed in batches, which are halved
-where the device's memory does not hold them.
+Report §4-5, §2-4, §2-5, Fig. 2-1. A report's last arguments are the averaged network and the path of its picture. It writes the
+picture and returns its scores by their names. Held-out images are read and computed in batches, which are halved where the
+device's memory does not hold them.
 """
 import contextlib
 import csv
@@ -10,7 +10,6 @@ import itertools
 import math
 import sys
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +17,10 @@ from tqdm import tqdm
 
 import data
 from cascade import enlarge, shrink
-from ddpm import Diffusion
 from files import output_file, writing
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
-from sampling import SCATTERED, decode, draw, draw_points, guidance_scale
+from sampling import SCATTERED, draw_images, draw_points
 from objectives import learning_rate
 from unet import UPSAMPLERS
 from vae import pieces
@@ -40,14 +38,14 @@ def say(line):
     sys.stdout.flush()
 
 
-def due(every, step, args):
-    """Whether what is done every so many steps is due after a step, of which the last one is always due."""
-    return bool(every) and (step % every == 0 or step == args.steps)
+def due(step, args, *intervals):
+    """Whether what is done at one of these intervals of steps, None is never, is due after a step; after the last one it is."""
+    return any(every and (step % every == 0 or step == args.steps) for every in intervals)
 
 
 def row_due(step, args):
     """Whether the log has a row of a step: the only steps that wait for the device."""
-    return any(due(every, step, args) for every in (LOG_EVERY, args.sample_every, args.eval_every))
+    return due(step, args, LOG_EVERY, args.sample_every, args.eval_every)
 
 
 def read_log(path, step):
@@ -81,17 +79,18 @@ def row_missing(path, run, args):
     return row_due(run.step, args) and not row_told(path, run.step) and bool(run.log[1].sum() > 0)
 
 
-def wait_for_device():
-    """Wait until a GPU has done all that it was given."""
+def now():
+    """Seconds on the clock, once a GPU has done all that it was given."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Log:
     """run.csv and the line or bar on the terminal.  images/s are training's own: the clock stands still where it is `paused`."""
 
     def __init__(self, path, args, groups, scores, start, rank):
-        self.path, self.args, self.groups, self.names, self.rank = path, args, groups, scores, rank
+        self.path, self.args, self.groups, self.rank = path, args, groups, rank
         self.columns = ("step", "images", "loss", *groups, *scores, "grad_norm", "lr", "images_per_s")
         self.scores = {}                                 # of the next row
         self.start, self.since, self.fifth = start, (start, time.perf_counter()), None
@@ -110,8 +109,7 @@ class Log:
     @contextlib.contextmanager
     def paused(self):
         """Keep the time of a save, a picture or a score out of images/s."""
-        wait_for_device()
-        began = time.perf_counter()
+        began = now()
         yield
         (step, since), paused = self.since, time.perf_counter() - began
         self.since, self.fifth = (step, since + paused), self.fifth and self.fifth + paused
@@ -119,18 +117,18 @@ class Log:
     def write(self, sums, step, norm):
         """Append the row of the steps since the last one; sums are those of all processes."""
         losses, counts = sums.tolist()                   # waits for the device
-        now, (last, since) = time.perf_counter(), self.since
-        rate = (step - last) * self.args.batch_size / (now - since)
-        self.since = step, now
+        ended, (last, since) = now(), self.since
+        rate = (step - last) * self.args.batch_size / (ended - since)
+        self.since = step, ended
         if self.rank > 0:
             return
         mean = sum(losses) / sum(counts)
-        by_group = [loss / count if count else math.nan for loss, count in zip(losses, counts)] if self.groups else []
-        values = (mean, *by_group, *map(self.scores.get, self.names), norm.item(), learning_rate(step - 1, self.args))
-        row = [str(step), str(step * self.args.batch_size), *("" if value is None else f"{value:.8g}" for value in values),
-               f"{rate:.1f}" if rate else ""]            # none of a row that a stop had left out
+        by_group = {name: loss / count if count else math.nan for name, loss, count in zip(self.groups, losses, counts)}
+        values = {"loss": mean, **by_group, **self.scores, "grad_norm": norm.item(), "lr": learning_rate(step - 1, self.args)}
+        row = {"step": str(step), "images": str(step * self.args.batch_size), "images_per_s": f"{rate:.1f}" if rate else "",
+               **{name: f"{value:.8g}" for name, value in values.items()}}       # no rate of a row that a stop had left out
         with writing(self.path), open(self.path, "a") as file:
-            file.write(",".join(row + [""] * (len(self.columns) - len(row))) + "\n")
+            file.write(",".join(row.get(name, "") for name in self.columns) + "\n")
         shown = "".join(f", {name} {value:.4g}" for name, value in self.scores.items())
         self.scores = {}
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
@@ -142,11 +140,9 @@ class Log:
         """Count a step on the bar.  After ten, say how long the rest will take by the last five: the first compile and warm up."""
         self.bar.update()
         if step == self.start + 5:
-            wait_for_device()
-            self.fifth = time.perf_counter()
+            self.fifth = now()
         if step == self.start + 10 and self.rank == 0:
-            wait_for_device()
-            say(f"about {(time.perf_counter() - self.fifth) / 5 * (self.args.steps - step) / 60:.1f} minutes to go")
+            say(f"about {(now() - self.fifth) / 5 * (self.args.steps - step) / 60:.1f} minutes to go")
 
 
 def first_line(training):
@@ -180,7 +176,6 @@ def last_line(training, done, minutes):
 
 # Pictures and held-out scores
 
-
 def save_rows(path, *sets):
     """Write a picture of sets of n images, uint8 (n, H, W, C), in rows of ten: below each row of the first set the others'."""
     n = len(sets[0]) // 10 * 10 or len(sets[0])          # whole rows
@@ -196,108 +191,71 @@ def in_batches(function, dataset):
     return pieces(computed, np.arange(len(dataset)), BATCH)
 
 
-class SampleReport(NamedTuple):
-    """Samples of a denoiser in eight rows; one column a class, for the first ten classes, or a caption."""
+def sample_report(dataset, diffusion, seed, y_null, network, path):
+    """Samples of a denoiser in eight rows; one column a class, for the first ten classes, or a caption.
 
-    dataset: data.Dataset
-    diffusion: Diffusion
-    seed: int
-    y_null: object = None            # the unconditional input
-    columns = ()
-
-    def __call__(self, network, path):
-        contexts, autoencoder = self.dataset.contexts, self.dataset.autoencoder
-        columns = min((self.dataset.num_classes if contexts is None else len(contexts)) or 8, 10)
-        shown = list(range(columns)) if self.dataset.num_classes else None
-        if contexts is not None:
-            rows = np.linspace(0, len(contexts) - 1, columns, dtype=int)
-            shown = contexts[rows]
-            print("captions of the picture's columns: " + "; ".join(self.dataset.distinct[row] for row in rows), flush=True)
-        batches = draw(network, self.diffusion, range(8 * columns), shown, self.seed, clip=autoencoder is None,
-                       cfg_scale=guidance_scale(network, y_null=self.y_null), y_null=self.y_null)
-        images = [data.to_uint8(x if autoencoder is None else decode(autoencoder, x)).cpu() for _, x in batches]
-        save_image(path, grid(torch.cat(images).numpy(), columns), "picture")
-        return {}
+    y_null: the unconditional input.
+    """
+    contexts = dataset.contexts
+    columns = min((dataset.num_classes if contexts is None else len(contexts)) or 8, 10)
+    shown = list(range(columns)) if dataset.num_classes else None
+    if contexts is not None:
+        rows = np.linspace(0, len(contexts) - 1, columns, dtype=int)
+        shown = contexts[rows]
+        print("captions of the picture's columns: " + "; ".join(dataset.distinct[row] for row in rows), flush=True)
+    drawn = draw_images(network, diffusion, range(8 * columns), shown, seed, dataset.autoencoder, y_null=y_null)
+    save_image(path, grid(torch.cat([images.cpu() for _, images in drawn]).numpy(), columns), "picture")
+    return {}
 
 
-class UpsamplingReport(NamedTuple):
+def upsampling_report(held_out, diffusion, seed, device, network, path):
     """For every ten of up to 30 held-out images three rows: small, what an upsampler draws of those, and the originals."""
-
-    held_out: data.Dataset
-    diffusion: Diffusion
-    seed: int
-    device: torch.device
-    columns = ()
-
-    def __call__(self, network, path):
-        n = min(30, len(self.held_out))
-        images, labels = self.held_out.batch(np.arange(n))
-        low = shrink(data.to_float(images.to(self.device)))
-        drawn = data.to_uint8(enlarge(network, self.diffusion, low, labels, self.seed, range(n))).cpu()
-        small = data.to_uint8(low).cpu().repeat_interleave(network.factor, dim=1).repeat_interleave(network.factor, dim=2)
-        save_rows(path, small, drawn, images)
-        return {}
+    n = min(30, len(held_out))
+    images, labels = held_out.batch(np.arange(n))
+    low = shrink(data.to_float(images.to(device)))
+    drawn = data.to_uint8(enlarge(network, diffusion, low, labels, seed, range(n))).cpu()
+    small = data.to_uint8(low).cpu().repeat_interleave(network.factor, dim=1).repeat_interleave(network.factor, dim=2)
+    save_rows(path, small, drawn, images)
+    return {}
 
 
-class PointReport(NamedTuple):
+def point_report(held_out, diffusion, seed, network, path):
     """The sliced Wasserstein distance of samples to as many points held out; as picture, the samples beside the data."""
-
-    held_out: data.Dataset
-    diffusion: Diffusion
-    seed: int
-    columns = ("distance",)
-
-    def __call__(self, network, path):
-        points, _ = self.held_out.batch(np.arange(SCATTERED))
-        samples = draw_points(network, self.diffusion, SCATTERED, self.seed)
-        save_image(path, points_picture(samples), "picture")
-        return {"distance": sliced_wasserstein(samples, points.flatten(1))}
+    points, _ = held_out.batch(np.arange(SCATTERED))
+    samples = draw_points(network, diffusion, SCATTERED, seed)
+    save_image(path, points_picture(samples), "picture")
+    return {"distance": sliced_wasserstein(samples, points.flatten(1))}
 
 
-class AccuracyReport(NamedTuple):
+@torch.no_grad()
+def accuracy_report(held_out, device, network, path):
     """The accuracy on held-out images; as picture, what is taken for each of the first ten classes, mistakes on top."""
-
-    held_out: data.Dataset
-    device: torch.device
-    columns = ("accuracy",)
-
-    @torch.no_grad()
-    def __call__(self, network, path):
-        found = in_batches(lambda x, y: (network(x.to(self.device)).argmax(dim=1).cpu(), y), self.held_out)
-        taken, labels = (torch.cat(parts) for parts in zip(*found))      # (N,), (N,)
-        wrong = taken != labels
-        columns, picture = min(self.held_out.num_classes, 10), None
-        for k in range(columns):
-            rows = torch.cat([(wrong & (taken == k)).nonzero(), (~wrong & (taken == k)).nonzero()]).flatten()[:8]
-            images, _ = self.held_out.batch(rows.numpy())
-            if picture is None:
-                picture = torch.full((8, columns, *images.shape[1:]), 128, dtype=torch.uint8)
-            picture[:len(rows), k] = images
-        save_image(path, grid(picture.flatten(0, 1).numpy(), columns), "picture")
-        return {"accuracy": 1 - wrong.double().mean().item()}
+    found = in_batches(lambda x, y: (network(x.to(device)).argmax(dim=1).cpu(), y), held_out)
+    taken, labels = (torch.cat(parts) for parts in zip(*found))          # (N,), (N,)
+    wrong = taken != labels
+    columns = min(held_out.num_classes, 10)
+    picture = torch.full((8, columns, *held_out.images.shape[1:]), 128, dtype=torch.uint8)
+    for k in range(columns):
+        rows = torch.cat([(wrong & (taken == k)).nonzero(), (~wrong & (taken == k)).nonzero()]).flatten()[:8]
+        picture[:len(rows), k], _ = held_out.batch(rows.numpy())
+    save_image(path, grid(picture.flatten(0, 1).numpy(), columns), "picture")
+    return {"accuracy": 1 - wrong.double().mean().item()}
 
 
-class ReconstructionReport(NamedTuple):
+@torch.no_grad()
+def reconstruction_report(held_out, device, network, path):
     """The PSNR in dB of held-out images that an autoencoder gives back; as picture, 40 of them, below each row what comes back.
 
     PSNR = 10 log10(2^2 / mean square error), of means decoded.
     """
-
-    held_out: data.Dataset
-    device: torch.device
-    columns = ("psnr",)
-
-    @torch.no_grad()
-    def __call__(self, network, path):
-        def returned(x, _):
-            x = x.to(self.device)
-            decoded = network.decode(network.encode(x)[0]).clamp(-1, 1)
-            return (decoded - x).double().square().flatten(1).mean(dim=1).sum().item(), data.to_uint8(decoded).cpu()
-        error, shown = 0.0, []
-        for error_of_batch, decoded in in_batches(returned, self.held_out):
-            error += error_of_batch
-            if len(shown) < 40:
-                shown += decoded[:40 - len(shown)]
-        originals, _ = self.held_out.batch(np.arange(len(shown)))
-        save_rows(path, originals, torch.stack(shown))
-        return {"psnr": 10 * math.log10(4 * len(self.held_out) / error) if error else math.inf}
+    def returned(x, _):
+        x = x.to(device)
+        decoded = network.decode(network.encode(x)[0]).clamp(-1, 1)
+        return (decoded - x).double().square().flatten(1).mean(dim=1).sum().item(), data.to_uint8(decoded).cpu()
+    error, shown = 0.0, []
+    for error_of_batch, decoded in in_batches(returned, held_out):
+        error += error_of_batch
+        shown += decoded[:40 - len(shown)]
+    originals, _ = held_out.batch(np.arange(len(shown)))
+    save_rows(path, originals, torch.stack(shown))
+    return {"psnr": 10 * math.log10(4 * len(held_out) / error) if error else math.inf}

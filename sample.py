@@ -66,23 +66,6 @@ def check_outputs(args):
             check_output(path, purpose, **rule)
 
 
-def add_restoration_flags(parser):
-    """The flags of sample.py that name an image to restore."""
-    parser = parser.add_argument_group("restoring an image", "where --sampler is ddpm and --cfg-scale 1 by default")
-    images = parser.add_mutually_exclusive_group()
-    images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image, in 4 ways or --n; without "
-                        "--classes the run is told no class")
-    images.add_argument("--upscale", metavar="IMAGE", help="draw 4 images, or --n, whose means over squares of --factor pixels "
-                        "are this one")
-    images.add_argument("--denoise", metavar="IMAGE", help="remove white noise (which a file cuts off at black and white): the "
-                        "mean of all possible originals; --n 2 or more draws some of them")
-    parser.add_argument("--mask", metavar="IMAGE", help="white is hidden, black is kept; as large as the image of --inpaint")
-    parser.add_argument("--factor", type=int, choices=(2, 4), help="of --upscale")
-    parser.add_argument("--sigma", type=not_negative, help="the noise's deviation, where black is -1 and white 1")
-    parser.add_argument("--repeats", type=positive, help="of each step of --inpaint and --upscale: what is drawn agrees more with "
-                        f"what is known (default: {restoration.REPEATS})")
-
-
 def flags():
     """The command line."""
     parser = Parser(prog="sample.py", description="Draw images from a trained run or from released weights.")
@@ -101,7 +84,19 @@ def flags():
     parser.add_argument("--eta", type=not_negative, default=0.0, help="ddim's noise: 0 is none, 1 is DDPM's (default: 0)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add_overwrite_flag(parser)
-    add_restoration_flags(parser)
+    restoring = parser.add_argument_group("restoring an image", "where --sampler is ddpm and --cfg-scale 1 by default")
+    images = restoring.add_mutually_exclusive_group()
+    images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image, in 4 ways or --n; without "
+                        "--classes the run is told no class")
+    images.add_argument("--upscale", metavar="IMAGE", help="draw 4 images, or --n, whose means over squares of --factor pixels "
+                        "are this one")
+    images.add_argument("--denoise", metavar="IMAGE", help="remove white noise (which a file cuts off at black and white): the "
+                        "mean of all possible originals; --n 2 or more draws some of them")
+    restoring.add_argument("--mask", metavar="IMAGE", help="white is hidden, black is kept; as large as the image of --inpaint")
+    restoring.add_argument("--factor", type=int, choices=(2, 4), help="of --upscale")
+    restoring.add_argument("--sigma", type=not_negative, help="the noise's deviation, where black is -1 and white 1")
+    restoring.add_argument("--repeats", type=positive, help="of each step of --inpaint and --upscale: what is drawn agrees more "
+                           f"with what is known (default: {restoration.REPEATS})")
     return parser
 
 
@@ -332,17 +327,18 @@ def check_task(args, task, network, latent, autoencoder, classes):
 
 
 @torch.no_grad()
-def restore_images(args, task, network, diffusion, autoencoder=None, classes=None):
+def restore_images(args, task, network, diffusion, autoencoder, classes):
     """What is known of the image, and n restored ones, as uint8 (1 + n, H, W, C); and how they were made, in words.  classes:
     those that the images cycle through, None for the null class."""
+    scale = guidance_scale(network, 1.0 if args.cfg_scale is None else args.cfg_scale)
+    n, sampler = args.n or (1 if task == "denoise" else 4), args.sampler or "ddpm"
+    steps = evaluations(args.steps or min(restoration.STEPS, diffusion.T), sampler, diffusion)
     device, _, world = processes(args.device)
     if world > 1:
         raise ValueError(f"--{task} restores one image in one process: start it without torchrun")
     network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)
     *size, channels = pixel_shape(network, autoencoder)
     y, degrade = measured(args, task, size, channels, device)
-    n, scale = args.n or (1 if task == "denoise" else 4), 1.0 if args.cfg_scale is None else args.cfg_scale
-    sampler, steps = args.sampler or "ddpm", args.steps or min(restoration.STEPS, diffusion.T)
     repeats = args.repeats or (1 if task == "denoise" or sampler == "dpm++" else restoration.REPEATS)
     how = f"{n} images, {sampler}, {steps} steps" + f" repeated {repeats} times" * (repeats > 1) + f", seed {args.seed}"
     if task == "denoise" and n == 1:
@@ -369,8 +365,6 @@ def restore_and_write(args, task):
     classes = parse_classes(args.classes, run.data.classes, network.num_classes) if args.classes else None
     autoencoder = decoder(args.vae, run, network)
     check_task(args, task, network, bool(run.vae), autoencoder, classes)
-    guidance_scale(network, args.cfg_scale)              # refuses a scale that the network lacks the input for,
-    evaluations(args.steps, args.sampler, diffusion)     # and more steps than the process has
     images, how = restore_images(args, task, network, diffusion, autoencoder, classes)
     if is_folder(args.out):
         make_folder(args.out, **rule_of(args))

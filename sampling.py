@@ -89,6 +89,13 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, **o
     return pieces(drawn, indices, batch_size)
 
 
+def draw_images(network, diffusion, indices, conditions=None, seed=0, autoencoder=None, scale=None, y_null=None, **options):
+    """As `draw`, but images uint8 (n, H, W, C), which latents are decoded to, at the scale that `guidance_scale` says."""
+    for batch, x in draw(network, diffusion, indices, conditions, seed, clip=autoencoder is None, y_null=y_null,
+                         cfg_scale=guidance_scale(network, scale, y_null), **options):
+        yield batch, to_uint8(x if autoencoder is None else decode(autoencoder, x))
+
+
 def draw_points(network, diffusion, n, seed=0):
     """n samples (n, 2), on the CPU, of a network of points."""
     return torch.cat([x for _, x in draw(network, diffusion, range(n), seed=seed, batch_size=n)]).flatten(1).cpu()
@@ -250,10 +257,10 @@ def draw_once(path, network, diffusion, n, how, names=None, cache=None, batch_si
     classes = how["classes"]
 
     def compute(rows):
-        options = {key: how[key] for key in ("sampler", "steps", "cfg_scale")}
-        for indices, x in draw(network, diffusion, rows.tolist(), classes if contexts is None else contexts, how["seed"],
-                               batch_size, y_null=y_null, clip=autoencoder is None, **options):
-            yield indices, [to_uint8(x if autoencoder is None else decode(autoencoder, x)).cpu()]
+        for indices, images in draw_images(network, diffusion, rows.tolist(), classes if contexts is None else contexts,
+                                           how["seed"], autoencoder, how["cfg_scale"], y_null, batch_size=batch_size,
+                                           sampler=how["sampler"], steps=how["steps"]):
+            yield indices, [images.cpu()]
 
     columns = {"images": (pixel_shape(network, autoencoder), np.uint8)}
     with Table(f"{Path(path).stem}-samples", dict(checkpoint=sha256_of(path), **how), n, columns, cache) as table:

@@ -19,7 +19,7 @@ from features import (Measured, full_precision, measure, measure_dataset, read_s
                       with_statistics)
 from files import cache_folder
 from metrics import distance, inception_score, precision_recall
-from sampling import decode, draw, guidance_scale, labels_of
+from sampling import draw_images, labels_of
 
 REFERENCE_IMAGES = 10_000              # of a reference for precision and recall, and in a file of one: as ADM
 METRICS = ("IS", "FD", "sFD", "precision", "recall", "accuracy")         # in the order in which ADM prints them
@@ -36,21 +36,21 @@ class Reference(NamedTuple):
 
 def lacks(images, file):
     """What a side lacks: "images" if it is statistics alone, "spatial" ones if its file has only pooled ones."""
-    tables = read_tables(file) if file and file.endswith(".npz") else None
+    tables = read_tables(file)
     return ({"images"} if images is None else set()) | ({"spatial"} if tables and "mu_s" not in tables else set())
 
 
-def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
-    """{metric: why it cannot be had, or None} of samples of classes (their names, or None) in a space.
+def possible(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf, wanted=()):
+    """The metrics wanted, or all that samples of classes (their names, or None) can have in a space.
 
     real_lacks, fake_lacks: what the reference and the samples come without, see `lacks`. fewest: images of the side that has
-    fewer.
+    fewer. ValueError on a metric that is wanted and cannot be had.
     """
     spatial = space.classes is not None or "spatial" in real_lacks or "spatial" in fake_lacks        # a classifier has none
     pairs = ("the reference is statistics without images" if "images" in real_lacks else
              "the samples are statistics without images" if "images" in fake_lacks else
              f"it needs 4 images on both sides, and there are {fewest}" if fewest < 4 else None)
-    return {
+    against = {
         "IS": "the samples are statistics without images" if "images" in fake_lacks else None,
         "FD": None,
         "sFD": "it needs spatial features on both sides" if spatial else None,
@@ -58,11 +58,10 @@ def obstacles(space, classes, real_lacks=(), fake_lacks=(), fewest=math.inf):
         "accuracy": None if space.knows(classes) and "images" not in fake_lacks else
         "it needs samples with labels, and the features of a classifier that knows these",
     }
-
-
-def possible(space, classes, real_lacks=()):
-    """The scores that images of classes (their names, or None) can have in a space, against a reference, see `obstacles`."""
-    return [metric for metric, obstacle in obstacles(space, classes, real_lacks).items() if obstacle is None]
+    for metric in wanted:
+        if against[metric]:
+            raise ValueError(f"{space.title(metric)} cannot be had: {against[metric]}")
+    return wanted or [metric for metric in METRICS if not against[metric]]
 
 
 def scores(fake, real, wanted):
@@ -85,12 +84,12 @@ def scores(fake, real, wanted):
     return {metric: found[metric] for metric in METRICS if metric in wanted}
 
 
-def singular(metrics, n, real):
-    """A warning for each Fréchet distance among the metrics that n samples are too few for: a list of lines."""
-    sides = {"FD": real.pool, "sFD": real.spatial}
-    return [f"warning: {min(n, side.n)} samples of {len(side.mu)} features have a singular covariance: the Fréchet distance is far "
-            "above that of more samples"
-            for metric, side in sides.items() if metric in metrics and min(n, side.n) <= len(side.mu)]
+def warn_of_few(metrics, n, real, prefix=""):
+    """Say on stderr, on the first process, of each Fréchet distance among the metrics that n samples are too few for it."""
+    for metric, side in (("FD", real.pool), ("sFD", real.spatial)) if place()[0] == 0 else ():   # on the others real may be empty
+        if metric in metrics and min(n, side.n) <= len(side.mu):
+            print(f"{prefix}warning: {min(n, side.n)} samples of {len(side.mu)} features have a singular covariance: the Fréchet "
+                  "distance is far above that of more samples", file=sys.stderr, flush=True)
 
 
 def kept_reference(path, space):
@@ -111,11 +110,8 @@ def measure_halves(dataset, order, space):
     with progress_bar("measuring the reference", len(order)) as progress:
         first, second = (measure_dataset(dataset, rows, space, max(0, REFERENCE_IMAGES - before), progress)
                          for rows, before in ((order[:half], 0), (order[half:], half)))
-    floor = {}
-    if min(first.pool.n, second.pool.n) > 1:             # on the first process, of at least four images
-        floor["FD"] = distance(first.pool, second.pool)
-        if first.spatial:
-            floor["sFD"] = distance(first.spatial, second.spatial)
+    halves = {"FD": (first.pool, second.pool), "sFD": (first.spatial, second.spatial)}
+    floor = {metric: distance(*pair) for metric, pair in halves.items() if all(pair) and min(side.n for side in pair) > 1}
     return first.merge(second), floor
 
 
@@ -166,32 +162,21 @@ def score_network(network, diffusion, real, space, n, classes=None, seed=0, scal
     possible by default. Only the first process gets the scores, the others {}.
     """
     numbers = None if classes is None else list(range(len(classes)))
-    drawn = draw(network, diffusion, share(n), numbers if contexts is None else contexts, seed, clip=autoencoder is None,
-                 cfg_scale=guidance_scale(network, scale, y_null), y_null=y_null)
-    fake = measure((data.to_uint8(x if autoencoder is None else decode(autoencoder, x)) for _, x in drawn), space)
+    conditions = numbers if contexts is None else contexts
+    drawn = draw_images(network, diffusion, share(n), conditions, seed, autoencoder, scale, y_null)
+    fake = measure((images for _, images in drawn), space)
     if not fake.n:
         return {}
     fake.labels = labels_of(range(n), numbers)
     return scores(fake, real, possible(space, classes) if wanted is None else wanted)
 
 
-class SampleScores:
-    """The scores of a network while it is trained: of n samples, drawn by `sample.py`'s defaults, against real images, Measured.
+def sample_scores(dataset, diffusion, real, space, wanted, n, seed, y_null, network):
+    """The scores {column: score} of a network that is trained on a data set, see `score_network`.
 
-    wanted: the metrics. The samples are told the data set's classes or its captions in turn. `columns`: the scores' names.
+    The samples are told the data set's classes or its captions in turn. Only the first process gets the scores, the others {}.
     """
-
-    def __init__(self, real, space, wanted, dataset, diffusion, n, seed, y_null=None):
-        self.real, self.space, self.wanted, self.dataset = real, space, wanted, dataset
-        self.diffusion, self.n, self.seed, self.y_null = diffusion, n, seed, y_null
-        self.columns = tuple(map(space.title, wanted))
-        for line in singular(wanted, n, real) if place()[0] == 0 else ():        # on the others real may be empty
-            print(line, file=sys.stderr, flush=True)
-
-    def __call__(self, network):
-        """{column: score} on the first process, {} on the others, which draw their share."""
-        contexts = None if self.dataset.contexts is None else self.dataset.contexts_of(self.n)
-        found = score_network(network, self.diffusion, self.real, self.space, self.n,
-                              self.dataset.classes if contexts is None else None, self.seed, autoencoder=self.dataset.autoencoder,
-                              contexts=contexts, y_null=self.y_null, wanted=self.wanted)
-        return {self.space.title(metric): value for metric, value in found.items()}
+    contexts = None if dataset.contexts is None else dataset.contexts_of(n)
+    found = score_network(network, diffusion, real, space, n, dataset.classes if contexts is None else None, seed,
+                          autoencoder=dataset.autoencoder, contexts=contexts, y_null=y_null, wanted=wanted)
+    return {space.title(metric): value for metric, value in found.items()}

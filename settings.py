@@ -54,7 +54,8 @@ TEXT_DIM, TEXT_TOKENS = 192, 32                  # of our text encoder: its widt
 MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip_grad", "device", "precision", "compile", "checkpointing", "accumulate",
               "sample_every", "save_every", "eval_every", "eval_n", "features", "reference", "cache", "out", "resume"}
 # on --resume may change: the end (a cosine stretches to it), what tames a run that diverged, the machine, when to save and score
-MOVED = {"vae": "vae", "clip": "text", "data": "data"}       # and what lies elsewhere now, whose hash this record of a run has
+MOVED = {"vae": lambda run: run.vae and run.vae.sha256, "clip": lambda run: run.text and run.text.sha256,
+         "data": lambda run: run.data.fingerprint}           # and what lies elsewhere now, of which a run has this hash
 
 
 def flags():
@@ -159,19 +160,13 @@ def read_settings(argv):
     return args, run
 
 
-def has_hash(record):
-    """Whether a record of a run, or None, has the hash of what it is about."""
-    return bool(getattr(record, "sha256", None) or getattr(record, "fingerprint", None))
-
-
 def resumable(out, given):
     """The Run in a file that --resume goes on with.  ValueError if it is none, or has other settings than those given."""
     run = checkpoint.load(out)
     if run.optimizer is None or run.log is None:
         raise ValueError(f"--resume: {out} is not a run of train.py")
     clashes = [f"{flag(key)} is {run.config.get(key)} there, not {value}" for key, value in given.items()
-               if key not in MAY_CHANGE and value != run.config.get(key)
-               and not (key in MOVED and has_hash(getattr(run, MOVED[key])))]
+               if key not in MAY_CHANGE and value != run.config.get(key) and not (key in MOVED and MOVED[key](run))]
     if clashes:
         raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
     return run
@@ -194,10 +189,10 @@ def check_flags(args, given):
                 raise ValueError(f"{flag(key)}: {why}")
     if (args.model == "mlp") != (args.data == "swissroll"):
         raise ValueError(f"--model {args.model} --data {args.data}: mlp learns points, which swissroll has, and all others images")
-    if args.vae and not Path(args.vae).is_file():
-        raise ValueError(f"--vae {args.vae}: there is no such file")
-    if args.clip and not Path(args.clip).exists():
-        raise ValueError(f"--clip {args.clip}: there is no such folder")
+    for key, kind in (("vae", "file"), ("clip", "folder"), ("reference", "file")):
+        path = getattr(args, key)
+        if path and not Path(path).exists():
+            raise ValueError(f"{flag(key)} {path}: there is no such {kind}")
     if max(args.ema, args.cfg_drop or 0) >= 1:
         raise ValueError("--ema and --cfg-drop must lie in [0, 1)")
     check_options(args.model, args.size, args.variance == "learned", args.conditioning, TEXT_DIM if args.text else None,
@@ -206,12 +201,11 @@ def check_flags(args, given):
         raise ValueError(f"--size {args.size} takes a text: give --text")
 
 
-def description(args, image_size, channels, num_classes, context_dim=None, context_tokens=None, encoder=None):
+def description(args, image_size, channels, num_classes, context_dim=None, context_tokens=77, encoder=None):
     """The description of the network that the flags name, see `models.describe`, for the data's image size, channels and classes.
 
     context_dim, context_tokens: a text's; encoder: the arguments of a text encoder that is trained along, or None.
     """
-    context = {} if context_dim is None else dict(context_dim=context_dim, context_tokens=context_tokens)
     described = describe(args.model, args.size, image_size, channels, num_classes, bool(args.cfg_drop), args.variance == "learned",
-                         args.conditioning, hybrid=args.hybrid, **context)
+                         args.conditioning, context_dim, context_tokens, args.hybrid)
     return {**described, **({"text": encoder} if encoder else {})}

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,13 +29,13 @@ from features import default_space, read_tables, space_of
 from files import check_output
 from latents import embeddings, latents, measured_scale
 from models import build
-from objectives import Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, SuperResolution
-from reports import (AccuracyReport, Log, PointReport, ReconstructionReport, SampleReport, UpsamplingReport, due, first_line,
-                     last_line, row_due, row_missing, row_told, say)
+from objectives import (Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State, SuperResolution,
+                        train_step)
+from reports import (Log, accuracy_report, due, first_line, last_line, point_report, reconstruction_report, row_due, row_missing,
+                     row_told, sample_report, say, upsampling_report)
 from sampling import TextReader, unconditional
-from scoring import SampleScores, lacks, measure_reference, possible
+from scoring import lacks, measure_reference, possible, sample_scores, warn_of_few
 from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings
-from objectives import State, train_step
 from text import TextEncoder
 from unet import UPSAMPLERS
 from vit import divided
@@ -56,10 +57,15 @@ def check_data(args, run, pixels):
         raise ValueError(f"--resume: {args.data} is not what the run in {args.out} was trained on: {differ}")
 
 
+def load_split(args, split):
+    """The "train" or "test" part of the data, which may lie in other files."""
+    with first_in_turn():
+        return data.load(args.data, args.image_size, split, args.cache, args.skip_bad)
+
+
 def load_data(args, run, device):
     """The training split, or with --vae its latents, which are encoded once it is clear that the network takes them."""
-    with first_in_turn():
-        pixels = data.load(args.data, args.image_size, cache=args.cache, skip_bad=args.skip_bad)
+    pixels = load_split(args, "train")
     if run:
         check_data(args, run, pixels)
     if args.text and pixels.captions is None:
@@ -102,12 +108,6 @@ def encode_captions(args, dataset, run, device):
     return TextReader(encoder)
 
 
-def held_out(args):
-    """The held-out part of the data, which may lie in other files than the training part."""
-    with first_in_turn():
-        return data.load(args.data, args.image_size, "test", args.cache, args.skip_bad)
-
-
 # The network, what it learns, and what is shown of it
 
 def build_network(args, dataset, reader=None):
@@ -128,28 +128,29 @@ def build_network(args, dataset, reader=None):
 
 
 def build_objective(args, dataset, network, random, reader=None):
-    """The objective of a model, see objectives.py, and its report, see reports.py; reader: of --text."""
+    """The objective of a model, see objectives.py; its report, see reports.py, and the names of its scores; reader: of --text."""
     device, autoencoder = random.device, dataset.autoencoder
     inputs = (Pixels(random, args.flip, args.shift) if autoencoder is None else
               LatentSamples(random, args.flip, autoencoder.scale))
     if args.model == "vit":
-        return Classification(inputs), AccuracyReport(held_out(args), device)
+        return Classification(inputs), partial(accuracy_report, load_split(args, "test"), device), ("accuracy",)
     if args.model == "vae":
         shape = (network.latent_channels, *divided(dataset.image_size, network.factor, "the autoencoder's factor"))
-        return Autoencoding(inputs, shape), ReconstructionReport(held_out(args), device)
+        return Autoencoding(inputs, shape), partial(reconstruction_report, load_split(args, "test"), device), ("psnr",)
     diffusion = Diffusion(SCHEDULES[args.schedule](), args.prediction, args.variance)
     y_null = unconditional(network, reader, args.cfg_drop)
     if args.size in UPSAMPLERS:
-        report = UpsamplingReport(held_out(args), diffusion, args.seed, device)
-        return SuperResolution(diffusion, inputs, y_null, args.cfg_drop), report
+        report = partial(upsampling_report, load_split(args, "test"), diffusion, args.seed, device)
+        return SuperResolution(diffusion, inputs, y_null, args.cfg_drop), report, ()
     objective = Denoising(diffusion, inputs, y_null, args.cfg_drop)
     if args.model == "mlp":
-        return objective, PointReport(held_out(args), diffusion, args.seed)
-    return objective, SampleReport(dataset, diffusion, args.seed, objective.y_null)
+        return objective, partial(point_report, load_split(args, "test"), diffusion, args.seed), ("distance",)
+    return objective, partial(sample_report, dataset, diffusion, args.seed, objective.y_null), ()
 
 
 def build_scores(args, dataset, objective, device):
-    """evaluate.py's scores of --eval-n samples against the training data or --reference, see `scoring.SampleScores`."""
+    """evaluate.py's scores of --eval-n samples against the training data or --reference: a function of the network, see
+    `scoring.sample_scores`, and their names."""
     images = dataset if dataset.autoencoder is None else dataset.pixels
     if args.reference:
         tables = read_tables(args.reference)
@@ -161,7 +162,10 @@ def build_scores(args, dataset, objective, device):
         space = space_of(args.features or default_space(args.data, dataset.images.shape[1:]), device, args.cache)
     reference = measure_reference(images, space, args.reference or args.data, args.reference, args.cache)
     wanted = possible(space, None if args.text else dataset.classes, lacks(images, args.reference))
-    return SampleScores(reference.measured, space, wanted, dataset, objective.diffusion, args.eval_n, args.seed, objective.y_null)
+    warn_of_few(wanted, args.eval_n, reference.measured)
+    scores = partial(sample_scores, dataset, objective.diffusion, reference.measured, space, wanted, args.eval_n, args.seed,
+                     objective.y_null)
+    return scores, tuple(map(space.title, wanted))
 
 
 # The loop
@@ -203,14 +207,13 @@ class Training:
         network, self.described = build_network(args, self.dataset, reader)
         if run and run.network != self.described:
             raise ValueError(f"--resume: {self.out} holds {run.network}, these settings and data make {self.described}")
-        self.objective, self.report = build_objective(args, self.dataset, network, random, reader)
-        self.scores = build_scores(args, self.dataset, self.objective, device) if args.eval_every else None
+        self.objective, self.report, columns = build_objective(args, self.dataset, network, random, reader)
+        self.scores, more = build_scores(args, self.dataset, self.objective, device) if args.eval_every else (None, ())
         self.clip = reader.record() if reader else None
         self.state, self.unfinished = State(network, args, self.objective.groups, device), False
         if run:
             self.resume(run)
-        columns = (*self.report.columns, *(self.scores.columns if self.scores else ()))
-        self.log = Log(self.out.with_suffix(".csv"), args, self.objective.groups, columns, self.start, rank)
+        self.log = Log(self.out.with_suffix(".csv"), args, self.objective.groups, columns + more, self.start, rank)
         self.model = wrapped(network, args, device, world)
 
     def resume(self, run):
@@ -252,9 +255,9 @@ class Training:
     def write_row(self, step, diverged=False):
         """Write the log's row of a step, with the picture and the scores that are due there."""
         with self.log.paused():
-            if self.rank == 0 and due(self.args.sample_every, step, self.args) and not diverged:
+            if self.rank == 0 and due(step, self.args, self.args.sample_every) and not diverged:
                 self.log.scores |= self.report(self.state.ema, self.out.with_suffix(".png"))
-            if due(self.args.eval_every, step, self.args) and not diverged:
+            if due(step, self.args, self.args.eval_every) and not diverged:
                 self.log.scores |= self.scores(self.state.ema)           # by all processes together
         self.log.write(total(self.state.sums, self.world), step, self.state.norm)
         self.state.sums.zero_()
@@ -274,9 +277,9 @@ class Training:
                 if row:                                  # the only steps that wait for the device
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)
-                saves = (args.save_every, args.sample_every, args.eval_every)
                 first = row and self.saved is None       # no log has rows of a run that is not there
-                if not diverged and (stopping or first or any(due(every, done, args) for every in saves)):
+                saves = stopping or first or due(done, args, args.save_every, args.sample_every, args.eval_every)
+                if saves and not diverged:
                     with self.log.paused():
                         self.save(done)                  # before pictures and scores, which may fail
                 if row:

@@ -12,7 +12,6 @@ import checkpoint
 import data
 import latents
 import metrics
-import reports
 import restoration
 import shapes
 import train
@@ -25,7 +24,7 @@ from objectives import Classification, Denoising
 @pytest.fixture
 def no_picture(monkeypatch):
     """Training without the picture at its end, which takes longer than the few steps that a test makes."""
-    monkeypatch.setattr(reports.SampleReport, "__call__", lambda *_: {})
+    monkeypatch.setattr(train, "sample_report", lambda *_: {})
 
 
 def test_the_judge_recognises_real_held_out_digits():
@@ -191,8 +190,8 @@ def test_perfect_images_are_all_right_to_the_judge_of_prompts(tmp_path, monkeypa
     train.main(["--model", "uvit", "--data", "shapes:one", "--text", "--steps", "1", "--out", "text.pt"])
     first = [np.flatnonzero(shapes.labels(4000) == k) for k in range(24)]
     alone = [next(i for i in rows if shapes.scenes([i]).number[0] == 1) for rows in first]
-    perfect = data.to_float(torch.from_numpy(shapes.Drawn(4000, 32)[np.array(alone)]))
-    monkeypatch.setattr(bench, "draw", lambda *args, **options: [(range(24), perfect)])
+    perfect = torch.from_numpy(shapes.Drawn(4000, 32)[np.array(alone)])
+    monkeypatch.setattr(bench, "draw_images", lambda *args, **options: [(range(24), perfect)])
     bench.main(["text", "--steps", "1", "--n", "24", "--out", "text.pt"])
     assert " 100.0% right, 100.0% in colour" in capsys.readouterr().out
 

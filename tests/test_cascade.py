@@ -25,7 +25,7 @@ import unet
 from formula import fill
 from objectives import Denoising, Pixels, Randomness, SuperResolution
 from refusals import refusal
-from reports import UpsamplingReport
+from reports import upsampling_report
 from test_objectives import bytes_of
 from test_train import assert_same_run, refused, rows_of, saved_autoencoder
 
@@ -111,7 +111,7 @@ def test_the_loss_of_a_network_that_enlarges_low_is_what_the_enlarged_image_miss
 
 def test_the_picture_shows_small_drawn_and_original_of_the_same_held_out_images(tmp_path):
     held_out = data.load(split="test")
-    UpsamplingReport(held_out, PROCESS, 0, CPU)(Perfect((32, 32)), tmp_path / "run.png")
+    upsampling_report(held_out, PROCESS, 0, CPU, Perfect((32, 32)), tmp_path / "run.png")
     picture = np.asarray(Image.open(tmp_path / "run.png"))
     assert picture.shape == (9 * 66 + 2, 10 * 66 + 2)
     tiles = picture[2:, 2:].reshape(9, 66, 10, 66)[:, :64:2, :, :64:2].transpose(0, 2, 1, 3)         # magnified twice

@@ -15,7 +15,7 @@ import data
 import reports
 import train
 from objectives import Denoising
-from reports import AccuracyReport, Log, ReconstructionReport
+from reports import Log, accuracy_report, reconstruction_report
 
 CPU = torch.device("cpu")
 ARGS = Namespace(batch_size=8, steps=200, lr=1.0, warmup=0, decay="none")
@@ -67,8 +67,8 @@ def test_rates_and_minutes_left_are_those_of_steps_without_pictures_scores_and_s
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(train, "train_step", lasting(6, lambda state, *_: state.add_losses(torch.ones(12), torch.arange(12) % 4)))
     monkeypatch.setattr(checkpoint, "save", lasting(500, checkpoint.save))
-    monkeypatch.setattr(reports.SampleReport, "__call__", lasting(7000, lambda *_: {}))
-    monkeypatch.setattr(train.SampleScores, "__call__", lasting(90_000, lambda *_: {}))
+    monkeypatch.setattr(train, "sample_report", lasting(7000, lambda *_: {}))
+    monkeypatch.setattr(train, "sample_scores", lasting(90_000, lambda *_: {}))
     train.main(["--size", "Ti/16", "--batch-size", "12", "--device", "cpu", "--steps", "20", "--sample-every", "7", "--save-every",
                 "3", "--eval-every", "4", "--eval-n", "4", "--out", str(tmp_path / "run.pt")])
     rows = rows_of(tmp_path / "run.csv")
@@ -113,7 +113,7 @@ def smooth(n=20, low=-0.7, high=0.7):
 
 def test_the_accuracy_is_the_share_of_right_guesses_and_the_picture_has_a_column_for_each_guess_mistakes_on_top(tmp_path):
     dataset = labelled()
-    assert AccuracyReport(dataset, CPU)(by_first_pixel, tmp_path / "run.png") == {"accuracy": pytest.approx(0.9)}
+    assert accuracy_report(dataset, CPU, by_first_pixel, tmp_path / "run.png") == {"accuracy": pytest.approx(0.9)}
     picture = np.asarray(Image.open(tmp_path / "run.png")).astype(int)
     tiles = [[picture[2 + 66 * i:66 + 66 * i:8, 2 + 66 * k:66 + 66 * k:8] for k in range(10)] for i in range(8)]     # 8 x 8 pixels
     said = [[tiles[i][k][0, 0] / 25 for k in range(10)] for i in range(8)]
@@ -126,20 +126,20 @@ def test_the_psnr_is_that_of_the_mean_square_error_over_all_held_out_images(tmp_
     error = torch.linspace(0.01, 0.2, 20).reshape(20, 1, 1, 1)           # pixels reach 0.9: nothing is clamped
 
     def score(error):
-        return ReconstructionReport(smooth(), CPU)(Offset(error), tmp_path / "run.png")["psnr"]
+        return reconstruction_report(smooth(), CPU, Offset(error), tmp_path / "run.png")["psnr"]
     assert score(error) == pytest.approx(10 * np.log10(4 / error.square().mean().item()), rel=1e-5)
     assert score(error / 10) == pytest.approx(score(error) + 20, rel=1e-5) and score(0.0) == np.inf
 
 
 def test_what_lies_outside_the_range_is_scored_as_it_is_shown(tmp_path):
-    report = ReconstructionReport(smooth(low=1.0, high=1.0), CPU)
-    assert report(Offset(5.0), tmp_path / "run.png") == {"psnr": np.inf}
-    assert report(Offset(-5.0), tmp_path / "run.png")["psnr"] == pytest.approx(0.0, abs=1e-6)            # black for white
+    brighter, black = (reconstruction_report(smooth(low=1.0, high=1.0), CPU, Offset(error), tmp_path / "run.png")["psnr"]
+                       for error in (5.0, -5.0))
+    assert brighter == np.inf and black == pytest.approx(0.0, abs=1e-6)  # for white
 
 
 def test_the_picture_shows_held_out_images_above_what_becomes_of_them(tmp_path):
     dataset = smooth()
-    ReconstructionReport(dataset, CPU)(Offset(0.2), tmp_path / "run.png")
+    reconstruction_report(dataset, CPU, Offset(0.2), tmp_path / "run.png")
     picture = np.asarray(Image.open(tmp_path / "run.png"))
     assert picture.shape == (4 * 66 + 2, 10 * 66 + 2)                    # 20 images in rows of ten, magnified eight times
     changed = data.to_uint8(data.to_float(torch.from_numpy(dataset.images)) + 0.2).numpy()
@@ -150,10 +150,10 @@ def test_the_picture_shows_held_out_images_above_what_becomes_of_them(tmp_path):
             assert np.array_equal(tile, expected[..., 0])
 
 
-@pytest.mark.parametrize("report, dataset, network", [(AccuracyReport, labelled(), by_first_pixel),
-                                                      (ReconstructionReport, smooth(200), Offset(0.1))])
+@pytest.mark.parametrize("report, dataset, network", [(accuracy_report, labelled(), by_first_pixel),
+                                                      (reconstruction_report, smooth(200), Offset(0.1))])
 def test_held_out_images_are_read_in_batches_that_are_halved_where_memory_is_full(tmp_path, monkeypatch, report, dataset, network):
-    plain, asked, tried, batch = report(dataset, CPU)(network, tmp_path / "a.png"), [], [], dataset.batch
+    plain, asked, tried, batch = report(dataset, CPU, network, tmp_path / "a.png"), [], [], dataset.batch
 
     def small(function):
         def computed(x):
@@ -164,6 +164,6 @@ def test_held_out_images_are_read_in_batches_that_are_halved_where_memory_is_ful
         return computed
     monkeypatch.setattr(dataset, "batch", lambda rows: asked.append(len(rows)) or batch(rows))
     network = small(network) if callable(network) else Namespace(encode=small(network.encode), decode=network.decode)
-    assert report(dataset, CPU)(network, tmp_path / "b.png") == pytest.approx(plain)
+    assert report(dataset, CPU, network, tmp_path / "b.png") == pytest.approx(plain)
     assert max(asked) == reports.BATCH and tried[:5] == [64, 32, 16, 8, 8]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

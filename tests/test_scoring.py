@@ -96,7 +96,7 @@ def test_scores_of_a_network_are_those_of_the_command(tmp_path, monkeypatch, tin
     judge, real = features.space_of(JUDGE, CPU), data.load("real.npz", split="all")
     measured = scoring.measure_reference(real, judge, "real", cache="cache").measured
     for batch in (64, 7):                                # another batch may round a pixel by one grey level
-        monkeypatch.setattr(scoring, "draw", partial(sampling.draw, batch_size=batch))
+        monkeypatch.setattr(scoring, "draw_images", partial(sampling.draw_images, batch_size=batch))
         found = scoring.score_network(*checkpoint.load(tiny_run).build(), measured, judge, 20, real.classes)
         assert found == pytest.approx({metric: float(row[metric]) for metric in found}, rel=1e-3)
         assert list(found) == ["IS", "FD", "precision", "recall", "accuracy"] == scoring.possible(judge, real.classes)
@@ -130,26 +130,25 @@ def test_a_run_is_scored_against_the_file_that_evaluate_py_saved(tmp_path, monke
 
 # Too few samples
 
-def sample_scores(n, wanted=("IS", "FD", "sFD"), there=100):
-    """SampleScores of n samples against as many real images as are there, in five pooled and three spatial features."""
+def warn(n, wanted=("IS", "FD", "sFD"), there=100):
+    """What is said of n samples against as many real images as are there, in five pooled and three spatial features."""
     pool, spatial = (Statistics(there, torch.zeros(D), torch.eye(D)) for D in (5, 3))
-    real = features.Measured(there, pool, spatial)
-    return scoring.SampleScores(real, SPACE, wanted, None, None, n, 0)
+    scoring.warn_of_few(wanted, n, features.Measured(there, pool, spatial))
 
 
 @pytest.mark.parametrize("n, there, warned", [(3, 100, (5, 3)), (4, 100, (5,)), (5, 100, (5,)), (6, 100, ()), (100, 5, (5,))])
 def test_scores_in_training_warn_of_each_distance_of_no_more_samples_than_features(capsys, n, there, warned):
-    sample_scores(n, there=there)
+    warn(n, there=there)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" have")[0] for line in lines] == [f"warning: {min(n, there)} samples of {D} features" for D in warned]
 
 
 def test_scores_without_a_distance_warn_of_nothing(capsys):
-    sample_scores(3, ("IS", "precision"))
+    warn(3, ("IS", "precision"))
     assert capsys.readouterr().err == ""
 
 
 def test_one_process_of_many_warns(capsys, monkeypatch):
     monkeypatch.setattr(scoring, "place", lambda: (1, 2))
-    sample_scores(3)                                     # a file's statistics are known to all of them
+    warn(3)                                              # a file's statistics are known to all of them
     assert capsys.readouterr().err == ""

@@ -299,19 +299,18 @@ def scored(tmp_path_factory):
     return trained(folder / "run.pt", *argv), argv
 
 
-@pytest.mark.parametrize("what, call, step", [("SampleScores", 1, 2), ("SampleScores", 2, 4), ("SampleReport", 1, 3),
-                                              ("SampleReport", 2, 4)])
+@pytest.mark.parametrize("what, call, step", [("sample_scores", 1, 2), ("sample_scores", 2, 4), ("sample_report", 1, 3),
+                                              ("sample_report", 2, 4)])
 def test_a_stop_in_a_score_or_a_picture_costs_neither_a_step_nor_the_row(tmp_path, scored, monkeypatch, what, call, step):
-    kind, calls, cut = getattr(train, what), [], tmp_path / "cut.pt"
-    honest = kind.__call__
+    honest, calls, cut = getattr(train, what), [], tmp_path / "cut.pt"
 
-    def stopped(self, *arguments):
+    def stopped(*arguments):
         calls.append(arguments)
         if len(calls) == call:
             raise RuntimeError("stopped")
-        return honest(self, *arguments)
+        return honest(*arguments)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr(kind, "__call__", stopped)
+        patch.setattr(train, what, stopped)
         trained(cut, *scored[1])
     assert checkpoint.load(cut).step == step
     train.main(["--resume", "--out", str(cut)])
