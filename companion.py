@@ -43,6 +43,7 @@ import tokenize
 import unicodedata
 from functools import cache
 from html import escape, unescape
+from itertools import accumulate
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -51,6 +52,7 @@ from files import atomic_file, output_file
 from mathml import equation, error
 
 STYLE = Path(__file__).parent / "assets" / "companion.css"
+tree_of = cache(ast.parse)                       # find reads a file again for each of its names
 LEAST, MOST = 3, 25                              # lines of an excerpt: fewer need no block, more are not read beside a formula
 
 
@@ -63,16 +65,11 @@ def binds(node, name):
     return getattr(node, "name", None) == name or name in map(ast.unparse, stored)
 
 
-@cache
-def parsed(source):
-    return ast.parse(source)
-
-
 def find(root, file, name, line):
     """The lines of a file under root, and the statement of it that defines a dotted name: Class.method and Class.attribute too."""
     try:
         source = (root / file).read_text(encoding="utf-8")
-        node = parsed(source)
+        node = tree_of(source)
     except (OSError, ValueError, SyntaxError) as reason:
         raise error(line, f"{file} cannot be read as Python: {getattr(reason, 'strerror', None) or reason}") from None
     for part in name.split("."):
@@ -141,9 +138,8 @@ def stale(text, root):
 
 def coloured(code):
     """Python as HTML: a span around each line, and around each keyword, defined name, string, number, comment and docstring."""
-    starts, spans, before = [0], [], ""
-    for line in code.split("\n"):
-        starts.append(starts[-1] + len(line) + 1)
+    starts = [0, *accumulate(len(line) + 1 for line in code.split("\n"))]
+    html, done, before = "", 0, ""
     try:
         for token in tokenize.generate_tokens(io.StringIO(code).readline):
             kind = tokenize.tok_name[token.type].split("_")[0].replace("FSTRING", "STRING").lower()
@@ -152,15 +148,13 @@ def coloured(code):
             if kind == "string" and token.string.startswith('"""'):
                 kind = "comment"
             if kind in ("keyword", "definition", "string", "number", "comment"):
-                spans.append((kind, *(starts[row - 1] + column for row, column in (token.start, token.end))))
+                start, end = (starts[row - 1] + column for row, column in (token.start, token.end))
+                parts = [f'<span class="{kind}">{escape(part)}</span>' for part in code[start:end].split("\n")]
+                html += escape(code[done:start]) + "\n".join(parts)
+                done = end
             before = token.string
     except (tokenize.TokenError, SyntaxError):                           # part of a statement, or no Python: the rest is plain
         pass
-    html, done = "", 0
-    for kind, start, end in spans:
-        parts = [f'<span class="{kind}">{escape(part)}</span>' for part in code[start:end].split("\n")]
-        html += escape(code[done:start]) + "\n".join(parts)
-        done = end
     html = re.sub(r'(?<=\S)( {3,})(?=<span class="comment">#)', r'<span class="gap">\1</span>', html)
     lines = (html + escape(code[done:])).split("\n")
     indents = [len(line) - len(line.lstrip()) for line in code.split("\n")]
@@ -212,7 +206,8 @@ class Markdown:
             return equation(part, line)
         if kind == "code":
             if cited := re.fullmatch(r"([\w/]+\.py): ([\w.]+(?:,\s[\w.]+)*)", part):
-                self.check(cited[1], cited[2], line)
+                for name in re.split(r",\s", cited[2]):
+                    find(self.root, cited[1], name, line)
             return f"<code>{escape(' '.join(part.split())).replace('_', '_<wbr/>')}</code>"
         if kind in ("image", "sized"):
             path, alt, width = (match[name] or "" for name in (("image", "alt", "width") if kind == "image" else
@@ -229,11 +224,6 @@ class Markdown:
             return f'<a id="{escape(part)}"></a>'
         return PLAIN[kind].format(escape(part)) if kind in PLAIN else f"<{kind}>{self.inline(part, line)}</{kind}>"
 
-    def check(self, file, names, line):
-        """ValueError if a file does not define all of the names."""
-        for name in re.split(r",\s", names):
-            find(self.root, file, name, line)
-
     def target(self, href, text, line):
         """Where a link leads, seen from the page."""
         if href.startswith("#"):
@@ -243,7 +233,7 @@ class Markdown:
             if not (self.root / file).exists():
                 raise error(line, f"there is no {file}, to which a link leads")
             if file.endswith(".py") and (name := re.fullmatch(r"`([\w.]+)`", text)) and name[1] != Path(file).name:
-                self.check(file, name[1], line)
+                find(self.root, file, name[1], line)
             href = "#".join([Path(os.path.relpath(self.root / file, self.out)).as_posix(), *heading])
         return href
 
