@@ -20,12 +20,11 @@ figures `![…](assets/x.png)`, `<img src="assets/x.svg" width="392" alt="…">`
 
     Symbols, a line or a table. Proved by [`test_two_forward_steps_equal_one_jump`](tests/test_ddpm.py).
 
-- The page sets an excerpt on the right, level with what stands before it. What follows the last excerpt of a section stays in its
-  text; so does what stands between two as far as a paragraph that has the words "Proved by".
-- An excerpt is a function, a class, a method, or the assignment of a name (`dit.py: SIZES`; `dit.py: DiT.grid` is that of
-  self.grid), with decorators, without indent. ```python dit.py: DiT.forward "c = self.cond" … "x = run_block" is its part from the
-  first line that begins so to the next that begins so. It has 3 to 25 lines: docstrings are left out of what would be longer, and
-  of nothing else. It stands outside of lists and quotes.
+- The page sets an excerpt on the right, level with the text before it. What follows the last excerpt of a section stays in its
+  text; so does what stands between two, as far as a paragraph that has the words "Proved by".
+- An excerpt is what defines a name, with decorators, without indent: a function, class, method, or assignment (`dit.py: SIZES`, and
+  `dit.py: DiT.grid` for self.grid). ```python dit.py: DiT.forward "c = self.cond" … "x = run_block" is its part from the first line
+  that begins so to the next one. It stands outside of lists and quotes, and has 3 to 25 lines: longer ones lose their docstrings.
 - `file.py: name, name` in code font, and [`name`](file.py), must be defined there. A link leads to a file that exists, to a heading
   by the name that GitHub gives it, or to an `<a id>`.
 - Equations: $…$ or $`…`$ in a line, $$ … $$ or a ```math block. Between plain dollars GitHub takes a backslash before punctuation
@@ -43,6 +42,7 @@ import tokenize
 import unicodedata
 from functools import cache
 from html import escape, unescape
+from itertools import accumulate
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -50,7 +50,8 @@ from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
 from files import atomic_file, output_file
 from mathml import equation, error
 
-STYLE = Path(__file__).parent / "assets" / "companion.css"
+PAGE, STYLE = (Path(__file__).parent / "assets" / name for name in ("companion.html", "companion.css"))
+tree_of = cache(ast.parse)                       # find reads a file again for each of its names
 LEAST, MOST = 3, 25                              # lines of an excerpt: fewer need no block, more are not read beside a formula
 
 
@@ -63,16 +64,11 @@ def binds(node, name):
     return getattr(node, "name", None) == name or name in map(ast.unparse, stored)
 
 
-@cache
-def parsed(source):
-    return ast.parse(source)
-
-
 def find(root, file, name, line):
     """The lines of a file under root, and the statement of it that defines a dotted name: Class.method and Class.attribute too."""
     try:
         source = (root / file).read_text(encoding="utf-8")
-        node = parsed(source)
+        node = tree_of(source)
     except (OSError, ValueError, SyntaxError) as reason:
         raise error(line, f"{file} cannot be read as Python: {getattr(reason, 'strerror', None) or reason}") from None
     for part in name.split("."):
@@ -141,9 +137,8 @@ def stale(text, root):
 
 def coloured(code):
     """Python as HTML: a span around each line, and around each keyword, defined name, string, number, comment and docstring."""
-    starts, spans, before = [0], [], ""
-    for line in code.split("\n"):
-        starts.append(starts[-1] + len(line) + 1)
+    starts = [0, *accumulate(len(line) + 1 for line in code.split("\n"))]
+    html, done, before = "", 0, ""
     try:
         for token in tokenize.generate_tokens(io.StringIO(code).readline):
             kind = tokenize.tok_name[token.type].split("_")[0].replace("FSTRING", "STRING").lower()
@@ -152,15 +147,13 @@ def coloured(code):
             if kind == "string" and token.string.startswith('"""'):
                 kind = "comment"
             if kind in ("keyword", "definition", "string", "number", "comment"):
-                spans.append((kind, *(starts[row - 1] + column for row, column in (token.start, token.end))))
+                start, end = (starts[row - 1] + column for row, column in (token.start, token.end))
+                parts = [f'<span class="{kind}">{escape(part)}</span>' for part in code[start:end].split("\n")]
+                html += escape(code[done:start]) + "\n".join(parts)
+                done = end
             before = token.string
     except (tokenize.TokenError, SyntaxError):                           # part of a statement, or no Python: the rest is plain
         pass
-    html, done = "", 0
-    for kind, start, end in spans:
-        parts = [f'<span class="{kind}">{escape(part)}</span>' for part in code[start:end].split("\n")]
-        html += escape(code[done:start]) + "\n".join(parts)
-        done = end
     html = re.sub(r'(?<=\S)( {3,})(?=<span class="comment">#)', r'<span class="gap">\1</span>', html)
     lines = (html + escape(code[done:])).split("\n")
     indents = [len(line) - len(line.lstrip()) for line in code.split("\n")]
@@ -182,7 +175,7 @@ BLOCK = re.compile(rf"""^(?: (?P<heading>\#{{1,6}}\ [^\n]+)
 ITEM = re.compile(r"^( *)([-*]|\d+\.)( +)", re.M)
 INLINE = re.compile(r"""\\(?P<escaped>[!-/:-@\[-`{-~]) | \$`(?P<math>[^`]+)`\$ | (?P<ticks>`+)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)
     | \$(?P<dollars>(?![\s`])(?:\\.|[^\\$])+?)(?<!\s)\$(?!\d) | !\[(?P<alt>[^\]]*)\]\((?P<image>[^)\s]+)\)
-    | <img\ src="(?P<picture>[^"]+)"\ width="(?P<width>\d+)"\ alt="(?P<words>[^"]*)"\s?/?>(?P<sized>)
+    | <img\ src="(?P<picture>[^"]+)"\ width="(?P<width>\d+)"\ alt="(?P<words>[^"]*)"\s?/?>
     | \[(?P<text>(?:`[^`]*`|!\[[^\]]*\]\([^)]*\)|[^\[\]])+)\]\((?P<href>[^)\s]+)\) | <(?P<url>https?://[^>\s]+)>
     | \*\*(?P<strong>\S.*?)\*\* | \*(?P<em>[^\s*](?:[^*]*[^\s*])?)\* | <br\s*/?>(?P<br>) | <a\ id="(?P<id>[^"]+)"></a>
     | <span\ dir="rtl"\ lang="fa">(?P<persian>[^<]*)</span>""", re.X | re.S)
@@ -212,15 +205,15 @@ class Markdown:
             return equation(part, line)
         if kind == "code":
             if cited := re.fullmatch(r"([\w/]+\.py): ([\w.]+(?:,\s[\w.]+)*)", part):
-                self.check(cited[1], cited[2], line)
+                for name in re.split(r",\s", cited[2]):
+                    find(self.root, cited[1], name, line)
             return f"<code>{escape(' '.join(part.split())).replace('_', '_<wbr/>')}</code>"
-        if kind in ("image", "sized"):
-            path, alt, width = (match[name] or "" for name in (("image", "alt", "width") if kind == "image" else
-                                                               ("picture", "words", "width")))
-            file = self.root / path
+        if kind in ("image", "words"):
+            path, alt = (match["image"], match["alt"]) if kind == "image" else (match["picture"], part)
+            file, width = self.root / path, f' width="{match["width"]}"' * (kind == "words")
             if file.suffix not in MIME or not file.is_file():
                 raise error(line, f"{path} is no figure: it must be a file here that ends in {', '.join(MIME)}")
-            content, width = base64.b64encode(file.read_bytes()).decode(), width and f' width="{width}"'
+            content = base64.b64encode(file.read_bytes()).decode()
             return f'<img src="data:image/{MIME[file.suffix]};base64,{content}" alt="{escape(alt)}"{width}/>'
         if kind == "href":
             return f'<a href="{escape(self.target(part, match["text"], line))}">{self.inline(match["text"], line)}</a>'
@@ -228,11 +221,6 @@ class Markdown:
             self.ids.append(part)
             return f'<a id="{escape(part)}"></a>'
         return PLAIN[kind].format(escape(part)) if kind in PLAIN else f"<{kind}>{self.inline(part, line)}</{kind}>"
-
-    def check(self, file, names, line):
-        """ValueError if a file does not define all of the names."""
-        for name in re.split(r",\s", names):
-            find(self.root, file, name, line)
 
     def target(self, href, text, line):
         """Where a link leads, seen from the page."""
@@ -243,7 +231,7 @@ class Markdown:
             if not (self.root / file).exists():
                 raise error(line, f"there is no {file}, to which a link leads")
             if file.endswith(".py") and (name := re.fullmatch(r"`([\w.]+)`", text)) and name[1] != Path(file).name:
-                self.check(file, name[1], line)
+                find(self.root, file, name[1], line)
             href = "#".join([Path(os.path.relpath(self.root / file, self.out)).as_posix(), *heading])
         return href
 
@@ -340,29 +328,8 @@ def page(text, root, out):
             whole = f'<div class="before">{before}</div>\n<div class="code">{code}</div>\n<div class="after">{after}</div>'
         main += whole + "\n" if match[0] == "h" else f'<div class="{"row" if code else "wide"}">{whole}</div>\n'
     title = escape(next((line[2:] for line in text.split("\n") if line.startswith("# ")), "The companion"))
-    return PAGE.format(title=title, style=STYLE.read_text(encoding="utf-8"), contents="\n".join(source.contents), main=main)
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8"/>
-<meta name="viewport" content="width=device-width, initial-scale=1"/>
-<meta name="color-scheme" content="light dark"/>
-<title>{title}</title>
-<link rel="icon" href="data:,"/>
-<style>
-{style}</style>
-</head>
-<body>
-<nav aria-label="Contents"><ul>
-{contents}
-</ul></nav>
-<main>
-{main}</main>
-</body>
-</html>
-"""
+    frame, style = (file.read_text(encoding="utf-8") for file in (PAGE, STYLE))
+    return frame.format(title=title, style=style, contents="\n".join(source.contents), main=main)
 
 
 def flags():

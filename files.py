@@ -115,12 +115,7 @@ class Purpose(NamedTuple):
 
     what: str                          # it is, in words
     ending: str                        # of its name
-    ours: object                       # (path, purpose) -> whether a file was written by this project for this purpose
-
-
-def never(path, purpose):
-    """Of what is never replaced unless this is asked for."""
-    return False
+    ours: object = None                # (path, purpose) -> whether this project wrote a file for this; None: not replaced unasked
 
 
 def mark(purpose):
@@ -185,11 +180,6 @@ def own_scores(path, purpose):
     return not path.stat().st_size or header_of(path)[:len(columns)] == columns
 
 
-def own_comparison(path, purpose):
-    """Whether a table has the columns of bench.py compare, or of an earlier version."""
-    return header_of(path)[:4] == ["model", "size", "seed", "steps"]
-
-
 def own_page(path, purpose):
     """Whether a page begins as companion.py's do."""
     with open(path, "rb") as file:
@@ -197,13 +187,13 @@ def own_page(path, purpose):
 
 
 PURPOSES = {
-    "run": Purpose("a run", ".pt", never),
-    "slim run": Purpose("a slim run", ".pt", never),     # perhaps the only copy of days of training
+    "run": Purpose("a run", ".pt"),
+    "slim run": Purpose("a slim run", ".pt"),            # perhaps the only copy of days of training
     "new log": Purpose("the empty log of a new run", ".csv", own_empty_log),
     "log": Purpose("the log of a run that is resumed", ".csv", lambda path, purpose: True),       # reports.Log keeps other files
     "picture": Purpose("a picture of train.py", ".png", own_png),
     "samples": Purpose("a picture of samples", ".png", own_png),
-    "sample": Purpose("one sample", ".png", never),      # of a folder, in which those of two calls are not mixed
+    "sample": Purpose("one sample", ".png"),             # of a folder, in which those of two calls are not mixed
     "trajectory": Purpose("a way from noise to images", ".gif", own_gif),
     "images": Purpose("an .npz of sample.py", ".npz", own_samples),
     "reference": Purpose("a measured reference of evaluate.py", ".npz", own_reference),
@@ -213,9 +203,12 @@ PURPOSES = {
     "way": Purpose("a way from noise to the roll", ".gif", own_gif),
     "restored": Purpose("the picture of bench.py restore", ".png", own_png),
     "prompts": Purpose("the picture of bench.py text", ".png", own_png),
-    "comparison": Purpose("a table of bench.py compare", ".csv", own_comparison),
+    "comparison": Purpose("a table of bench.py compare", ".csv",       # of an earlier version, too
+                          lambda path, purpose: header_of(path)[:4] == ["model", "size", "seed", "steps"]),
     "page": Purpose("a page of companion.py", ".html", own_page),
 }
+
+
 def check_output(path, purpose, inputs=(), overwrite=None):
     """ValueError or OSError, in one line, where a command may not write a file for a purpose, a key of PURPOSES.
 
@@ -254,10 +247,11 @@ def check_access(path, place):
 
 def known(path, purpose):
     """Whether this project wrote a file for a purpose: what cannot be read it did not."""
+    ours = PURPOSES[purpose].ours
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")              # of images that are too large, which then are not ours
-            return bool(PURPOSES[purpose].ours(path, purpose))
+            return bool(ours and ours(path, purpose))
     except Exception:                                    # Pillow, zipfile and NumPy raise anything at all on a damaged file
         return False
 

@@ -108,12 +108,12 @@ def captions_beside(files, skip_bad):
 
     ValueError if some images have none, or some .txt no image; with skip_bad they are left out.
     """
-    texts = [path.with_suffix(".txt") for path in files]
-    there = [path.is_file() for path in texts]
-    if not any(there):
+    texts = {path: path.with_suffix(".txt") for path in files}
+    kept = [path for path in files if texts[path].is_file()]
+    if not kept:
         return files, None
-    lone = sorted({text for folder in {path.parent for path in files} for text in folder.glob("*.txt")} - {*texts})
-    missing = [path for path, has in zip(files, there) if not has]
+    lone = sorted({text for folder in {path.parent for path in files} for text in folder.glob("*.txt")} - {*texts.values()})
+    missing = sorted({*files} - {*kept})
     if missing or lone:
         message = (f"{len(missing)} of {len(files)} images have no caption: the first, {missing[0]}, needs {missing[0].stem}.txt"
                    if missing else f"{len(lone)} caption files have no image, the first is {lone[0]}")
@@ -121,12 +121,12 @@ def captions_beside(files, skip_bad):
             raise ValueError(f"{message} (--skip-bad goes on without)")
         tqdm.write(f"left out: {message}")
     captions = []
-    for text in (text for text, has in zip(texts, there) if has):
+    for path in kept:
         try:
-            captions.append([line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()] or [""])
+            captions.append([line.strip() for line in texts[path].read_text("utf-8").splitlines() if line.strip()] or [""])
         except ValueError as error:
-            raise ValueError(f"{text} is not a text in UTF-8: {error}") from None
-    return [path for path, has in zip(files, there) if has], captions
+            raise ValueError(f"{texts[path]} is not a text in UTF-8: {error}") from None
+    return kept, captions
 
 
 def coco_captions(annotations, skip_bad):

@@ -32,7 +32,7 @@ class Statistics:
     a variance of 1e-4 costs no digit. .n; .mu (D,) and .sigma (D, D), the covariance with n - 1 as numpy.cov's, float64.
     """
 
-    def __init__(self, n=0, mu=None, scatter=None):
+    def __init__(self, n=0, mu=0.0, scatter=0.0):
         self.n, self.mu, self.scatter = n, mu, scatter
 
     def add(self, features):
@@ -44,9 +44,7 @@ class Statistics:
 
     def merge(self, other):
         """Add another's rows."""
-        if self.n == 0 or other.n == 0:
-            full = self if self.n else other
-            self.n, self.mu, self.scatter = full.n, full.mu, full.scatter
+        if other.n == 0:
             return self
         n, apart = self.n + other.n, other.mu - self.mu
         self.mu = self.mu + apart * (other.n / n)

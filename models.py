@@ -22,11 +22,6 @@ TRAINABLE = {
     "vae": (vae.AutoencoderKL, vae.SIZES),
     "mlp": (points.MLP, points.SIZES),                   # denoises points
 }
-OPTIONS = {                            # of some models only: which, and what is said where another is asked for them
-    "conditioning": (("dit",), "--conditioning {value} is a choice of DiT's, not of {model}"),
-    "hybrid": (("vit",), "--hybrid is a choice of ViT's, not of {model}"),
-    "learn_sigma": (("dit", "unet"), "--variance learned: {model} puts out no variance; use small or large"),
-}
 NETWORKS = {network.__name__: network for network in (*(network for network, _ in TRAINABLE.values()), unet.SuperResUNet)}
 
 
@@ -50,10 +45,12 @@ def named(model, size):
 def check_options(model, size, learn_sigma=False, conditioning=None, context_dim=None, hybrid=False):
     """ValueError on a size that there is not, or on options, those of `describe`, that do not go with the model."""
     named(model, size)
-    given = dict(learn_sigma=learn_sigma, conditioning=conditioning, hybrid=hybrid)
-    for option, (models, complaint) in OPTIONS.items():
-        if given[option] and model not in models:
-            raise ValueError(complaint.format(value=given[option], model=model))
+    if conditioning and model != "dit":
+        raise ValueError(f"--conditioning {conditioning} is a choice of DiT's, not of {model}")
+    if hybrid and model != "vit":
+        raise ValueError(f"--hybrid is a choice of ViT's, not of {model}")
+    if learn_sigma and model not in ("dit", "unet"):
+        raise ValueError(f"--variance learned: {model} puts out no variance; use small or large")
     if context_dim is not None and conditioning not in (None, "cross-attention"):
         raise ValueError(f"--conditioning {conditioning}: a DiT reads a text by cross-attention only")
 

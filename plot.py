@@ -19,10 +19,9 @@ import torch
 
 import data
 import ddpm
-from pictures import COLOURS, Chart, faint, spread, table
 from cli import Parser, add_overwrite_flag, natural, one_line_errors, processes, rule_of
 from files import check_output
-from pictures import WINDOW, points_panel, save_image, write_gif
+from pictures import COLOURS, WINDOW, Chart, faint, points_panel, save_image, spread, table, write_gif
 from sampling import decode, decoder, draw, drawable
 from points import MLP, swiss_roll
 

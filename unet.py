@@ -8,6 +8,7 @@ The denoisers share one signature, model(x, t, y=None), see `vit.checked_conditi
 twice channels, the prediction first. State-dict names are those of OpenAI's and CompVis's releases, which load strictly.
 Shapes: N images, C channels of a map, H x W pixels, L = H W, E the width of the embedding of time and class, h heads, d = C / h.
 """
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -80,31 +81,19 @@ def zero(module):
     return module
 
 
-def upsample(x):
-    """Repeat each pixel twice along both sides: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """Halve the sides, by a convolution of stride 2 or the mean of 2 x 2 pixels: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
 
     def __init__(self, channels, conv):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
-
-    def forward(self, x):
-        return self.op(x)
+        super().__init__(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)))
 
 
-class Upsample(nn.Module):
-    """Double the sides, with a convolution after it or without: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
+class Upsample(nn.Sequential):
+    """Repeat each pixel twice along both sides, and convolve after it or not: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
 
     def __init__(self, channels, conv):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
-
-    def forward(self, x):
-        return self.conv(upsample(x))
+        layer = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
+        super().__init__(OrderedDict(repeat=nn.Upsample(scale_factor=2), conv=layer))
 
 
 class ResBlock(nn.Module):
@@ -305,7 +294,8 @@ class UNet(nn.Module):
                 layers = block(width + skips.pop(), level)
                 width = widths[level]
                 if level and i == res_blocks:
-                    layers.append(res(width, width, upsample) if updown else Upsample(width, conv_resample))
+                    layers.append(res(width, width, nn.Upsample(scale_factor=2)) if updown
+                                  else Upsample(width, conv_resample))
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(norm(width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1)))
 

@@ -164,7 +164,7 @@ def test_no_command_changes_what_it_did_not_write(folder, capsys, out):
 
 @pytest.mark.parametrize("ending", [".png", ".gif"])
 def test_what_was_written_for_one_purpose_is_not_replaced_for_another(tmp_path, ending):
-    purposes = [purpose for purpose, (_, own, ours) in PURPOSES.items() if own == ending and ours != files.never]
+    purposes = [purpose for purpose, (_, own, ours) in PURPOSES.items() if own == ending and ours]
     for written, wanted in itertools.product(purposes, repeat=2):
         path = tmp_path / f"{written} {wanted}{ending}"
         make_ours(path, written)
@@ -283,7 +283,7 @@ def without_mark(path, ending):
 
 
 @pytest.mark.parametrize("purpose", [purpose for purpose, (_, ending, ours) in PURPOSES.items()
-                                     if ending in (".png", ".gif", ".npz") and ours not in (files.never, files.own_reference)])
+                                     if ending in (".png", ".gif", ".npz") and ours not in (None, files.own_reference)])
 def test_files_of_earlier_versions_are_known_by_their_content(tmp_path, purpose):
     path = tmp_path / f"old{PURPOSES[purpose].ending}"
     without_mark(path, path.suffix)

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from formula import fill, golden, golden_json
 from unet import (ADM, SIZES, UPSAMPLERS, AttentionBlock, Downsample, ResBlock, RonnebergerUNet, SpatialTransformer, SuperResUNet,
-                  UNet, Upsample, upsample)
+                  UNet, Upsample)
 from vit import timestep_embedding
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -447,12 +447,13 @@ def test_with_convolutions_every_second_pixel_is_kept_or_the_repeated_ones_are_c
 def test_fresh_blocks_that_resample_halve_by_means_and_double_by_repeating(scale_shift):
     x, emb = normal(2, 32, 4, 6, dtype=torch.float32), normal(2, 8, dtype=torch.float32)
     assert_close(ResBlock(32, 32, 8, 0.0, scale_shift, nn.AvgPool2d(2))(x, emb), means(x))
-    assert torch.equal(ResBlock(32, 32, 8, 0.0, scale_shift, upsample)(x, emb), repeated(x))
+    assert torch.equal(ResBlock(32, 32, 8, 0.0, scale_shift, nn.Upsample(scale_factor=2))(x, emb), repeated(x))
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_blocks_resample_before_their_first_convolution(scale_shift):
-    plain, down, up = (fill(ResBlock(64, 96, 8, 0.0, scale_shift, f)).double() for f in (None, nn.AvgPool2d(2), upsample))
+    plain, down, up = (fill(ResBlock(64, 96, 8, 0.0, scale_shift, f)).double()
+                       for f in (None, nn.AvgPool2d(2), nn.Upsample(scale_factor=2)))
     x, emb = normal(2, 64, 4, 6), normal(2, 8, seed=1)
     # repeating pixels changes neither the norm's statistics nor the mean of each four, so that these are one function
     assert_close(down(repeated(x), emb), plain(x, emb), **EXACT)
