@@ -63,12 +63,11 @@ def locked(file):
 
 @cache
 def remove_leftovers(folder):
-    """Remove what killed writers left in a folder, once a process. Who still writes holds a lock, or has written nothing yet."""
+    """Remove what killed writers left in a folder, once a process. Who still writes holds a lock, or begins again."""
     for left in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError), open(left, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if left.stat().st_size:
-                left.unlink()
+            left.unlink()
 
 
 @contextmanager
@@ -96,19 +95,35 @@ def atomic_file(path, check=lambda: None):
     """
     target = Path(os.path.realpath(path))
     remove_leftovers(target.parent)
-    temporary = target.with_name(f".{target.name[:48]}.{secrets.token_hex(4)}.tmp")      # 255 bytes at most
     with writing(path):
         try:
-            with open(temporary, "x+b") as file, locked(file):
-                with suppress(FileNotFoundError):
-                    os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                check()
-                os.replace(temporary, target)
+            while True:
+                temporary = target.with_name(f".{target.name[:48]}.{secrets.token_hex(4)}.tmp")      # 255 bytes at most
+                with open(temporary, "x+b") as file, locked(file):
+                    if not temporary.exists():           # another start took it for a leftover, before it had the lock
+                        continue
+                    with suppress(FileNotFoundError):
+                        os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                    check()
+                    os.replace(temporary, target)
+                    return
         except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
+
+
+def append(path, rows):
+    """Add rows, a text, to a table: after an error of the disk or a signal none of them is in it."""
+    with writing(path), open(path, "ab", buffering=0) as file:
+        size, left = file.tell(), rows.encode()
+        try:
+            while left:                                  # a disk that becomes full takes a part
+                left = left[file.write(left):]
+        except BaseException:
+            file.truncate(size)
             raise
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 from cascade import enlarge, shrink
 from ddpm import Diffusion
-from files import output_file, writing
+from files import append, output_file
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
 from sampling import SCATTERED, decode, draw, draw_points, guidance_scale
@@ -129,8 +129,7 @@ class Log:
         values = (mean, *by_group, *map(self.scores.get, self.names), norm.item(), learning_rate(step - 1, self.args))
         row = [str(step), str(step * self.args.batch_size), *("" if value is None else f"{value:.8g}" for value in values),
                f"{rate:.1f}" if rate else ""]            # none of a row that a stop had left out
-        with writing(self.path), open(self.path, "a") as file:
-            file.write(",".join(row + [""] * (len(self.columns) - len(row))) + "\n")
+        append(self.path, ",".join(row + [""] * (len(self.columns) - len(row))) + "\n")
         shown = "".join(f", {name} {value:.4g}" for name, value in self.scores.items())
         self.scores = {}
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")

@@ -275,11 +275,11 @@ class Training:
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)
                 saves = (args.save_every, args.sample_every, args.eval_every)
-                first = row and self.saved is None       # no log has rows of a run that is not there
+                first = row and self.saved is None
                 if not diverged and (stopping or first or any(due(every, done, args) for every in saves)):
                     with self.log.paused():
                         self.save(done)                  # before pictures and scores, which may fail
-                if row:
+                if row and self.saved is not None:       # no log has rows of a run that is not there
                     self.write_row(done, diverged)
                 if diverged:
                     raise ValueError(f"{int(state.bad_steps)} steps in a row had a NaN or infinite gradient, and none was taken: "

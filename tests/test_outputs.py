@@ -27,7 +27,7 @@ import plot
 import reports
 import sample
 import train
-from files import PURPOSES, check_output, known, mark, output_file
+from files import PURPOSES, append, check_output, known, mark, output_file
 from pictures import grid, points_picture, save_image, write_gif
 from refusals import refusal
 
@@ -385,7 +385,8 @@ def test_no_log_has_a_row_of_a_run_that_is_not_there(folder, monkeypatch):
 
 
 def test_a_run_that_appears_before_the_first_save_stays(folder, capsys, monkeypatch):
-    monkeypatch.setattr(train, "train_step", lambda *_: Path("new.pt").write_text("a letter"))
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: (step(*args), Path("new.pt").write_text("a letter")))
     assert "new.pt exists" in refused(train, [*TINY, "--out", "new.pt"], capsys)
     assert Path("new.pt").read_text() == "a letter"
 
@@ -419,15 +420,8 @@ def write_arrays(path):
         np.savez(file, arr_0=IMAGES)
 
 
-def append(path):
-    log = reports.Log.__new__(reports.Log)
-    log.path = path
-    with files.writing(log.path), open(log.path, "a") as file:
-        file.write("0" * 2000)
-
-
 @pytest.mark.parametrize("name, write", [
-    ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays), ("new.csv", append),
+    ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays), ("new.csv", lambda path: append(path, "0" * 2000)),
     ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
 def test_a_full_disk_is_a_line_that_names_the_file_and_the_remedy(tmp_path, name, write):
     path = tmp_path / name
