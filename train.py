@@ -28,19 +28,16 @@ from features import default_space, read_tables, space_of
 from files import check_output
 from latents import embeddings, latents, measured_scale
 from models import build
-from objectives import Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, SuperResolution
+from objectives import (MAX_BAD_STEPS, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State,
+                        SuperResolution, train_step)
 from reports import (AccuracyReport, Log, PointReport, ReconstructionReport, SampleReport, UpsamplingReport, due, first_line,
                      last_line, row_due, row_missing, row_told, say)
 from sampling import TextReader, unconditional
 from scoring import SampleScores, lacks, measure_reference, possible
 from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings
-from objectives import State, train_step
 from text import TextEncoder
 from unet import UPSAMPLERS
 from vit import divided
-
-MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
-
 
 # Data
 
@@ -223,13 +220,16 @@ class Training:
             self.state.sums.zero_()
         run.model = run.ema = run.optimizer = None
 
-    def save(self, step):
-        """Write run.pt, on the first process, unless it would replace a better one: then that stays, and this is said."""
+    def save(self, step, last):
+        """Write run.pt, on the first process, unless it would replace a better one: then that stays, and this is said.
+
+        last: whether training ends here.
+        """
         args, dataset, state = self.args, self.dataset, self.state
         sums, first = total(state.sums, self.world).cpu(), self.saved is None
-        if not state.worth_saving():                     # all processes find the same
+        if not state.worth_saving(last):                 # all processes find the same
             if self.rank == 0:
-                say(f"step {step} is not saved: no step since the last save had a finite gradient, or a weight is no longer finite")
+                say(f"step {step} is not saved: its gradient, or those of all steps since the last save, or a weight is not finite")
             return
         state.taken.zero_()
         self.saved = step
@@ -278,7 +278,7 @@ class Training:
                 first = row and self.saved is None
                 if not diverged and (stopping or first or any(due(every, done, args) for every in saves)):
                     with self.log.paused():
-                        self.save(done)                  # before pictures and scores, which may fail
+                        self.save(done, stopping or done == args.steps)          # before pictures and scores, which may fail
                 if row and self.saved is not None:       # no log has rows of a run that is not there
                     self.write_row(done, diverged)
                 if diverged:
