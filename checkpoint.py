@@ -187,6 +187,12 @@ def damaged(path):
         return next((entry.filename for entry in archive.infolist() if entry.compress_type), None) or archive.testzip()
 
 
+def tensors_in(content):
+    """The tensors of nested dicts and lists."""
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return [content] if torch.is_tensor(content) else [tensor for part in parts for tensor in tensors_in(part)]
+
+
 def read(path):
     """The content of a .pt or .safetensors file, mapped. ValueError or OSError if it is missing, damaged, or would run code.
 
@@ -203,7 +209,10 @@ def read(path):
             archive = zipfile.is_zipfile(path)           # older files of torch are none, and cannot be mapped
             if archive and os.environ.get("LOCAL_RANK", "0") == "0" and (record := damaged(path)):
                 raise ValueError(f"the checksum of {record} is wrong")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            if not archive and not all(tensor.isfinite().all() for tensor in tensors_in(content)):       # without checksums
+                raise ValueError("it holds numbers that are NaN or infinite")
+            return content
         except Exception:                                # torch raises anything at all on a damaged file
             raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off, or holds Python objects, "
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None

@@ -10,6 +10,7 @@ are read as they are, and written so that ADM's evaluator reads them. Under torc
 """
 import csv
 import hashlib
+import io
 import json
 import math
 import sys
@@ -21,7 +22,7 @@ import torch
 import data
 from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes, rule_of
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
-from files import check_output, header_of, sha256_of, writing
+from files import append, check_output, header_of, sha256_of, writing
 from image_files import side_of
 from latents import embeddings
 from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module
@@ -181,14 +182,14 @@ def report(args, found, reference, fake, space, how):
             half = number_of(len(reference.order) // 2)
             line += f"   two halves of the reference, {half} images each: {reference.floor[metric]:.3f}"
         print(line)
-    with writing(args.results), open(args.results, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")    # of what only tells samples in the cache apart
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(dict(
-            how, samples=args.ckpt or args.samples, n=fake.n, reference=reference.name,
-            reference_n=real.n if math.isfinite(real.n) else None, features=space.name, features_sha256=space.sha256, **found,
-            FD_floor=reference.floor.get("FD"), torch=torch.__version__, numpy=np.__version__, classes=args.classes))
+    writer = csv.DictWriter(rows := io.StringIO(), COLUMNS, extrasaction="ignore")       # of what only tells samples apart
+    if not (there := Path(args.results)).exists() or not there.stat().st_size:
+        writer.writeheader()
+    writer.writerow(dict(
+        how, samples=args.ckpt or args.samples, n=fake.n, reference=reference.name,
+        reference_n=real.n if math.isfinite(real.n) else None, features=space.name, features_sha256=space.sha256, **found,
+        FD_floor=reference.floor.get("FD"), torch=torch.__version__, numpy=np.__version__, classes=args.classes))
+    append(args.results, rows.getvalue())
 
 
 def check_saving(args, spec):

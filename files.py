@@ -19,6 +19,8 @@ import time
 import urllib.request
 import warnings
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -32,6 +34,8 @@ from tqdm import tqdm
 from cli import parent_of, place, share
 
 SECONDS = 10                           # of work between two records of which rows of a table are there
+BLOCK = 2 ** 20                        # bytes of a table that are checked at once, at least a row
+CHECKED = 2 ** 32                      # bytes of a table that are checked when it is opened: of a larger one evenly spread blocks
 ROOM, RIGHTS = "make room on the disk, or choose a place on another one", "choose a folder in which you may write"
 REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
             errno.EROFS: RIGHTS, errno.ENOENT: "make its folder"}           # of what a disk answers that does not take a file
@@ -59,12 +63,11 @@ def locked(file):
 
 @cache
 def remove_leftovers(folder):
-    """Remove what killed writers left in a folder, once a process. Who still writes holds a lock, or has written nothing yet."""
+    """Remove what killed writers left in a folder, once a process. Who still writes holds a lock, or begins again."""
     for left in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError), open(left, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if left.stat().st_size:
-                left.unlink()
+            left.unlink()
 
 
 @contextmanager
@@ -92,19 +95,35 @@ def atomic_file(path, check=lambda: None):
     """
     target = Path(os.path.realpath(path))
     remove_leftovers(target.parent)
-    temporary = target.with_name(f".{target.name[:48]}.{secrets.token_hex(4)}.tmp")      # 255 bytes at most
     with writing(path):
         try:
-            with open(temporary, "x+b") as file, locked(file):
-                with suppress(FileNotFoundError):
-                    os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                check()
-                os.replace(temporary, target)
+            while True:
+                temporary = target.with_name(f".{target.name[:48]}.{secrets.token_hex(4)}.tmp")      # 255 bytes at most
+                with open(temporary, "x+b") as file, locked(file):
+                    if not temporary.exists():           # another start took it for a leftover, before it had the lock
+                        continue
+                    with suppress(FileNotFoundError):
+                        os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                    check()
+                    os.replace(temporary, target)
+                    return
         except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
+
+
+def append(path, rows):
+    """Add rows, a text, to a table: after an error of the disk or a signal none of them is in it."""
+    with writing(path), open(path, "ab", buffering=0) as file:
+        size, left = file.tell(), rows.encode()
+        try:
+            while left:                                  # a disk that becomes full takes a part
+                left = left[file.write(left):]
+        except BaseException:
+            file.truncate(size)
             raise
 
 
@@ -339,8 +358,12 @@ class Column:
                 os.pwrite(file, self.header(self.whole_rows()), 0)
             raise OSError(error.errno, f"{error.strerror}, where {wanted - size:,} bytes are needed", str(self.file.name)) from None
 
+    def read(self, start, stop):
+        """The bytes of the rows from start to stop."""
+        return os.pread(self.file.fileno(), (stop - start) * self.row_size, self.start + start * self.row_size)
+
     def write(self, row, content):
-        """Put the bytes of a row, or of several that follow each other, into the file; `flush` brings them to the disk."""
+        """Put the bytes of a row into the file; `flush` brings them to the disk."""
         self.file.seek(self.start + row * self.row_size)
         self.file.write(content)
 
@@ -350,12 +373,21 @@ class Column:
         os.fsync(self.file.fileno())
 
 
+def checksum(parts):
+    """A CRC-32 of a row's bytes, in parts; 1 in place of 0, which says in a record that there is no such row."""
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return value or 1
+
+
 class Table:
     """Arrays whose rows are computed once: a folder of the cache, which has a record of the rows that are there.
 
     name and about, plain values, tell tables apart; rows: how many are wanted, and a later call may want more; columns: {name:
-    (shape of a row, dtype)}. The folder holds an .npy a column; done.npy, a byte a row, 1 once the row is on the disk; meta.json,
-    which says what it is. Rows that were deleted or cut off are no longer there.
+    (shape of a row, dtype)}. The folder holds an .npy a column; crc32.npy, a checksum a row once it is on the disk, over all columns,
+    and 0 before; meta.json, which says what it is. Rows that were deleted or cut off, or do not have their checksum, are no longer
+    there; of a table of more than CHECKED bytes each opening compares other ones.
 
     Several starts may open and fill one table at once: a file is made if it is not there, and only ever grows, and they write
     equal bytes. OSError if the disk is full.
@@ -367,40 +399,72 @@ class Table:
         self.folder = cache_folder(cache) / f"{name}-{hashlib.sha256(meta).hexdigest()[:16]}"
         self.folder.mkdir(exist_ok=True)
         described = self.folder / "meta.json"
-        self.rows, self.written, self.flushed_at = rows, [], time.monotonic()
-        self.done, *self.columns = (Column(self.folder / f"{key}.npy", *kind)
-                                    for key, kind in {"done": ((), np.uint8), **columns}.items())
-        with locked(self.done.file):
+        self.rows, self.written, self.flushed_at = rows, {}, time.monotonic()
+        self.record, *self.columns = (Column(self.folder / f"{key}.npy", *kind)
+                                      for key, kind in {"crc32": ((), np.uint32), **columns}.items())
+        with locked(self.record.file):
             known = described.exists() and described.read_bytes() == meta
-            claimed = self.record(self.done.whole_rows())
             whole = min(column.whole_rows() for column in self.columns) if known else 0
-            if claimed[whole:].any():
-                self.done.write(whole, bytes(len(claimed) - whole))
-                self.done.flush()
+            self.forget(whole + np.flatnonzero(self.recorded(0, self.record.whole_rows())[whole:]))
             if not known:
                 with atomic_file(described) as file:
                     file.write(meta)
-            for column in (*self.columns, self.done):    # no file grows before the record is right
+            for column in (*self.columns, self.record):  # no file grows before the record is right
                 column.reserve(rows)
+        if os.environ.get("LOCAL_RANK", "0") == "0":     # one process of a machine is enough, see `fill`
+            self.check()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self.flush()                                     # what was computed before an error or Ctrl-C is kept
-        for column in (*self.columns, self.done):
+        for column in (*self.columns, self.record):
             column.file.close()
 
-    def record(self, rows):
-        """Whether each of the first rows (rows,) is there."""
-        return np.frombuffer(os.pread(self.done.file.fileno(), rows, self.done.start), np.uint8) == 1
+    def recorded(self, start, stop):
+        """The checksums (stop - start,) of rows, 0 of one that is not there."""
+        return np.frombuffer(self.record.read(start, stop), np.uint32)
+
+    def forget(self, rows):
+        """Record that rows (n,) are not there."""
+        for row in rows:
+            self.record.write(row, bytes(4))
+        if len(rows):
+            self.record.flush()
+
+    def differing(self, start, stop):
+        """The numbers of the rows from start to stop that are there, and are not what their checksums say."""
+        known = self.recorded(start, stop)
+        contents = [(column.row_size, memoryview(column.read(start, stop))) for column in self.columns] if known.any() else []
+        return [start + i for i in np.flatnonzero(known)
+                if checksum(content[i * size:(i + 1) * size] for size, content in contents) != known[i]]
+
+    def check(self):
+        """Have damaged rows no longer be there; of a large table only some are looked at, see CHECKED."""
+        size = sum(column.row_size for column in self.columns)
+        rows = max(1, BLOCK // size)                     # of a block
+        every = max(1, math.ceil(self.rows * size / CHECKED))
+        starts = range(secrets.randbelow(every) * rows, self.rows, every * rows)
+        with ThreadPoolExecutor() as threads:
+            found = threads.map(lambda start: self.differing(start, min(start + rows, self.rows)), starts)
+            damaged = [row for part in found for row in part]
+        if not damaged:
+            return
+        if not self.record.file.writable():
+            raise OSError(f"{len(damaged)} rows of {self.folder} are damaged, and it may not be written: --cache DIR chooses another")
+        with locked(self.record.file):                   # another start may have mended them by now
+            self.forget([row for row in damaged if self.differing(row, row + 1)])
 
     def write(self, rows, values):
         """Put values into rows (n,): for each column an array (n, …), or what broadcasts to it. They count from `flush` on."""
-        for column, value in zip(self.columns, values, strict=True):
-            for row, content in zip(rows, np.broadcast_to(value, (len(rows), *column.shape)).astype(column.dtype)):
-                column.write(row, content.tobytes())
-        self.written.extend(rows)
+        contents = [np.broadcast_to(value, (len(rows), *column.shape)).astype(column.dtype)
+                    for column, value in zip(self.columns, values, strict=True)]
+        for row, *parts in zip(rows, *contents):
+            parts = [part.tobytes() for part in parts]
+            for column, part in zip(self.columns, parts):
+                column.write(row, part)
+            self.written[row] = checksum(parts)
         if time.monotonic() - self.flushed_at >= SECONDS:
             self.flush()
 
@@ -410,14 +474,14 @@ class Table:
             return
         for column in self.columns:
             column.flush()
-        for row in self.written:
-            self.done.write(row, b"\1")
-        self.done.flush()
-        self.written, self.flushed_at = [], time.monotonic()
+        for row, value in self.written.items():
+            self.record.write(row, np.uint32(value).tobytes())
+        self.record.flush()
+        self.written, self.flushed_at = {}, time.monotonic()
 
     def missing(self):
         """The numbers (n,) of the rows that are not there."""
-        return np.flatnonzero(~self.record(self.rows))
+        return np.flatnonzero(self.recorded(0, self.rows) == 0)
 
     def arrays(self):
         """The columns (rows, …), memory-mapped, not writable."""
@@ -431,7 +495,10 @@ def fill(table, compute, what, shared=True):
     compute(rows) yields, batch by batch, some of these rows and their values as `Table.write` takes them; what: names the work on
     the progress bar. ValueError if another process has not done its share in this table.
     """
-    rows, together = table.missing(), shared and dist.is_initialized()
+    together = shared and dist.is_initialized()
+    if together:
+        dist.barrier()                                   # the rows of all machines are checked
+    rows = table.missing()
     if together:
         dist.barrier()                                   # all have looked before the first one writes
         rows = rows[share(len(rows))]

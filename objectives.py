@@ -29,6 +29,7 @@ from cascade import augmented, shrink
 from ddpm import key_seed, keyed_generator
 from vae import kl_divergence
 
+MAX_BAD_STEPS = 10                                       # non-finite gradients in a row that end a run
 KL_WEIGHT = 1e-6                                         # Rombach et al. 2022, appendix G
 TIME, NOISE, DROP, FLIP, SHIFT, DROPOUT, LATENT, LOW = range(8)  # purposes, so that one use of randomness does not disturb another
 
@@ -211,10 +212,15 @@ class State:
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--resume: the run is damaged: {error}") from None
 
-    def worth_saving(self):
-        """Whether a step was taken since the last save, and all weights and averages are finite."""
+    def worth_saving(self, last):
+        """Whether a step was taken since the last save, all weights and averages are finite, and the last gradient was, too.
+
+        last: whether no other save will come, of which some bad steps before it are no reason not to be.
+        """
+        if not self.taken or self.bad_steps > (MAX_BAD_STEPS - 1) * last:
+            return False
         tensors = [z for network in (self.network, self.ema) for z in network.state_dict().values() if z.is_floating_point()]
-        return bool(self.taken) and all(norm.isfinite() for norm in torch._foreach_norm(tensors, float("inf")))
+        return all(norm.isfinite() for norm in torch._foreach_norm(tensors, float("inf")))
 
     def add_losses(self, losses, groups):
         """Sum losses (n,) of samples that belong to groups (n,), on the device."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 from cascade import enlarge, shrink
-from files import output_file, writing
+from files import append, output_file
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
 from sampling import SCATTERED, draw_images, draw_points
@@ -49,17 +49,17 @@ def row_due(step, args):
 
 
 def read_log(path, step):
-    """The columns of a log, and its whole rows up to a step: a kill may have cut the last one off, and what follows is redone.
+    """The columns of a log; its rows up to a step, as what follows is redone; and whether it has no other lines than rows.
 
-    A spreadsheet may have saved it, with a byte-order mark, with semicolons and perhaps decimal commas.
+    A kill may have cut the last line off. A spreadsheet may have saved it, with a byte-order mark, with semicolons and perhaps
+    decimal commas.
     """
     lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines() if path.exists() else []
     if lines and ";" in lines[0]:
         lines = [line.replace(",", ".").replace(";", ",") for line in lines]
     reader = csv.DictReader(lines)
-    rows = [row for row in reader if None not in (*row, *row.values()) and row.get("step", "").isdigit()
-            and int(row["step"]) <= step]
-    return tuple(reader.fieldnames or ()), rows
+    told = [None not in (*row, *row.values()) and row.get("step", "").isdigit() and row for row in reader]
+    return tuple(reader.fieldnames or ()), [row for row in told if row and int(row["step"]) <= step], all(told[:-1])
 
 
 def kept_beside(path):
@@ -70,7 +70,7 @@ def kept_beside(path):
 
 def row_told(path, step):
     """Whether a log has the row of a step."""
-    _, rows = read_log(path, step)
+    _, rows, _ = read_log(path, step)
     return bool(rows) and int(rows[-1]["step"]) == step
 
 
@@ -97,10 +97,10 @@ class Log:
         self.bar = tqdm(total=args.steps, initial=start, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
         if rank > 0:
             return
-        columns, rows = read_log(path, start) if start else ((), [])
-        if start and path.exists() and "step" not in columns:
-            say(f"{path} is no log of this run: it is kept as {kept_beside(path)}")
-            columns = ()
+        columns, rows, whole = read_log(path, start) if start else ((), [], True)
+        if columns and ("step" not in columns or not whole):
+            say(f"{path} is not as this run wrote it: it is kept as {kept_beside(path)}, with all that could not be read")
+            columns = columns if rows else ()
         self.columns += tuple(name for name in columns if name not in self.columns)      # scores given up since
         lines = [self.columns, *([row.get(name, "") for name in self.columns] for row in rows)]
         with output_file(path, "log" if start else "new log") as file:
@@ -127,8 +127,7 @@ class Log:
         values = {"loss": mean, **by_group, **self.scores, "grad_norm": norm.item(), "lr": learning_rate(step - 1, self.args)}
         row = {"step": str(step), "images": str(step * self.args.batch_size), "images_per_s": f"{rate:.1f}" if rate else "",
                **{name: f"{value:.8g}" for name, value in values.items()}}       # no rate of a row that a stop had left out
-        with writing(self.path), open(self.path, "a") as file:
-            file.write(",".join(row.get(name, "") for name in self.columns) + "\n")
+        append(self.path, ",".join(row.get(name, "") for name in self.columns) + "\n")
         shown = "".join(f", {name} {value:.4g}" for name, value in self.scores.items())
         self.scores = {}
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")

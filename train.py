@@ -29,8 +29,8 @@ from features import default_space, read_tables, space_of
 from files import check_output
 from latents import embeddings, latents, measured_scale
 from models import build
-from objectives import (Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State, SuperResolution,
-                        train_step)
+from objectives import (MAX_BAD_STEPS, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State,
+                        SuperResolution, train_step)
 from reports import (Log, accuracy_report, due, first_line, last_line, point_report, reconstruction_report, row_due, row_missing,
                      row_told, sample_report, say, upsampling_report)
 from sampling import TextReader, unconditional
@@ -39,9 +39,6 @@ from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings
 from text import TextEncoder
 from unet import UPSAMPLERS
 from vit import divided
-
-MAX_BAD_STEPS = 10                               # non-finite gradients in a row that end the run
-
 
 # Data
 
@@ -226,13 +223,16 @@ class Training:
             self.state.sums.zero_()
         run.model = run.ema = run.optimizer = None
 
-    def save(self, step):
-        """Write run.pt, on the first process, unless it would replace a better one: then that stays, and this is said."""
+    def save(self, step, last):
+        """Write run.pt, on the first process, unless it would replace a better one: then that stays, and this is said.
+
+        last: whether training ends here.
+        """
         args, dataset, state = self.args, self.dataset, self.state
         sums, first = total(state.sums, self.world).cpu(), self.saved is None
-        if not state.worth_saving():                     # all processes find the same
+        if not state.worth_saving(last):                 # all processes find the same
             if self.rank == 0:
-                say(f"step {step} is not saved: no step since the last save had a finite gradient, or a weight is no longer finite")
+                say(f"step {step} is not saved: its gradient, or those of all steps since the last save, or a weight is not finite")
             return
         state.taken.zero_()
         self.saved = step
@@ -277,12 +277,12 @@ class Training:
                 if row:                                  # the only steps that wait for the device
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)
-                first = row and self.saved is None       # no log has rows of a run that is not there
+                first = row and self.saved is None
                 saves = stopping or first or due(done, args, args.save_every, args.sample_every, args.eval_every)
                 if saves and not diverged:
                     with self.log.paused():
-                        self.save(done)                  # before pictures and scores, which may fail
-                if row:
+                        self.save(done, stopping or done == args.steps)          # before pictures and scores, which may fail
+                if row and self.saved is not None:       # no log has rows of a run that is not there
                     self.write_row(done, diverged)
                 if diverged:
                     raise ValueError(f"{int(state.bad_steps)} steps in a row had a NaN or infinite gradient, and none was taken: "

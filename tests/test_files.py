@@ -63,8 +63,8 @@ def folder(cache):
 
 def claimed(cache):
     """The rows that the record says are there, if there is one."""
-    record = folder(cache) / "done.npy" if list(Path(cache).glob("table-*")) else None
-    return np.flatnonzero(np.frombuffer(record.read_bytes()[128:], np.uint8)) if record and record.exists() else np.array([], int)
+    record = folder(cache) / "crc32.npy" if list(Path(cache).glob("table-*")) else None
+    return np.flatnonzero(np.frombuffer(record.read_bytes()[128:], np.uint32)) if record and record.exists() else np.array([], int)
 
 
 def assert_right(arrays, rows=11):
@@ -119,7 +119,7 @@ def test_a_whole_table_is_read_where_nothing_can_be_written(tmp_path, monkeypatc
     assert_right(filled(tmp_path, computed=(computed := [])))
     assert computed == []
     with Table("table", dict(of="numbers"), 11, COLUMNS, tmp_path) as table:
-        assert not any(column.file.writable() for column in (table.done, *table.columns))
+        assert not any(column.file.writable() for column in (table.record, *table.columns))
 
 
 def test_an_error_keeps_what_was_computed_before_it(tmp_path):
@@ -202,21 +202,29 @@ def test_nothing_is_claimed_that_a_power_cut_would_take(tmp_path, every_batch, m
             safe[path.stem] = path.read_bytes()[128:]
     monkeypatch.setattr(os, "fsync", seen)
     assert_right(filled(tmp_path))
-    assert set(safe) == {"a", "b", "done"}
+    assert set(safe) == {"a", "b", "crc32"}
 
 
 # Damage
 
+def overwrite(path, content, place):
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
 DAMAGES = {                            # what is done to the folder, and the rows that are computed again
     "a file is deleted": (lambda folder: (folder / "a.npy").unlink(), range(11)),
     "another is deleted": (lambda folder: (folder / "b.npy").unlink(), range(11)),
-    "the record is deleted": (lambda folder: (folder / "done.npy").unlink(), range(11)),
+    "the record is deleted": (lambda folder: (folder / "crc32.npy").unlink(), range(11)),
     "the description is deleted": (lambda folder: (folder / "meta.json").unlink(), range(11)),
     "a file is empty": (lambda folder: os.truncate(folder / "a.npy", 0), range(11)),
     "a file ends in its header": (lambda folder: os.truncate(folder / "a.npy", 50), range(11)),
     "a file ends in a row": (lambda folder: os.truncate(folder / "a.npy", 128 + 24 * 6 + 5), range(6, 11)),
-    "the record is cut off": (lambda folder: os.truncate(folder / "done.npy", 128 + 4), range(4, 11)),
-    "the record is damaged": (lambda folder: os.pwrite(os.open(folder / "done.npy", os.O_RDWR), b"\7", 128 + 3), [3]),
+    "the record is cut off": (lambda folder: os.truncate(folder / "crc32.npy", 128 + 4 * 4), range(4, 11)),
+    "the record is damaged": (lambda folder: overwrite(folder / "crc32.npy", b"\7\7\7\7", 128 + 4 * 3), [3]),
+    "a row is damaged": (lambda folder: overwrite(folder / "a.npy", b"\7", 128 + 24 * 5 + 23), [5]),
+    "the last row of another is damaged": (lambda folder: overwrite(folder / "b.npy", b"\7", 128 + 10), [10]),
     "the description is of something else": (lambda folder: (folder / "meta.json").write_text('{"of": "others"}'), range(11)),
     "the description is damaged": (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe{"), range(11)),
 }

@@ -27,7 +27,7 @@ import plot
 import reports
 import sample
 import train
-from files import PURPOSES, check_output, known, mark, output_file
+from files import PURPOSES, append, check_output, known, mark, output_file
 from pictures import grid, points_picture, save_image, write_gif
 from refusals import refusal
 
@@ -426,15 +426,8 @@ def write_tensors(path):
         torch.save(torch.zeros(9999), file)              # which hides the disk's error behind one of its own
 
 
-def append(path):
-    log = reports.Log.__new__(reports.Log)
-    log.path = path
-    with files.writing(log.path), open(log.path, "a") as file:
-        file.write("0" * 2000)
-
-
 @pytest.mark.parametrize("name, write", [
-    ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays), ("new.csv", append),
+    ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays), ("new.csv", lambda path: append(path, "0" * 2000)),
     ("new.pt", write_tensors), ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
 def test_a_full_disk_is_a_line_that_names_the_file_and_the_remedy(tmp_path, name, write):
     path = tmp_path / name
