@@ -83,8 +83,8 @@ def find(root, file, name, line):
 def excerpt(root, file, name, first, last, line):
     """The text that a block shows: the lines that define a name, or the part of them from `first` to `last`."""
     source, node = find(root, file, name, line)
-    start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
-    shown = range(start, node.end_lineno + 1)                            # counted from 1, as ast counts
+    top = (getattr(node, "decorator_list", None) or [node])[0]
+    shown = range(top.lineno, node.end_lineno + 1)                       # counted from 1, as ast counts
     if first:
         begins = [number for number in shown if source[number - 1].lstrip().startswith(first)]
         ends = [number for number in shown if source[number - 1].lstrip().startswith(last) and begins and number > begins[0]]

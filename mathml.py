@@ -73,11 +73,10 @@ class Latex:
         r"""The text of a group, such as that of \text."""
         if self.peek() != "{":
             raise self.wrong("{")
+        self.next()
         text = ""
-        while self.tokens[-2][0] not in ("}", ""):
-            del self.tokens[-1]
-            text += self.tokens[-1][0]
-        del self.tokens[-1]
+        while self.tokens[-1][0] not in ("}", ""):
+            text += self.tokens.pop()[0]
         if self.next() != "}":
             raise self.wrong("}")
         return text

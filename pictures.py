@@ -23,9 +23,9 @@ WINDOW = (-2.6, 2.6)                             # of x and y, where points are 
 
 # Images
 
-def grid(images, columns, gap=2):
+def grid(images, columns):
     """Tile uint8 images (n, H, W, C) into one (H', W', C), row by row on grey, small ones magnified to a height of up to 64."""
-    zoom = max(1, 64 // images.shape[1])
+    zoom, gap = max(1, 64 // images.shape[1]), 2
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     n, height, width, channels = images.shape
     rows = -(-n // columns)
@@ -267,9 +267,9 @@ def table(images, rows, columns, corner=""):
 
 # Points in the plane
 
-def points_panel(points, title="", colour=COLOURS[0], width=460, height=460):
+def points_panel(points, title="", colour=COLOURS[0], size=460):
     """A chart of points (n, 2), over the whole roll."""
-    chart = Chart(WINDOW, WINDOW, title, width=width, height=height)
+    chart = Chart(WINDOW, WINDOW, title, width=size, height=size)
     chart.points(*points.T, colour, radius=1.5)
     return chart
 

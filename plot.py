@@ -204,7 +204,7 @@ def drift_panel(network, diffusion, points, t, size):
     f = drift(network, diffusion, places, t - 1)
     length = f.norm(dim=1, keepdim=True)                                 # (ARROWS^2, 1)
     f = (f / torch.maximum(length, length.median()).clamp(min=1e-12) * (ends[1] - ends[0])).numpy()
-    chart = points_panel(points, colour=faint(COLOURS[0]), width=size, height=size)
+    chart = points_panel(points, colour=faint(COLOURS[0]), size=size)
     chart.arrows(*places.T.numpy(), *f.T, COLOURS[1])
     return chart.image()
 
@@ -219,8 +219,8 @@ def swissroll(args):
     eps = torch.randn(x0.shape, generator=ddpm.keyed_generator((args.seed, 1)))
     path = reverse(network, diffusion, CHAIN, (args.seed, 0))
     forward = [diffusion.q_sample(x0, torch.full((CHAIN,), t - 1), eps).numpy() for t in times]
-    rows = [[points_panel(points, colour=COLOURS[6], width=size, height=size).image() for points in forward],
-            [points_panel(path[t], width=size, height=size).image() for t in times],
+    rows = [[points_panel(points, colour=COLOURS[6], size=size).image() for points in forward],
+            [points_panel(path[t], size=size).image() for t in times],
             [drift_panel(network, diffusion, points, t, size) for t, points in zip(times, forward)]]
     if args.gif:
         shown = dict.fromkeys(round(T * (1 - i / 60) ** 2) for i in range(61))       # more of them where the roll appears

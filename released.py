@@ -180,7 +180,7 @@ def released_run(content, config=None):
     scale = released_scale(network)
     data = dict(spec=None, classes=None, **{key: network["arguments"][key] for key in ("num_classes", "channels", "image_size")})
     return dict(step=None, config={}, network=network, diffusion=released_process(network), data=data,
-                vae=None if scale is None else dict(scale=scale), text=None, model=content, ema=content, optimizer=None)
+                vae=None if scale is None else dict(scale=scale), model=content, ema=content)
 
 
 def clip_encoder(tensors):
