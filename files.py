@@ -356,7 +356,8 @@ class Column:
             os.truncate(file, size)
             if size:
                 os.pwrite(file, self.header(self.whole_rows()), 0)
-            raise OSError(error.errno, f"{error.strerror}, where {wanted - size:,} bytes are needed", str(self.file.name)) from None
+            with writing(self.file.name):
+                raise OSError(error.errno, f"{error.strerror}, where {wanted - size:,} bytes are needed") from None
 
     def read(self, start, stop):
         """The bytes of the rows from start to stop."""

@@ -3,7 +3,7 @@
 Faults are real: signals to processes, bits in files, limits of the kernel. Commands run in forks of this process, which have all
 modules already, or where `slow` has time for it in processes of their own. Networks are of a hundredth of the usual size.
 """
-import csv
+import importlib
 import multiprocessing
 import os
 import resource
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo       # which AdamW imports: here once, not in each fork
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import checkpoint
 import data
@@ -29,7 +29,6 @@ import features
 import files
 import image_files
 import reports
-import sample
 import train
 import unet
 import uvit
@@ -500,3 +499,66 @@ def test_a_signal_at_any_moment_of_a_command_that_decodes_ends_it_at_once(tmp_pa
     assert_ends(kind, process.pid, process.wait, tmp_path)
 
 
+# Full disks
+
+WRITES = {                             # a command, and the largest of the files that it writes
+    "a run": ("train.py --size Ti/4 --data images.npz --steps 3 --batch-size 8 --device cpu --out new.pt", "new.pt"),
+    "a resumed run": ("train.py --resume --steps 6 --out run.pt", "run.pt"),
+    "a run of points": ("train.py --data swissroll --steps 1 --batch-size 8 --device cpu --out new.pt", "new.pt"),
+    "latents": ("train.py --size Ti/2 --data images.npz --vae vae.pt --steps 1 --batch-size 8 --out new.pt --cache fresh", "new.pt"),
+    "decoded images": ("train.py --size Ti/4 --data photos --image-size 8 --steps 1 --batch-size 8 --out new.pt --cache fresh", "images.npy"),
+    "samples": ("sample.py --ckpt run.pt --n 9 --steps 2 --out new.png", "new.png"),
+    "a folder of samples": ("sample.py --ckpt run.pt --n 9 --steps 2 --out many/", "000003.png"),
+    "an archive": ("sample.py --ckpt run.pt --n 200 --steps 2 --out new.png --npz new.npz", "new.npz"),
+    "a film": ("sample.py --ckpt run.pt --n 9 --steps 5 --out new.png --trajectory new.gif", "new.gif"),
+    "a slim run": ("checkpoint.py run.pt --slim new.pt", "new.pt"),
+    "a reference": (f"evaluate.py --reference digits.npz --features {features.JUDGE} --save-reference new.npz --cache fresh", "new.npz"),
+    "a chart": ("plot.py schedules --out new.png", "new.png"),
+}
+READERS = {".pt": checkpoint.read, ".npz": lambda path: [np.load(path)[key] for key in np.load(path)],
+           ".png": lambda path: Image.open(path).load(), ".gif": lambda path: list(ImageSequence.all_frames(Image.open(path)))}
+
+
+def run_within(limit, command):
+    """Run a command whose files can have `limit` bytes at most, as on a disk that is full -> its exit status, and what it prints."""
+    program, *argv = command.split()
+    main = importlib.import_module(program.removesuffix(".py")).main
+    end, log = os.pipe()
+
+    def limited(argv):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        main(argv)
+    process = started(limited, *argv, log=f"/dev/fd/{log}")
+    os.close(log)
+    with open(end) as said:
+        return said.read(), ended(process)
+
+
+@pytest.fixture(scope="module")
+def filled(inputs, tmp_path_factory):
+    """The inputs, and a run of three steps on them."""
+    folder = shutil.copytree(inputs, tmp_path_factory.mktemp("filled") / "work")
+    train.main([*"--size Ti/4 --steps 3 --batch-size 8 --device cpu --data".split(), str(folder / "images.npz"), "--out",
+                str(folder / "run.pt")])
+    return folder
+
+
+@pytest.mark.parametrize("trials", [1, pytest.param(10, marks=slow)])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_full_disk_leaves_no_torn_file_and_one_line_that_names_the_file(filled, tmp_path, monkeypatch, write, trials):
+    (command, largest), random = WRITES[write], np.random.default_rng(len(write))
+    shutil.copytree(filled, tmp_path / "whole")
+    monkeypatch.chdir(tmp_path / "whole")
+    assert run_within(resource.RLIM_INFINITY, command)[1] == 0
+    size, = (path.stat().st_size for path in Path().rglob(largest))
+    for trial in range(trials):
+        folder = shutil.copytree(filled, tmp_path / str(trial))
+        os.chdir(folder)
+        before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+        said, status = run_within(int(random.integers(size)) if trial else size - 1, command)
+        line = said.splitlines()[-1]
+        assert status == 2 and "Traceback" not in said and "cannot write" in line and "make room" in line, said
+        for path in filter(Path.is_file, Path().rglob("*")):
+            assert path.read_bytes() == before.get(path) or path.suffix in (".csv", ".npy", ".json") or READERS[path.suffix](path)
+        assert not [path for path in Path().rglob(".*") if path.is_file()]
+        assert run_within(resource.RLIM_INFINITY, command.replace("many/", "again/"))[1] == 0

@@ -245,7 +245,7 @@ def limited(size, call):
     """A call in a process whose files can have `size` bytes at most: as on a disk that is full."""
     def run():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        refusal(call, "a.npy", "480 bytes are needed", kind=OSError)
+        refusal(call, "cannot write", "a.npy", "480 bytes are needed", "make room", kind=OSError)
     assert forked(run) == [0]
 
 
