@@ -1,7 +1,7 @@
 """Files of a run: save and load run.pt, read official checkpoints and .safetensors, show what is inside.
 
 Report §4-7 … §4-9 (released models). A `Run` lists all that run.pt holds: plain values and tensors, each field with its type.
-Nothing else is ever unpickled: files are read with weights_only=True. Released files load by name, see released.py.
+Nothing else is ever unpickled: files are read with weights_only=True. Released files load by name, see models.py.
 
     python checkpoint.py run.pt
     python checkpoint.py run.pt --slim shared.pt
@@ -29,7 +29,7 @@ import text
 from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
 from ddpm import SCHEDULES, Diffusion
 from files import atomic_file, check_output, sha256_of, writing
-from released import clip_encoder, released_autoencoder, released_run
+from models import clip_encoder, released_autoencoder, released_run
 
 VERSION = 1
 EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
@@ -257,7 +257,7 @@ def read_safetensors(path):
 
 
 def load(path, config=None):
-    """The Run in a run.pt, or one made up around official weights (then without optimizer; config: see `released.infer`).
+    """The Run in a run.pt, or one made up around official weights (then without optimizer; config: see `models.infer`).
 
     ValueError or OSError if there is none that can be read.
     """

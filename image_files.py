@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from files import Table, fill
+from tables import Table, fill
+
 
 FOR_A_WORKER = 256               # image files that are worth another process, which takes a second to start
 BAD = 255                        # in place of the number of channels
@@ -231,7 +232,7 @@ def _prepare_worker():
 
 
 def _decode_rows(files, size, skip_bad, rows):
-    """Decode files number `rows` for `files.fill`: grey as colour, and how many channels there were."""
+    """Decode files number `rows` for `tables.fill`: grey as colour, and how many channels there were."""
     workers = min(os.cpu_count() or 1, len(rows) // FOR_A_WORKER)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _prepare_worker) if workers > 1 else None
     decode, paths = partial(_decode, size=size), [files[row] for row in rows]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data import Dataset, fingerprint, to_float
-from files import Table, fill
+from tables import Table, fill
 from vae import in_pieces, sample_latent
 
 BATCH = 64                             # images at once

@@ -16,7 +16,8 @@ import ddpm
 from checkpoint import Clip, load, load_autoencoder, load_clip
 from cli import natural, not_negative, positive
 from data import Dataset, to_uint8
-from files import Table, fill, sha256_of
+from files import sha256_of
+from tables import Table, fill
 from unet import SuperResUNet
 from vae import in_pieces, pieces
 

@@ -5,7 +5,7 @@ sequence; the k-th block from the end also sees what the k-th block put out; a 3
 
 One signature with the other denoisers: model(x, t, y=None), see `vit.checked_condition`. It returns one prediction like x: U-ViT
 learns no variance. State-dict names are those of the authors' release, which loads strictly; its networks count time in units
-of their own (`released.released_process`). Shapes: L patches, E extra tokens, D width, p patch.
+of their own (`models.released_process`). Shapes: L patches, E extra tokens, D width, p patch.
 """
 import math
 

@@ -6,7 +6,7 @@ lower bound of the image's likelihood: log p(x) >= E_q log p(x | z) - KL(q(z | x
 1e-6, so that z loses little: it only keeps latents from drifting apart, and their distribution is left to diffusion.
 
 Images are (N, C, H, W) in [-1, 1], any sides that the factor f divides; latents (N, c, h, w), h = H / f, w = W / f, not yet
-multiplied by `scale`; D is the width of a map. State-dict names are those of CompVis's releases; released.py
+multiplied by `scale`; D is the width of a map. State-dict names are those of CompVis's releases; models.py
 knows the diffusers library's.
 """
 from collections import OrderedDict

@@ -38,7 +38,7 @@ from checkpoint import (Autoencoder, Clip, Data, Process, Run, load, load_networ
 from ddpm import cosine_betas
 from dit import DiT
 from formula import fill, formula_weight, golden, golden_json
-from released import HEADS, infer, released_process, released_scale
+from models import HEADS, infer, released_process, released_scale
 from unet import ADM, UNet
 from uvit import UViT
 from vit import ViT

@@ -33,6 +33,7 @@ import train
 import unet
 import uvit
 import vit
+from tables import Table
 from refusals import refusal
 from test_train import ROOT, SMALLER, TWO_PROCESSES, assert_same_run, rows_of, saved_autoencoder
 
@@ -347,7 +348,7 @@ def test_one_flipped_bit_in_a_cache_is_noticed_and_the_row_alone_is_computed_aga
 
 def test_of_a_large_cache_each_start_compares_other_rows(tmp_path, monkeypatch):
     def opened():
-        return files.Table("table", 0, 64, {"a": ((4,), np.uint8)}, tmp_path)
+        return Table("table", 0, 64, {"a": ((4,), np.uint8)}, tmp_path)
     with opened() as table:
         table.write(range(64), [np.arange(256).reshape(64, 4)])
     monkeypatch.setattr(files, "BLOCK", 32)              # 8 rows
@@ -366,7 +367,7 @@ def test_of_a_large_cache_each_start_compares_other_rows(tmp_path, monkeypatch):
 
 def test_damage_in_a_cache_that_may_not_be_written_is_one_line(tmp_path, monkeypatch):
     def opened():
-        return files.Table("table", 0, 2, {"a": ((4,), np.uint8)}, tmp_path)
+        return Table("table", 0, 2, {"a": ((4,), np.uint8)}, tmp_path)
     with opened() as table:
         table.write(range(2), [7])
     flip(table.folder / "a.npy", 130, 3)

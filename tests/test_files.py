@@ -18,7 +18,8 @@ import pytest
 import torch.distributed as dist
 
 import files
-from files import Table, atomic_file, fill
+from files import atomic_file
+from tables import Table, fill
 from refusals import refusal
 
 COLUMNS = dict(a=((2, 3), np.float32), b=((), np.uint8))                 # of a table with 11 rows

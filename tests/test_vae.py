@@ -21,7 +21,7 @@ from checkpoint import load_autoencoder
 from dit import DiT
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
 from refusals import refusal
-from released import compvis_names, infer_autoencoder, released_autoencoder
+from models import compvis_names, infer_autoencoder, released_autoencoder
 from vae import SIZES, AttnBlock, AutoencoderKL, kl_divergence, pieces, sample_latent
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
