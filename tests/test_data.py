@@ -417,7 +417,7 @@ def test_a_second_load_decodes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("level", [7, (7, 8, 9)], ids=["grey", "colour"])
 def test_a_killed_decode_goes_on_where_it_was(tmp_path, monkeypatch, level):
     folder, decode, calls = photos(tmp_path / "photos", [1, 2, 3, level, 5]), image_files._decode, []
-    monkeypatch.setattr(files, "SECONDS", 0)
+    monkeypatch.setattr(tables, "SECONDS", 0)
     monkeypatch.setattr(image_files, "_decode", lambda path, size: (
         os.kill(os.getpid(), signal.SIGKILL) if path.name == "03.png" else decode(path, size)))
     assert forked(lambda: load_folder(folder)) == [-signal.SIGKILL]

@@ -351,8 +351,8 @@ def test_of_a_large_cache_each_start_compares_other_rows(tmp_path, monkeypatch):
         return Table("table", 0, 64, {"a": ((4,), np.uint8)}, tmp_path)
     with opened() as table:
         table.write(range(64), [np.arange(256).reshape(64, 4)])
-    monkeypatch.setattr(files, "BLOCK", 32)              # 8 rows
-    monkeypatch.setattr(files, "CHECKED", 64)            # bytes of 256: two blocks of eight
+    monkeypatch.setattr(tables, "BLOCK", 32)              # 8 rows
+    monkeypatch.setattr(tables, "CHECKED", 64)            # bytes of 256: two blocks of eight
     path = table.folder / "a.npy"
     for row in range(64):
         flip(path, 128 + 4 * row, 0)

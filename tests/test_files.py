@@ -1,4 +1,4 @@
-"""files.py: a file is old or new and never half; a table's record never says more than is on the disk, whoever is killed.
+"""files.py and tables.py: a file is old or new and never half; a table's record never says more than is on the disk, whoever is killed.
 
 Kills are real: of forked processes, by SIGKILL, at every moment at which the disk is asked to keep something.
 """
@@ -18,6 +18,7 @@ import pytest
 import torch.distributed as dist
 
 import files
+import tables
 from files import atomic_file
 from tables import Table, fill
 from refusals import refusal
@@ -83,7 +84,7 @@ def assert_claims_are_true(cache):
 @pytest.fixture
 def every_batch(monkeypatch):
     """Each batch is recorded."""
-    monkeypatch.setattr(files, "SECONDS", 0)
+    monkeypatch.setattr(tables, "SECONDS", 0)
 
 
 # A table
