@@ -129,7 +129,7 @@ def trained_under_kills(folder, argv, kills, random, launch):
             resume = ["--resume"] if Path("cut.pt").exists() else argv
             status = launch([*resume, "--out", "cut.pt"], random.uniform(0, lasts) if killed < kills else None)
             killed += status < 0
-            complete = status == 0 or status == 2 and checkpoint.load("cut.pt").step == 12       # killed at its very end
+            complete = status == 0 or status > 0 and checkpoint.load("cut.pt").step == 12        # killed at its very end
             assert complete or status < 0, status
         assert_same_run("whole.pt", "cut.pt")
         assert not list(folder.glob(".cut*")), "a lock or a temporary file is left"
@@ -520,14 +520,14 @@ READERS = {".pt": checkpoint.read, ".npz": lambda path: [np.load(path)[key] for 
            ".png": lambda path: Image.open(path).load(), ".gif": lambda path: list(ImageSequence.all_frames(Image.open(path)))}
 
 
-def run_within(limit, command):
-    """Run a command whose files can have `limit` bytes at most, as on a disk that is full -> its exit status, and what it prints."""
+def run_within(limit, command, what=resource.RLIMIT_FSIZE):
+    """Run a command whose files, or its memory, can have `limit` bytes at most -> what it prints, and its exit status."""
     program, *argv = command.split()
     main = importlib.import_module(program.removesuffix(".py")).main
     end, log = os.pipe()
 
     def limited(argv):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        resource.setrlimit(what, (limit, resource.RLIM_INFINITY))
         main(argv)
     process = started(limited, *argv, log=f"/dev/fd/{log}")
     os.close(log)
@@ -563,3 +563,23 @@ def test_a_full_disk_leaves_no_torn_file_and_one_line_that_names_the_file(filled
             assert path.read_bytes() == before.get(path) or path.suffix in (".csv", ".npy", ".json") or READERS[path.suffix](path)
         assert not [path for path in Path().rglob(".*") if path.is_file()]
         assert run_within(resource.RLIM_INFINITY, command.replace("many/", "again/"))[1] == 0
+
+
+def test_rows_that_a_disk_does_not_take_whole_are_not_in_the_table(tmp_path):
+    (tmp_path / "run.csv").write_text("step,loss\n1,2\n")
+
+    def limited(argv):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))      # two bytes more than there are
+        refusal(lambda: files.append(tmp_path / "run.csv", "2,1.5\n"), "run.csv", "make room", kind=OSError)
+    assert ended(started(limited)) == 0
+    assert (tmp_path / "run.csv").read_text() == "step,loss\n1,2\n"
+
+
+# Memory
+
+def test_host_memory_that_runs_out_is_one_line(filled, tmp_path, monkeypatch):
+    command = "train.py --size Ti/4 --data images.npz --batch-size 400000 --device cpu --out new.pt"
+    monkeypatch.chdir(shutil.copytree(filled, tmp_path / "work"))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    said, status = run_within(used + 2 ** 28, command, resource.RLIMIT_AS)
+    assert status == 2 and "memory is full" in said and "Traceback" not in said, said
