@@ -25,7 +25,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 import data
-import files
+import tables
 import image_files
 from data import Batches, Dataset, augment, load, to_float, to_uint8
 from image_files import center_crop, open_image

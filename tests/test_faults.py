@@ -33,6 +33,7 @@ import train
 import unet
 import uvit
 import vit
+import tables
 from tables import Table
 from refusals import refusal
 from test_train import ROOT, SMALLER, TWO_PROCESSES, assert_same_run, rows_of, saved_autoencoder

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import data
-import files
 import latents
 import vae
 from test_files import forked
