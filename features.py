@@ -199,10 +199,10 @@ def read_tables(path):
     images, whether it has some.
 
     ADM's files lack n and what follows it and are of Inception; so do pytorch-fid's, which have no mu_s either and are of
-    Inception by PyTorch's resize. None if there is no mu, or the path, perhaps None, is no .npz's. ValueError if the file is
-    damaged or its tables do not fit.
+    Inception by PyTorch's resize. None if there is no mu, or the path, perhaps None, is not that of an .npz. ValueError if the
+    file is damaged or its tables do not fit.
     """
-    if not str(path).endswith(".npz"):
+    if not str(path).endswith(".npz") or not Path(path).is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as archive:
