@@ -165,13 +165,15 @@ def total(tensor, world):
     return tensor
 
 
-INPUTS = ("ckpt", "vae", "clip", "inpaint", "mask", "upscale", "denoise", "cascade", "samples", "reference", "features", "data", "csv",
-          "report", "file")            # the flags and arguments of all commands that name a file to read
+INPUTS = ("ckpt", "vae", "clip", "inpaint", "mask", "upscale", "denoise", "cascade", "samples", "reference", "features", "data",
+          "csv", "report", "file")     # the flags and arguments of all commands that name a file to read
 
 
 def rule_of(args):
-    """What `files.check_output` has to know of a command line: the files that it reads, and --overwrite, None where there is no such
-    flag."""
+    """What `files.check_output` has to know of a command line: the files that it reads, and --overwrite.
+
+    overwrite is None where there is no such flag.
+    """
     named = [getattr(args, name, None) for name in INPUTS]
     inputs = [path for entry in named if entry for path in (entry if isinstance(entry, list) else [entry])]
     return dict(inputs=inputs, overwrite=getattr(args, "overwrite", None))

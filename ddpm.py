@@ -370,7 +370,7 @@ def normal_noises(shape, noise, seeds, device):
 
 
 def unconditional_rows(model, y, y_null, cfg_scale):
-    """y_null, by default model.null_label, for each row of y; None without guidance, ValueError where guidance lacks one of them."""
+    """y_null, by default model.null_label, for each row of y; None without guidance.  ValueError where guidance lacks one."""
     if cfg_scale == 1:
         return None
     y_null = getattr(model, "null_label", None) if y_null is None else y_null

@@ -91,9 +91,9 @@ class Table:
     """Arrays whose rows are computed once: a folder of the cache, which has a record of the rows that are there.
 
     name and about, plain values, tell tables apart; rows: how many are wanted, and a later call may want more; columns: {name:
-    (shape of a row, dtype)}. The folder holds an .npy a column; crc32.npy, a checksum a row once it is on the disk, over all columns,
-    and 0 before; meta.json, which says what it is. Rows that were deleted or cut off, or do not have their checksum, are no longer
-    there; of a table of more than CHECKED bytes each opening compares other ones.
+    (shape of a row, dtype)}. The folder holds an .npy a column; crc32.npy, for each row the checksum over all columns once it is on
+    the disk, and 0 before; meta.json, which says what it is. A row that was deleted, cut off or does not have its checksum is no
+    longer there. Of a table of more than CHECKED bytes each opening compares other rows.
 
     Several starts may open and fill one table at once: a file is made if it is not there, and only ever grows, and they write
     equal bytes. OSError if the disk is full.
@@ -158,7 +158,7 @@ class Table:
         if not damaged:
             return
         if not self.record.file.writable():
-            raise OSError(f"{len(damaged)} rows of {self.folder} are damaged, and it may not be written: --cache DIR chooses another")
+            raise OSError(f"{len(damaged)} rows of {self.folder} are damaged, and it may not be written: choose another --cache")
         with locked(self.record.file):                   # another start may have mended them by now
             self.forget([row for row in damaged if self.differing(row, row + 1)])
 
