@@ -35,7 +35,7 @@ from cli import parent_of, place, share
 
 SECONDS = 10                           # of work between two records of which rows of a table are there
 BLOCK = 2 ** 20                        # bytes of a table that are checked at once, at least a row
-CHECKED = 2 ** 32                      # bytes of a table that are checked when it is opened: of a larger one evenly spread blocks
+CHECKED = 2 ** 32                      # bytes of a table that are checked when it is opened
 ROOM, RIGHTS = "make room on the disk, or choose a place on another one", "choose a folder in which you may write"
 REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
             errno.EROFS: RIGHTS, errno.ENOENT: "make its folder"}           # of what a disk answers that does not take a file
@@ -392,9 +392,10 @@ class Table:
     """Arrays whose rows are computed once: a folder of the cache, which has a record of the rows that are there.
 
     name and about, plain values, tell tables apart; rows: how many are wanted, and a later call may want more; columns: {name:
-    (shape of a row, dtype)}. The folder holds an .npy a column; crc32.npy, a checksum a row once it is on the disk, over all columns,
-    and 0 before; meta.json, which says what it is. Rows that were deleted or cut off, or do not have their checksum, are no longer
-    there; of a table of more than CHECKED bytes each opening compares other ones.
+    (shape of a row, dtype)}. The folder holds an .npy a column; crc32.npy, a row's checksum over all columns once it is on the
+    disk, and 0 before; meta.json, which says what it is. Rows that were deleted or cut off, or that differ from their checksum, are
+    no longer there. All are compared when the table is opened, which takes about a second a gigabyte; of more than CHECKED bytes
+    evenly spread blocks, each time others.
 
     Several starts may open and fill one table at once: a file is made if it is not there, and only ever grows, and they write
     equal bytes. OSError if the disk is full.
@@ -459,7 +460,7 @@ class Table:
         if not damaged:
             return
         if not self.record.file.writable():
-            raise OSError(f"{len(damaged)} rows of {self.folder} are damaged, and it may not be written: --cache DIR chooses another")
+            raise OSError(f"{len(damaged)} rows of {self.folder} are damaged, and may not be written: --cache DIR chooses another place")
         with locked(self.record.file):                   # another start may have mended them by now
             self.forget([row for row in damaged if self.differing(row, row + 1)])
 
