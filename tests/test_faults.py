@@ -163,7 +163,7 @@ def test_a_run_killed_at_random_moments_and_resumed_is_the_undisturbed_one(input
     folder = shutil.copytree(inputs, tmp_path / "work")
     monkeypatch.chdir(folder)
     Path("two.py").write_text(TWO_PROCESSES.replace("LOG_EVERY, honest = 2", "LOG_EVERY, honest = 3"))
-    launch, idle = (torchrun_training, 0.5) if name == "two processes" else (forked_training, 0)
+    launch, idle = (torchrun_training, 0.5) if name == "two processes" else (forked_training, 0.3)
     argv = [*CONFIGURATIONS[name].split(), *STEPS, *([] if name == "points" else ["--cache", "cache"])]
     killed, runs = trained_under_kills(folder, argv, kills, np.random.default_rng(len(name)), launch, idle)
     print(f"{name}: {killed} kills in {runs} runs")
@@ -461,9 +461,9 @@ def assert_ends(kind, pid, wait, folder):
     for process in left:
         os.kill(process, signal.SIGKILL)
     assert found == status and not left, (found, left, log)
-    assert "Traceback" not in log and (said or "") in log, log
-    if kind != "SIGKILL":                                # of which Python may say more, and whose leftovers the next start removes
-        assert log.count("\n") == 1 and not [*(folder / "temporary").iterdir(), *(folder / "cache").rglob("*.tmp")]
+    if said:                                             # after a SIGKILL workers may complain; the next start removes what it left
+        assert log.count("\n") == 1 and said in log, log
+        assert not [*(folder / "temporary").iterdir(), *(folder / "cache").rglob("*.tmp")]
 
 
 @pytest.mark.parametrize("kind", SIGNALS)
@@ -480,7 +480,7 @@ def test_a_signal_while_a_folder_is_decoded_ends_it_at_once(tmp_path, photos, mo
                       log=tmp_path / "log")
     while process.is_alive() and len(decoding(process.pid)) < 2:
         time.sleep(0.02)
-    time.sleep(0.5)
+    time.sleep(0.15 if kind == "Ctrl-C" else 0.5)        # while the workers start, or decode
     assert_ends(kind, process.pid, lambda seconds: ended(process, seconds), tmp_path)
 
 
