@@ -12,6 +12,7 @@ import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from glob import escape
 from multiprocessing import active_children, get_context, parent_process
@@ -221,10 +222,18 @@ def decoded(name, folder, files, size, cache, skip_bad):
     return images[..., :channels[good].max()], good
 
 
-def _prepare_worker():
-    """In a worker: leave Ctrl-C to the main process, and end with it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _without_ctrl_c():
+    """Processes that are started meanwhile never see Ctrl-C; this one does afterwards."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
+
+def _prepare_worker():
+    """In a worker: end with the main process, however it ends."""
     def end_with_parent():
         wait([parent_process().sentinel])
         os._exit(1)
@@ -237,7 +246,9 @@ def _decode_rows(files, size, skip_bad, rows):
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _prepare_worker) if workers > 1 else None
     decode, paths = partial(_decode, size=size), [files[row] for row in rows]
     try:
-        for row, image in zip(rows, pool.map(decode, paths, chunksize=32) if pool else map(decode, paths)):
+        with _without_ctrl_c():                          # workers would end with a traceback, while they start, too
+            images = pool.map(decode, paths, chunksize=32) if pool else map(decode, paths)
+        for row, image in zip(rows, images):
             if not isinstance(image, str):
                 yield [row], [image, image.shape[2]]
             elif skip_bad:

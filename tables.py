@@ -93,7 +93,8 @@ class Table:
     name and about, plain values, tell tables apart; rows: how many are wanted, and a later call may want more; columns: {name:
     (shape of a row, dtype)}. The folder holds an .npy a column; crc32.npy, for each row the checksum over all columns once it is on
     the disk, and 0 before; meta.json, which says what it is. A row that was deleted, cut off or does not have its checksum is no
-    longer there. Of a table of more than CHECKED bytes each opening compares other rows.
+    longer there. All are compared when a table is opened, at about a second a gigabyte; of more than CHECKED bytes evenly spread
+    blocks, each time others.
 
     Several starts may open and fill one table at once: a file is made if it is not there, and only ever grows, and they write
     equal bytes. OSError if the disk is full.

@@ -114,10 +114,11 @@ def family(pid):
     return found + [pid for child in found for pid in family(child)]
 
 
-def trained_under_kills(folder, argv, kills, random, launch):
+def trained_under_kills(folder, argv, kills, random, launch, idle):
     """Train until nobody kills it any more: `kills` times at random moments, and from the start again wherever it is complete.
 
-    launch: (argv, seconds or None after which it is killed) -> the exit status. Each complete run must be the undisturbed one.
+    launch: (argv, seconds or None after which it is killed) -> the exit status; idle: the share of its time that goes by before
+    anything is written. Each complete run must be the undisturbed one.
     """
     began = time.monotonic()
     assert launch([*argv, "--out", "whole.pt"], None) == 0
@@ -128,7 +129,7 @@ def trained_under_kills(folder, argv, kills, random, launch):
         complete, runs = False, runs + 1
         while not complete:
             resume = ["--resume"] if Path("cut.pt").exists() else argv
-            status = launch([*resume, "--out", "cut.pt"], random.uniform(0, lasts) if killed < kills else None)
+            status = launch([*resume, "--out", "cut.pt"], random.uniform(idle * lasts, lasts) if killed < kills else None)
             killed += status < 0
             complete = status == 0 or status > 0 and checkpoint.load("cut.pt").step == 12        # killed at its very end
             assert complete or status < 0, status
@@ -164,9 +165,9 @@ def test_a_run_killed_at_random_moments_and_resumed_is_the_undisturbed_one(input
     folder = shutil.copytree(inputs, tmp_path / "work")
     monkeypatch.chdir(folder)
     Path("two.py").write_text(TWO_PROCESSES.replace("LOG_EVERY, honest = 2", "LOG_EVERY, honest = 3"))
-    launch = torchrun_training if name == "two processes" else forked_training
+    launch, idle = (torchrun_training, 0.5) if name == "two processes" else (forked_training, 0.3)
     argv = [*CONFIGURATIONS[name].split(), *STEPS, *([] if name == "points" else ["--cache", "cache"])]
-    killed, runs = trained_under_kills(folder, argv, kills, np.random.default_rng(len(name)), launch)
+    killed, runs = trained_under_kills(folder, argv, kills, np.random.default_rng(len(name)), launch, idle)
     print(f"{name}: {killed} kills in {runs} runs")
 
 
@@ -268,7 +269,8 @@ def spreadsheets(text):
     quoted = "\n".join(",".join(f'"{value}"' for value in line.split(",")) for line in text.splitlines()) + "\n"
     return {"a byte-order mark": ("\ufeff" + text).encode(), "line ends": text.replace("\n", "\r\n").encode(),
             "semicolons": ("\ufeff" + semicolons).encode(), "decimal commas": semicolons.replace(".", ",").encode(),
-            "quotes": quoted.encode(), "more columns": text.replace("\n", ",,\n").encode(), "no last line end": text.rstrip("\n").encode()}
+            "quotes": quoted.encode(), "more columns": text.replace("\n", ",,\n").encode(),
+            "no last line end": text.rstrip("\n").encode()}
 
 
 @pytest.mark.parametrize("kind", spreadsheets(""))
@@ -284,8 +286,8 @@ def test_a_log_that_a_spreadsheet_saved_keeps_its_rows(here, kind):
 
 def test_a_log_that_cannot_be_read_row_by_row_is_kept_beside_the_new_one(here, capsys):
     names, row = (line + "\n" for line in Path("run.csv").read_text().splitlines())
-    for i, content in enumerate((b"my,own,table\n1,2,3\n", b"\x00\xff\xfe no text", (names + row).replace(",", "\t").encode("utf-16"),
-                                 (names + "two" + row[1:] + row).encode()), 1):
+    tabs, damaged = (names + row).replace(",", "\t").encode("utf-16"), (names + "two" + row[1:] + row).encode()
+    for i, content in enumerate((b"my,own,table\n1,2,3\n", b"\x00\xff\xfe no text", tabs, damaged), 1):
         Path("run.csv").write_bytes(content)
         resumed("--steps", str(2 + 2 * i))
         assert Path(f"run-{i}.csv").read_bytes() == content and f"run-{i}.csv" in capsys.readouterr().out
@@ -389,7 +391,7 @@ def test_an_older_file_without_checksums_must_hold_finite_numbers(tmp_path):
 # A run that diverged
 
 def test_a_run_that_diverged_keeps_finite_weights_and_goes_on_by_its_own_advice(here, capsys):
-    said = refused(capsys, lambda: resumed("--steps", "40", "--lr", "1e30", "--clip-grad", "0", "--warmup", "0", "--save-every", "4"))
+    said = refused(capsys, lambda: resumed(*"--steps 40 --lr 1e30 --clip-grad 0 --warmup 0 --save-every 4".split()))
     assert "--lr" in said and "--clip-grad" in said
     run = checkpoint.load("run.pt")
     assert run.step == 2 and all(value.abs().max() < 1e3 for value in (*run.model.values(), *run.ema.values()))
@@ -461,8 +463,8 @@ def assert_ends(kind, pid, wait, folder):
     for process in left:
         os.kill(process, signal.SIGKILL)
     assert found == status and not left, (found, left, log)
-    assert log.count("\n") == (said is not None) and (said or "") in log, log
-    if kind != "SIGKILL":                                # whose leftovers the next start removes
+    if said:                                             # after a SIGKILL workers may complain; the next start removes what it left
+        assert log.count("\n") == 1 and said in log, log
         assert not [*(folder / "temporary").iterdir(), *(folder / "cache").rglob("*.tmp")]
 
 
@@ -480,7 +482,7 @@ def test_a_signal_while_a_folder_is_decoded_ends_it_at_once(tmp_path, photos, mo
                       log=tmp_path / "log")
     while process.is_alive() and len(decoding(process.pid)) < 2:
         time.sleep(0.02)
-    time.sleep(0.5)
+    time.sleep(0.15 if kind == "Ctrl-C" else 0.5)        # while the workers start, or decode
     assert_ends(kind, process.pid, lambda seconds: ended(process, seconds), tmp_path)
 
 
@@ -507,14 +509,15 @@ WRITES = {                             # a command, and the largest of the files
     "a run": ("train.py --size Ti/4 --data images.npz --steps 3 --batch-size 8 --device cpu --out new.pt", "new.pt"),
     "a resumed run": ("train.py --resume --steps 6 --out run.pt", "run.pt"),
     "a run of points": ("train.py --data swissroll --steps 1 --batch-size 8 --device cpu --out new.pt", "new.pt"),
-    "latents": ("train.py --size Ti/2 --data images.npz --vae vae.pt --steps 1 --batch-size 8 --out new.pt --cache fresh", "new.pt"),
-    "decoded images": ("train.py --size Ti/4 --data photos --image-size 8 --steps 1 --batch-size 8 --out new.pt --cache fresh", "images.npy"),
+    "latents": ("train.py --size Ti/2 --data images.npz --vae vae.pt --steps 1 --batch-size 8 --cache new --out new.pt", "new.pt"),
+    "decoded images": ("train.py --size Ti/4 --data photos --image-size 8 --steps 1 --batch-size 8 --cache new --out new.pt",
+                       "images.npy"),
     "samples": ("sample.py --ckpt run.pt --n 9 --steps 2 --out new.png", "new.png"),
     "a folder of samples": ("sample.py --ckpt run.pt --n 9 --steps 2 --out many/", "000003.png"),
     "an archive": ("sample.py --ckpt run.pt --n 200 --steps 2 --out new.png --npz new.npz", "new.npz"),
     "a film": ("sample.py --ckpt run.pt --n 9 --steps 5 --out new.png --trajectory new.gif", "new.gif"),
     "a slim run": ("checkpoint.py run.pt --slim new.pt", "new.pt"),
-    "a reference": (f"evaluate.py --reference digits.npz --features {features.JUDGE} --save-reference new.npz --cache fresh", "new.npz"),
+    "a reference": (f"evaluate.py --reference digits.npz --features {features.JUDGE} --save-reference new.npz --cache new", "new.npz"),
     "a chart": ("plot.py schedules --out new.png", "new.png"),
 }
 READERS = {".pt": checkpoint.read, ".npz": lambda path: [np.load(path)[key] for key in np.load(path)],
@@ -579,7 +582,7 @@ def test_rows_that_a_disk_does_not_take_whole_are_not_in_the_table(tmp_path):
 # Memory
 
 def test_host_memory_that_runs_out_is_one_line(filled, tmp_path, monkeypatch):
-    command = "train.py --size Ti/4 --data images.npz --batch-size 400000 --device cpu --out new.pt"
+    command = "train.py --size Ti/4 --data images.npz --batch-size 200000 --device cpu --out new.pt"
     monkeypatch.chdir(shutil.copytree(filled, tmp_path / "work"))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     said, status = run_within(used + 2 ** 28, command, resource.RLIMIT_AS)

@@ -380,17 +380,18 @@ def test_a_file_has_the_mode_that_the_user_gives_files_or_keeps_its_own(tmp_path
 
 
 def test_leftovers_of_a_kill_are_removed_but_not_what_is_being_written(tmp_path):
-    def write_and_die():
+    def write_and_die(content):
         with atomic_file(tmp_path / "dead") as file:
-            file.write(b"half")
+            file.write(content)
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
     with atomic_file(tmp_path / "living") as living:
         living.write(b"half")
         living.flush()
-        forked(write_and_die)
+        forked(lambda: write_and_die(b"half"))
+        forked(lambda: write_and_die(b""))
         (tmp_path / ".mine.tmp").write_bytes(b"a user's")
-        assert len(names(tmp_path)) == 3
+        assert len(names(tmp_path)) == 4
         files.remove_leftovers.cache_clear()             # as another process
         with atomic_file(tmp_path / "next") as file:
             file.write(b"whole")

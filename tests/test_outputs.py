@@ -427,8 +427,9 @@ def write_tensors(path):
 
 
 @pytest.mark.parametrize("name, write", [
-    ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays), ("new.csv", lambda path: append(path, "0" * 2000)),
-    ("new.pt", write_tensors), ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
+    ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays),
+    ("new.csv", lambda path: append(path, "0" * 2000)), ("new.pt", write_tensors),
+    ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
 def test_a_full_disk_is_a_line_that_names_the_file_and_the_remedy(tmp_path, name, write):
     path = tmp_path / name
     assert in_a_fork(lambda: refusal(lambda: write(path), f"cannot write {path}", "make room", kind=OSError)) == 0
