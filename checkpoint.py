@@ -47,7 +47,7 @@ class Process:
     prediction: str
     variance: str
     range: tuple | list = ()                     # the schedule's ends, where they are not its defaults
-    time: tuple | list = (1, 0)                  # scale and offset by which the network is told the step
+    time: tuple | list = (1, 0)                  # scale and offset of the times that the network gets
 
 
 @dataclass
@@ -169,6 +169,9 @@ def sole_writer(path):
             sole = os.path.samestat(found, os.stat(lock))                # and nobody removed it meanwhile
         except (BlockingIOError, FileNotFoundError):
             sole = False
+        except OSError as error:                         # the disk has no locks
+            print(f"warning: {path} is written without a lock, which its disk does not have: {error.strerror}", file=sys.stderr)
+            sole = True
         if not sole:
             raise ValueError(f"{path} is being written by another run: choose another --out") from None
         try:
@@ -207,14 +210,18 @@ def read(path):
         warnings.simplefilter("ignore")                  # of what is then refused
         try:
             archive = zipfile.is_zipfile(path)           # older files of torch are none, and cannot be mapped
-            if archive and os.environ.get("LOCAL_RANK", "0") == "0" and (record := damaged(path)):
-                raise ValueError(f"the checksum of {record} is wrong")
+            record = damaged(path) if archive and os.environ.get("LOCAL_RANK", "0") == "0" else None
+            if record:
+                raise ValueError(f"the checksum of its record {record} is wrong")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
             if not archive and not all(tensor.isfinite().all() for tensor in tensors_in(content)):       # without checksums
                 raise ValueError("it holds numbers that are NaN or infinite")
             return content
-        except Exception:                                # torch raises anything at all on a damaged file
-            raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off, or holds Python objects, "
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:                       # torch raises anything at all on a damaged file
+            reason = f" ({error})" if isinstance(error, ValueError) else ""
+            raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off{reason}, or holds Python objects, "
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
 
 
@@ -308,7 +315,7 @@ def load_clip(path):
     """CLIP's text encoder, in eval mode, and its tokenizer -> (CLIPTextEncoder, Tokenizer).
 
     path: a folder of Hugging Face's files, or the weights, whose folder then holds the vocabulary. The encoder's `origin`, path
-    and sha256, is what a run notes of it that was trained with its contexts. ValueError or OSError if a file is missing, damaged
+    and sha256, is what a run on its contexts keeps of it. ValueError or OSError if a file is missing, damaged
     or of another network.
     """
     path = Path(path)

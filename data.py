@@ -66,6 +66,7 @@ class Dataset:
     """
 
     autoencoder = None                                   # of a data set of latents, see latents.Latents
+    checksums = None                                     # (M,) of images that were decoded from files
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
         self.spec, self.images, self.labels, self.captions = spec, images, labels, captions
@@ -110,11 +111,16 @@ class Dataset:
 
 
 def fingerprint(dataset):
-    """A hash of what a data set holds, wherever it lies: its rows, classes, labels, captions, and up to 1,000 of its images."""
-    images, _ = dataset.batch(np.linspace(0, len(dataset) - 1, min(1000, len(dataset)), dtype=int))
+    """A hash of what a data set holds, wherever it lies: its rows, classes, labels, captions and images.
+
+    Of images in memory all bytes count, of decoded files their checksums. Of others, as of an .npz of gigabytes, up to 1,000.
+    """
+    images = dataset.images if type(dataset.images) is np.ndarray else dataset.checksums
+    if images is None:
+        images = dataset.images[dataset.rows[np.linspace(0, len(dataset) - 1, min(1000, len(dataset)), dtype=int)]]
     digest = hashlib.sha256(json.dumps([list(dataset.images.shape), dataset.classes, dataset.captions]).encode())
-    for array in (dataset.rows, images.numpy(), *([] if dataset.labels is None else [dataset.labels[dataset.rows]])):
-        digest.update(np.ascontiguousarray(array).tobytes())
+    for array in (dataset.rows, images, *([] if dataset.labels is None else [dataset.labels[dataset.rows]])):
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
@@ -178,13 +184,15 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif spec.endswith(".npz"):
         dataset = _resized(_npz(spec), image_size)
     elif name == "coco" and Path(argument).is_dir():
-        images, rows, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
+        images, rows, checksums, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
         dataset = Dataset(spec, images, rows=rows, captions=captions)
+        dataset.checksums = checksums
         if own_split:
             return dataset
     elif Path(spec).is_dir():
-        images, rows, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad)
+        images, rows, checksums, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad)
         dataset = Dataset(str(Path(spec)), images, labels, classes, rows, captions)
+        dataset.checksums = checksums
     else:
         raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, an "
                          "existing folder, nor an .npz file")

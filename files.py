@@ -23,16 +23,19 @@ from tqdm import tqdm
 
 from cli import parent_of
 
+TEMPORARY = ".diffusion-transformers.tmp"        # how names of files end that are being written: nobody else's do
 ROOM, RIGHTS = "make room on the disk, or choose a place on another one", "choose a folder in which you may write"
 REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
-            errno.EROFS: RIGHTS, errno.ENOENT: "make its folder"}           # of what a disk answers that does not take a file
+            errno.EROFS: RIGHTS, errno.ENOENT: "make its folder", errno.EEXIST: "choose another name",
+            errno.ENOTDIR: "choose another folder", errno.EIO: "look at the disk"}       # of what a disk answers that takes no file
 
 
 def cache_folder(cache=None):
     """The folder of caches and downloads, made if it does not exist: `cache`, or the user's."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-transformers"
     folder = Path(cache) if cache else user
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(f"the cache {folder}, which --cache names"):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -51,8 +54,8 @@ def locked(file):
 @cache
 def remove_leftovers(folder):
     """Remove what killed writers left in a folder, once a process. Who still writes holds a lock, or begins again."""
-    for left in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
-        with suppress(OSError), open(left, "r+b") as file:
+    for left in folder.glob(f".*.{'[0-9a-f]' * 8}{TEMPORARY}"):
+        with suppress(OSError), open(left, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
 
@@ -85,7 +88,7 @@ def atomic_file(path, check=lambda: None):
     with writing(path):
         try:
             while True:
-                temporary = target.with_name(f".{target.name[:48]}.{secrets.token_hex(4)}.tmp")      # 255 bytes at most
+                temporary = target.with_name(f".{target.name[:48]}.{secrets.token_hex(4)}{TEMPORARY}")      # 255 bytes at most
                 with open(temporary, "x+b") as file, locked(file):
                     if not temporary.exists():           # another start took it for a leftover, before it had the lock
                         continue
@@ -104,8 +107,10 @@ def atomic_file(path, check=lambda: None):
 
 def append(path, rows):
     """Add rows, a text, to a table: after an error of the disk or a signal none of them is in it."""
-    with writing(path), open(path, "ab", buffering=0) as file:
+    with writing(path), open(path, "ab+", buffering=0) as file:
         size, left = file.tell(), rows.encode()
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":       # an editor left out the last one
+            left = b"\n" + left
         try:
             while left:                                  # a disk that becomes full takes a part
                 left = left[file.write(left):]

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from tables import Table, fill
 
-
 FOR_A_WORKER = 256               # image files that are worth another process, which takes a second to start
 BAD = 255                        # in place of the number of channels
 
@@ -163,8 +162,8 @@ def coco_captions(annotations, skip_bad):
 
 
 def coco(folder, split, size, cache, skip_bad):
-    """Images of MS-COCO in a folder, which of them are good, captions, and whether it has a test split of its own,
-    captions_val*.json beside a captions_train*.json. ValueError if there is no captions_*.json."""
+    """Images of MS-COCO in a folder, which of them are good, their checksums, captions, and whether it has a test split of its
+    own, captions_val*.json beside a captions_train*.json. ValueError if there is no captions_*.json."""
     found = sorted(path for place in (folder, folder / "annotations") for path in place.glob("captions_*.json"))
     train, val = ([path for path in found if path.stem.startswith(f"captions_{part}")] for part in ("train", "val"))
     if not found or len(train) > 1 or len(val) > 1 or len(found) > 1 and not (train and val):
@@ -178,8 +177,8 @@ def coco(folder, split, size, cache, skip_bad):
 
 
 def image_folder(folder, size, cache, skip_bad):
-    """Images of a folder, which of them are good, labels, class names and captions; labels and names are None without class
-    sub-folders, captions without .txt files."""
+    """Images of a folder, which of them are good, their checksums, labels, class names and captions; labels and names are None
+    without class sub-folders, captions without .txt files."""
     files, captions = captions_beside(_image_files(folder), skip_bad)
     tops = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in files]
     if None in tops and len(set(tops)) > 1:
@@ -190,7 +189,8 @@ def image_folder(folder, size, cache, skip_bad):
 
 
 def decoded(name, folder, files, size, cache, skip_bad):
-    """Image files, decoded and cropped once -> uint8 (M, size, size, 1 or 3), and the rows (N,) of the good ones, with skip_bad.
+    """Image files, decoded and cropped once -> uint8 (M, size, size, 1 or 3); the rows (N,) of the good ones, with skip_bad; and
+    checksums (M,).
 
     name: a path that tells this list of files of the folder from others. What a killed call decoded is there already; a list
     whose files changed is decoded anew. ValueError at a bad file, or if all are.
@@ -207,7 +207,7 @@ def decoded(name, folder, files, size, cache, skip_bad):
                 shutil.rmtree(old, ignore_errors=True)
         unseen = len(table.missing())
         fill(table, partial(_decode_rows, files, size, skip_bad), f"decoding {prefix}", shared=False)
-        images, channels = table.arrays()
+        (images, channels), checksums = table.arrays(), table.recorded(0, len(files))
     good, bad = np.flatnonzero(channels != BAD), np.flatnonzero(channels == BAD)
     if len(bad):
         message = _decode(files[bad[0]], size)
@@ -219,7 +219,7 @@ def decoded(name, folder, files, size, cache, skip_bad):
             raise ValueError(f"none of {len(files)} files could be read; the first: {message}")
         if unseen:
             tqdm.write(f"left out {len(bad)} of {len(files)} files; the first: {message}")
-    return images[..., :channels[good].max()], good
+    return images[..., :channels[good].max()], good, checksums
 
 
 @contextmanager

@@ -221,7 +221,7 @@ def unet_name(arguments):
 def released_process(network):
     """What a released network was trained on, as run.pt describes it, or None if it is not among what can be sampled here.
 
-    "range" holds the schedule's ends, "time" the scale and offset by which the network is told the step.
+    "range" holds the schedule's ends, "time" the scale and offset of the times that the network gets.
     """
     kind, arguments = network["class"], network["arguments"]
     linear = dict(schedule="linear", T=1000, prediction="eps", variance="learned")

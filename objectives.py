@@ -215,7 +215,7 @@ class State:
     def worth_saving(self, last):
         """Whether a step was taken since the last save, all weights and averages are finite, and the last gradient was, too.
 
-        last: whether no other save will come, of which some bad steps before it are no reason not to be.
+        last: whether training ends here: then a few bad steps before it do not matter.
         """
         if not self.taken or self.bad_steps > (MAX_BAD_STEPS - 1) * last:
             return False

@@ -18,10 +18,10 @@ from tqdm import tqdm
 import data
 from cascade import enlarge, shrink
 from files import append, output_file
+from objectives import learning_rate
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
 from sampling import SCATTERED, draw_images, draw_points
-from objectives import learning_rate
 from unet import UPSAMPLERS
 from vae import pieces
 
@@ -49,17 +49,20 @@ def row_due(step, args):
 
 
 def read_log(path, step):
-    """The columns of a log; its rows up to a step, as what follows is redone; and whether it has no other lines than rows.
+    """The columns of a log; its rows up to a step, as what follows is redone; and whether all its lines are rows.
 
-    A kill may have cut the last line off. A spreadsheet may have saved it, with a byte-order mark, with semicolons and perhaps
-    decimal commas.
+    A kill may have cut the last line off, before its end. A spreadsheet may have saved the log, with a byte-order mark, with
+    semicolons and perhaps decimal commas.
     """
-    lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines() if path.exists() else []
+    text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
+    lines = text.splitlines()[:None if text.endswith("\n") else -1]
     if lines and ";" in lines[0]:
         lines = [line.replace(",", ".").replace(";", ",") for line in lines]
     reader = csv.DictReader(lines)
-    told = [None not in (*row, *row.values()) and row.get("step", "").isdigit() and row for row in reader]
-    return tuple(reader.fieldnames or ()), [row for row in told if row and int(row["step"]) <= step], all(told[:-1])
+    found = list(reader)
+    rows = [row for row in found if None not in (*row, *row.values()) and row.get("step", "").isdigit()]
+    kept = sorted((row for row in rows if int(row["step"]) <= step), key=lambda row: int(row["step"]))
+    return tuple(reader.fieldnames or ()), kept, len(rows) == len(found)
 
 
 def kept_beside(path):
@@ -68,7 +71,7 @@ def kept_beside(path):
     return path.rename(name)
 
 
-def row_told(path, step):
+def has_row(path, step):
     """Whether a log has the row of a step."""
     _, rows, _ = read_log(path, step)
     return bool(rows) and int(rows[-1]["step"]) == step
@@ -76,7 +79,7 @@ def row_told(path, step):
 
 def row_missing(path, run, args):
     """Whether a Run was stopped between the save of its last step and the row that is due there: the losses are in the run."""
-    return row_due(run.step, args) and not row_told(path, run.step) and bool(run.log[1].sum() > 0)
+    return row_due(run.step, args) and not has_row(path, run.step) and bool(run.log[1].sum() > 0)
 
 
 def now():
@@ -98,9 +101,9 @@ class Log:
         if rank > 0:
             return
         columns, rows, whole = read_log(path, start) if start else ((), [], True)
-        if columns and ("step" not in columns or not whole):
+        if columns and (columns[:3] != self.columns[:3] or not whole):
             say(f"{path} is not as this run wrote it: it is kept as {kept_beside(path)}, with all that could not be read")
-            columns = columns if rows else ()
+            columns, rows = (columns, rows) if columns[:3] == self.columns[:3] else ((), [])
         self.columns += tuple(name for name in columns if name not in self.columns)      # scores given up since
         lines = [self.columns, *([row.get(name, "") for name in self.columns] for row in rows)]
         with output_file(path, "log" if start else "new log") as file:

@@ -87,7 +87,7 @@ def flags():
     restoring = parser.add_argument_group("restoring an image", "where --sampler is ddpm and --cfg-scale 1 by default")
     images = restoring.add_mutually_exclusive_group()
     images.add_argument("--inpaint", metavar="IMAGE", help="fill in what --mask hides of an image, in 4 ways or --n; without "
-                        "--classes the run is told no class")
+                        "--classes the run gets no class")
     images.add_argument("--upscale", metavar="IMAGE", help="draw 4 images, or --n, whose means over squares of --factor pixels "
                         "are this one")
     images.add_argument("--denoise", metavar="IMAGE", help="remove white noise (which a file cuts off at black and white): the "
@@ -123,7 +123,7 @@ def make_folder(path, inputs=(), overwrite=None):
     """Make a folder for numbered samples, see `check_folder`; earlier ones are removed from it."""
     check_folder(path, inputs, overwrite)
     with writing(path):
-        Path(path).mkdir(exist_ok=True)
+        Path(os.path.realpath(path)).mkdir(exist_ok=True)
         for sample in Path(path).glob("[0-9]*.png"):
             sample.unlink()
 
@@ -313,7 +313,7 @@ def measured(args, task, size, channels, device):
 def check_task(args, task, network, latent, autoencoder, classes):
     """ValueError, before any work, where a run cannot do what is asked for."""
     if network.context_dim is not None:
-        raise ValueError(f"{args.ckpt} is told a text: --{task} takes runs with classes, or without a condition")
+        raise ValueError(f"{args.ckpt} takes a text: --{task} takes runs with classes, or without a condition")
     if latent and autoencoder is None:
         raise ValueError(f"--{task}: {args.ckpt} works on latents: --vae FILE names their autoencoder")
     if (autoencoder or network).channels not in (1, 3):

@@ -303,7 +303,7 @@ def load_upsampler(path, base, labelled, shape):
     if network.num_classes is not None:
         names, own_names = base.data.classes, own.data.classes           # None where they are not known
         fits = labelled == network.num_classes and (not names or not own_names or names == own_names)
-        if labelled is None:                             # then it is told its null class
+        if labelled is None:                             # then it gets its null class
             fits = network.null_label is not None
         if not fits:
             raise ValueError(f"--cascade {path} was trained with {network.num_classes} classes, which are not those of --ckpt")

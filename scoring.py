@@ -174,7 +174,7 @@ def score_network(network, diffusion, real, space, n, classes=None, seed=0, scal
 def sample_scores(dataset, diffusion, real, space, wanted, n, seed, y_null, network):
     """The scores {column: score} of a network that is trained on a data set, see `score_network`.
 
-    The samples are told the data set's classes or its captions in turn. Only the first process gets the scores, the others {}.
+    The samples take the data set's classes or its captions in turn. Only the first process gets the scores, the others {}.
     """
     contexts = None if dataset.contexts is None else dataset.contexts_of(n)
     found = score_network(network, diffusion, real, space, n, dataset.classes if contexts is None else None, seed,

@@ -4,6 +4,7 @@ Report §4-5. A recipe is a row of hyperparameters for a model and its size, fro
 recipe's value. A resumed run keeps its own settings, besides those of MAY_CHANGE.
 """
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags
              "eval_every", "eval_n", "features", "reference", "vae", "latent_scale", "text", "clip")
 OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "eval_every", "checkpointing")      # points do without
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
-RECIPES = {                            # by model and the size's first word; None: any other size. What they leave out: REPORT.md
+RECIPES = {                            # by model and the size's first word; None: any other size. REPORT.md: how papers differ
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
     "uvit": {"Nano": LAPTOP, "Ti": LAPTOP, None: UVIT},                  # Bao et al. 2023, appendix, for CIFAR-10
     "unet": {"Nano": FEW, "Ti": FEW,
@@ -151,7 +152,7 @@ def read_settings(argv):
     args.text = args.text or args.clip is not None
     check_flags(args, given)
     for key in ("lr", "warmup", "decay", "clip_grad") if run else ():
-        if getattr(args, key) != config.get(key):
+        if getattr(args, key) != config.get(key) and os.environ.get("RANK", "0") == "0":
             print(f"from step {run.step} on, {flag(key)} is {getattr(args, key)}, not {config.get(key)}", file=sys.stderr)
     if run is None:
         check_output(out, "run")
@@ -163,8 +164,13 @@ def read_settings(argv):
 def resumable(out, given):
     """The Run in a file that --resume goes on with.  ValueError if it is none, or has other settings than those given."""
     run = checkpoint.load(out)
-    if run.optimizer is None or run.log is None:
+    if run.optimizer is None or run.log is None or run.log.ndim != 2 or len(run.log) != 2:
         raise ValueError(f"--resume: {out} is not a run of train.py")
+    known = {**COMMON, **LAPTOP, "model": "dit", "size": "Ti/8"}
+    strange = [key for key, value in run.config.items() if value is not None and known.get(key) is not None
+               and not isinstance(value, (int, float) if isinstance(known[key], (int, float)) else type(known[key]))]
+    if strange or run.config.get("model") not in RECIPES:
+        raise ValueError(f"--resume: {out} is not a run of train.py: its {flag((strange or ['model'])[0])} cannot be that")
     clashes = [f"{flag(key)} is {run.config.get(key)} there, not {value}" for key, value in given.items()
                if key not in MAY_CHANGE and value != run.config.get(key) and not (key in MOVED and MOVED[key](run))]
     if clashes:

@@ -10,6 +10,7 @@ Report §4-5, §2-4 and §2-5. The flags are settings.py's. What a step draws an
 """
 import contextlib
 import math
+import os
 import sys
 import time
 import warnings
@@ -32,7 +33,7 @@ from models import build
 from objectives import (MAX_BAD_STEPS, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State,
                         SuperResolution, train_step)
 from reports import (Log, accuracy_report, due, first_line, last_line, point_report, reconstruction_report, row_due, row_missing,
-                     row_told, sample_report, say, upsampling_report)
+                     has_row, sample_report, say, upsampling_report)
 from sampling import TextReader, unconditional
 from scoring import lacks, measure_reference, possible, sample_scores, warn_of_few
 from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings
@@ -46,7 +47,8 @@ def check_data(args, run, pixels):
     """ValueError if a run was trained on other images, or other classes, than the data set now holds, wherever it lies."""
     known = run.data
     if known.fingerprint is None:
-        say(f"{args.out} is a run of before data had fingerprints: whether {args.data} still holds the same is not known")
+        if os.environ.get("RANK", "0") == "0":
+            say(f"{args.out} is older than fingerprints of data: whether {args.data} still holds the same is not known")
     elif known.fingerprint != data.fingerprint(pixels):
         differ = (f"its classes were {known.classes} and are {pixels.classes}" if known.classes != pixels.classes else
                   f"it had {known.images:,} images to train on and has {len(pixels):,}" if known.images != len(pixels) else
@@ -62,7 +64,12 @@ def load_split(args, split):
 
 def load_data(args, run, device):
     """The training split, or with --vae its latents, which are encoded once it is clear that the network takes them."""
-    pixels = load_split(args, "train")
+    try:
+        pixels = load_split(args, "train")
+    except (ValueError, OSError) as error:
+        if run is None:
+            raise
+        raise ValueError(f"{error}; if the data moved, --data NEW says where it is") from None
     if run:
         check_data(args, run, pixels)
     if args.text and pixels.captions is None:
@@ -219,7 +226,7 @@ class Training:
         missing = self.rank == 0 and row_missing(log, run, self.args)
         self.unfinished = total(torch.tensor(float(missing)), self.world) > 0        # a row, that of its last step
         self.state.restore(run)
-        if self.rank > 0 or row_told(log, self.start):   # the sums are those of all processes, or in the log already
+        if self.rank > 0 or has_row(log, self.start):   # the sums are those of all processes, or in the log already
             self.state.sums.zero_()
         run.model = run.ema = run.optimizer = None
 

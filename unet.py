@@ -97,7 +97,7 @@ class Upsample(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with a residual, told emb (N, E) between them: (N, C, H, W) -> (N, C', H', W').
+    """Two convolutions with a residual; the embedding of time and class, emb (N, E), enters between them: (N, C, H, W) -> (N, C', H', W').
 
     scale_shift: emb modulates the second norm instead of being added before it (Dhariwal & Nichol 2021, section 3.1).
     resample: a function that changes the sides, before the first convolution and of the residual (their section 3).

@@ -325,7 +325,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_run_whole(tmp_path):
 
 
 def test_a_save_after_a_kill_clears_what_it_left(tmp_path):
-    (tmp_path / ".run.pt.0123abcd.tmp").write_bytes(b"half a run")
+    (tmp_path / ".run.pt.0123abcd.diffusion-transformers.tmp").write_bytes(b"half a run")
     save(tmp_path / "run.pt", a_run())
     assert os.listdir(tmp_path) == ["run.pt"] and load(tmp_path / "run.pt").step == 1
 

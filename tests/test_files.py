@@ -390,11 +390,11 @@ def test_leftovers_of_a_kill_are_removed_but_not_what_is_being_written(tmp_path)
         living.flush()
         forked(lambda: write_and_die(b"half"))
         forked(lambda: write_and_die(b""))
-        (tmp_path / ".mine.tmp").write_bytes(b"a user's")
+        (tmp_path / ".mine.0123abcd.tmp").write_bytes(b"a user's")
         assert len(names(tmp_path)) == 4
         files.remove_leftovers.cache_clear()             # as another process
         with atomic_file(tmp_path / "next") as file:
             file.write(b"whole")
         assert [name for name in names(tmp_path) if name.startswith(".living.")]
         assert not [name for name in names(tmp_path) if name.startswith(".dead.")]
-    assert names(tmp_path) == [".mine.tmp", "living", "next"]
+    assert names(tmp_path) == [".mine.0123abcd.tmp", "living", "next"]

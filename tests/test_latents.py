@@ -124,7 +124,7 @@ def test_a_second_call_encodes_nothing(tmp_path, autoencoder, pixels, encoded):
 def test_a_kill_in_mid_encoding_is_gone_on_from_and_gives_the_same_files(
         tmp_path, monkeypatch, autoencoder, pixels, encoded, call, done):
     monkeypatch.setattr(latents, "BATCH", 2)             # each of two is encoded, then its mirror image
-    monkeypatch.setattr(tables, "SECONDS", 0)
+    monkeypatch.setattr("tables.SECONDS", 0)
     latents.latents(pixels, autoencoder, "a", True, tmp_path / "whole")
 
     def until_killed():
