@@ -25,7 +25,6 @@ CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 CIFAR10_FOLDER = "cifar-10-batches-bin"                                  # in the archive
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPES = 10_000                  # images of `shapes`
-HASHED = 2 ** 28                 # bytes of images, a third of a second of SHA-256, above which 1,000 images stand for all
 MAPPED = 2 ** 30                 # bytes of an .npz's images above which they stay in the file
 MAX_CLASSES = 100_000            # ImageNet-21k has 21,841: a label beyond is no class, and its table would fill the memory
 
@@ -111,9 +110,8 @@ class Dataset:
 
 
 def fingerprint(dataset):
-    """A hash of what a data set holds, wherever it lies: its rows, classes, labels, captions, and its images, of many 1,000."""
-    few = len(dataset) <= 1000 or getattr(dataset.images, "nbytes", HASHED + 1) <= HASHED            # what is drawn has no bytes
-    images, _ = dataset.batch(np.linspace(0, len(dataset) - 1, len(dataset) if few else 1000, dtype=int))
+    """A hash of what a data set holds, wherever it lies: its rows, classes, labels, captions, and up to 1,000 of its images."""
+    images, _ = dataset.batch(np.linspace(0, len(dataset) - 1, min(1000, len(dataset)), dtype=int))
     digest = hashlib.sha256(json.dumps([list(dataset.images.shape), dataset.classes, dataset.captions]).encode())
     for array in (dataset.rows, images.numpy(), *([] if dataset.labels is None else [dataset.labels[dataset.rows]])):
         digest.update(np.ascontiguousarray(array).tobytes())
