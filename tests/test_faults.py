@@ -6,6 +6,7 @@ modules already, or where `slow` has time for it in processes of their own. Netw
 import importlib
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -239,6 +240,13 @@ def test_a_run_does_not_go_on_with_other_data_and_says_what_differs(here, capsys
     said = refused(capsys, resumed)
     assert all(word in said for word in ("run.pt", *words)), said
     assert (Path("run.pt").read_bytes(), Path("run.csv").read_bytes()) == before
+
+
+def test_one_pixel_of_many_images_tells_data_sets_apart():
+    images = np.zeros((3000, 4, 4, 1), np.uint8)
+    before = data.fingerprint(data.Dataset("many", images))
+    images[1234, 3, 2] = 1
+    assert data.fingerprint(data.Dataset("moved", images)) != before
 
 
 @pytest.mark.parametrize("spec", ["data", "data/", "./data/../data", "elsewhere"])
@@ -482,7 +490,10 @@ def test_a_signal_while_a_folder_is_decoded_ends_it_at_once(tmp_path, photos, mo
                       log=tmp_path / "log")
     while process.is_alive() and len(decoding(process.pid)) < 2:
         time.sleep(0.02)
-    time.sleep(0.15 if kind == "Ctrl-C" else 0.5)        # while the workers start, or decode
+    for worker in decoding(process.pid):                 # while they start
+        blocked, = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{worker}/status").read_text())
+        assert int(blocked, 16) & 1 << signal.SIGINT - 1, "Ctrl-C would end a worker by a traceback"
+    time.sleep(0.5)
     assert_ends(kind, process.pid, lambda seconds: ended(process, seconds), tmp_path)
 
 
