@@ -55,14 +55,13 @@ def read_log(path, step):
     semicolons and perhaps decimal commas.
     """
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
-    lines = text.splitlines()[:None if text.endswith("\n") else -1]
+    lines = text.splitlines()
     if lines and ";" in lines[0]:
         lines = [line.replace(",", ".").replace(";", ",") for line in lines]
     reader = csv.DictReader(lines)
-    found = list(reader)
-    rows = [row for row in found if None not in (*row, *row.values()) and row.get("step", "").isdigit()]
-    kept = sorted((row for row in rows if int(row["step"]) <= step), key=lambda row: int(row["step"]))
-    return tuple(reader.fieldnames or ()), kept, len(rows) == len(found)
+    found = [None not in (*row, *row.values()) and row.get("step", "").isdigit() and row for row in reader]
+    kept = sorted((row for row in found if row and int(row["step"]) <= step), key=lambda row: int(row["step"]))
+    return tuple(reader.fieldnames or ()), kept, all(found if text.endswith("\n") else found[:-1])
 
 
 def kept_beside(path):
