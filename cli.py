@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+tqdm.set_lock(threading.RLock())                 # its own is shared with forks, and one that is killed would keep it
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr and exit status 2."""
