@@ -11,6 +11,7 @@
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
+import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import csv
 import math
 import resource

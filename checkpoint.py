@@ -6,6 +6,7 @@ Nothing else is ever unpickled: files are read with weights_only=True. Released 
     python checkpoint.py run.pt
     python checkpoint.py run.pt --slim shared.pt
 """
+import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import fcntl
 import json
 import math

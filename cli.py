@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import interrupts
+
 tqdm.set_lock(threading.RLock())                 # its own is shared with forks, and one that is killed would keep it
 
 
@@ -45,8 +47,11 @@ def message_of(error):
 @contextmanager
 def one_line_errors(command):
     """Turn what a user can cause into one line on stderr and an exit status, see `message_of`; a bug keeps its traceback."""
-    in_main = threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGTERM, raise_terminated) if in_main else None
+    in_main, old = threading.current_thread() is threading.main_thread(), {}
+    if in_main:
+        old[signal.SIGTERM] = signal.signal(signal.SIGTERM, raise_terminated)
+        if signal.getsignal(signal.SIGINT) == interrupts.end:            # else Python's own, or nobody's in a background
+            old[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except BaseException as error:
@@ -60,8 +65,8 @@ def one_line_errors(command):
             sys.stdout.flush()                           # torch 2.13 now and then aborts while such a process ends, its work
             os._exit(0)                                  # done, and torchrun would report a failure: end without it
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 

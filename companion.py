@@ -30,6 +30,7 @@ figures `![…](assets/x.png)`, `<img src="assets/x.svg" width="392" alt="…">`
 - Equations: $…$ or $`…`$ in a line, $$ … $$ or a ```math block. Between plain dollars GitHub takes a backslash before punctuation
   (`\\`, `\,`, `\{`, `\|`) for its own: the forms with backticks are for those. The tables of mathml.py list the commands.
 """
+import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import ast
 import base64
 import io

@@ -8,6 +8,7 @@ are read as they are, and written so that ADM's evaluator reads them. Under torc
     python evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py --reference photos/ --image-size 256 --save-reference photos.npz
 """
+import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import csv
 import hashlib
 import io

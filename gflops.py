@@ -8,6 +8,7 @@ memory nor time depends on the width of the network.
     python gflops.py                                            every table of the report
     python gflops.py --model uvit --size H/2 --image-size 64    one network, and the memory that training it takes
 """
+import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import functools
 import sys
 

@@ -10,6 +10,7 @@ Report Fig. 1-2 and Eq. 2-3 (schedules and noise), Fig. 2-1 (a swiss roll, there
     python plot.py cost compare/compare.csv              Fréchet distance against Gflops, of `bench.py compare`
     python plot.py swissroll --ckpt run.pt --gif way.gif     Fig. 2-1 of a run of `train.py --data swissroll`
 """
+import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import csv
 import sys
 from pathlib import Path

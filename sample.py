@@ -10,6 +10,7 @@ Report §4-5 (inference), §4-8, §4-9 (guidance), §1-2 (restoration). The defa
     python sample.py --ckpt run.pt --inpaint photo.png --mask hole.png
     torchrun --nproc-per-node 8 -- sample.py --ckpt run.pt --n 50000 --npz samples.npz     (-- keeps --n from torchrun)
 """
+import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import argparse
 import math
 import os

@@ -8,6 +8,7 @@ Report §4-5, §2-4 and §2-5. The flags are settings.py's. What a step draws an
     python train.py --model uvit --data shapes --text                     a small U-ViT learns to draw what a caption says
     torchrun --nproc-per-node 8 train.py --size L/2 --data photos/ --image-size 64
 """
+import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import contextlib
 import math
 import os

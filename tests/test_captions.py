@@ -284,6 +284,7 @@ def test_a_network_reads_ids_as_their_encoded_context(runs):
     assert torch.equal(network(x, t, ids), network(x, t, network.text_encoder(ids)))
 
 
+@pytest.mark.slow
 def test_what_a_caption_says_is_learned(captioned, here):
     """At the last step there is only noise, so the best prediction is the mean image of what the caption leaves possible."""
     network, _ = trained(captioned, "--size", "Nano/8", "--lr", "1e-3", "--ema", "0.9", steps=300).build()

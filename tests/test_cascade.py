@@ -266,6 +266,7 @@ def test_an_image_is_the_same_alone_or_in_a_batch_and_another_with_another_seed(
     assert (images != drawn(tmp_path, runs, "--n", "5", "--seed", "1")[0]).any()
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_draws_into_a_folder_and_an_npz(tmp_path, runs):
     images, labels = drawn(tmp_path, runs, "--n", "3")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]

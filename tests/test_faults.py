@@ -476,6 +476,16 @@ def assert_ends(kind, pid, wait, folder):
         assert not [*(folder / "temporary").iterdir(), *(folder / "cache").rglob("*.tmp")]
 
 
+@pytest.mark.parametrize("number, said", [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_while_a_command_imports_pytorch_is_one_line(number, said):
+    with subprocess.Popen([sys.executable, ROOT / "gflops.py"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as command:
+        caught = 0
+        while not caught >> signal.SIGTERM - 1 & 1:      # until its first module has its handlers, a second before PyTorch is there
+            caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{command.pid}/status").read_text())[1], 16)
+        command.send_signal(number)
+        assert command.stderr.read().decode() == f"gflops.py: stopped by {said}\n" and command.wait() == 128 + number
+
+
 @pytest.mark.parametrize("kind", SIGNALS)
 def test_a_signal_while_a_folder_is_decoded_ends_it_at_once(tmp_path, photos, monkeypatch, kind):
     stand_in = tmp_path / "stand_in" / "torch"           # of PyTorch: workers do not use it, and it takes them seconds to import

@@ -481,8 +481,8 @@ def test_a_run_that_cannot_restore_says_why(tiny_run, latent_run, folder, capsys
 
 
 @pytest.mark.parametrize("context_dim", [None, 8])
-def test_runs_that_are_told_a_text_are_refused(tiny_run, context_dim):
+def test_runs_that_take_a_text_are_refused(tiny_run, context_dim):
     network = SimpleNamespace(context_dim=context_dim, channels=1, num_classes=None, null_label=None)
     args = SimpleNamespace(ckpt="run.pt", cfg_scale=None)
     call = lambda: sample.check_task(args, "inpaint", network, False, None, None)
-    refusal(call, "run.pt is told a text") if context_dim else call()
+    refusal(call, "run.pt takes a text") if context_dim else call()
