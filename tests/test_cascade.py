@@ -232,6 +232,7 @@ def test_training_says_how_the_upsampler_is_used(tmp_path, small, capsys):
     assert f"python sample.py --ckpt BASE.pt --cascade {tmp_path / 'sr.pt'} draws more" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_upsampler_learns_to_believe_the_small_image(tmp_path):
     pixels = repeated(torch.randint(0, 256, (64, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     np.savez(tmp_path / "images.npz", arr_0=pixels[:, 0].numpy())

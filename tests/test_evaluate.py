@@ -225,6 +225,7 @@ def test_drawn_samples_a_folder_of_them_and_an_npz_of_them_score_the_same(here):
     assert row["accuracy"] == ""
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_is_missing_and_score_as_one(here):
     """Of real digits laid where a run's samples are kept, so that their order shows; the last three are missing."""
     argv = [*DRAW, "--n", "33", "--batch-size", "1"]

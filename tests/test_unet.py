@@ -181,6 +181,7 @@ def striped(across, shift):
     return image[None, None], classes[None]
 
 
+@pytest.mark.slow
 def test_twelve_steps_teach_the_whole_network_to_tell_lying_from_standing_stripes():
     torch.manual_seed(0)
     network = RonnebergerUNet()

@@ -567,6 +567,7 @@ def stripes(n, generator):
     return torch.where(lying, line[:, None, :, None].expand(n, 1, 16, 16), line[:, None, None, :].expand(n, 1, 16, 16))
 
 
+@pytest.mark.slow
 def test_forty_steps_of_adam_teach_it_stripes_that_it_has_not_seen():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
