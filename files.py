@@ -216,6 +216,7 @@ PURPOSES = {
     "prompts": Purpose("the picture of bench.py text", ".png", own_png),
     "comparison": Purpose("a table of bench.py compare", ".csv",       # of an earlier version, too
                           lambda path, purpose: header_of(path)[:4] == ["model", "size", "seed", "steps"]),
+    "study": Purpose("the chart of a study", ".png", own_png),
     "page": Purpose("a page of companion.py", ".html", own_page),
 }
 

@@ -173,6 +173,15 @@ def unique_share(neighbours):
     return (counts == 1).sum().item() / len(neighbours)
 
 
+def authentic_share(samples, real, neighbours):
+    """The share of samples that are farther from the nearest real image, neighbours (n,), than it is from its own nearest one, by
+    pixel distance. Alaa et al. 2022, section 3.2. A model that copies its data has 0."""
+    samples, real = (torch.as_tensor(images).float().flatten(1) for images in (samples, real))
+    places, rows = neighbours.unique(return_inverse=True)
+    own = torch.cat([torch.cdist(part, real).topk(2, largest=False).values[:, 1] for part in real[places].split(512)])   # not itself
+    return ((samples - real[neighbours]).norm(dim=1) > own[rows]).double().mean().item()
+
+
 def psnr(x, real):
     """The peak signal-to-noise ratio in dB of images in [-1, 1]."""
     return 10 * math.log10(4 / (x - real).square().mean().item())
