@@ -29,7 +29,7 @@ import models
 import text
 from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
 from ddpm import SCHEDULES, Diffusion
-from files import atomic_file, check_output, sha256_of, writing
+from files import atomic_file, check_output, read_text, sha256_of, writing
 from models import clip_encoder, released_autoencoder, released_run
 
 VERSION = 1
@@ -330,7 +330,7 @@ def load_clip(path):
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
     settings = folder / "config.json"                    # where it is there: OpenCLIP's shapes do not show their exact GELU
-    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', settings.read_text("utf-8", "replace")):
+    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', read_text(settings)):
         raise ValueError(f"{settings} asks for an exact GELU: only OpenAI's CLIP, with its quick GELU, is known here")
     files = (folder / "vocab.json", folder / "merges.txt")
     tokenizer = text.Tokenizer(*(files if files[0].is_file() else (None, folder / text.MERGES_FILE)), length=encoder.length)

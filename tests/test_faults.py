@@ -294,8 +294,8 @@ def test_a_log_that_a_spreadsheet_saved_keeps_its_rows(here, kind):
 
 def test_a_log_that_cannot_be_read_row_by_row_is_kept_beside_the_new_one(here, capsys):
     names, row = (line + "\n" for line in Path("run.csv").read_text().splitlines())
-    tabs, damaged = (names + row).replace(",", "\t").encode("utf-16"), (names + "two" + row[1:] + row).encode()
-    for i, content in enumerate((b"my,own,table\n1,2,3\n", b"\x00\xff\xfe no text", tabs, damaged), 1):
+    damaged = (names + "two" + row[1:] + row).encode()
+    for i, content in enumerate((b"my,own,table\n1,2,3\n", b"\x00\xff\xfe no text", damaged), 1):
         Path("run.csv").write_bytes(content)
         resumed("--steps", str(2 + 2 * i))
         assert Path(f"run-{i}.csv").read_bytes() == content and f"run-{i}.csv" in capsys.readouterr().out
