@@ -7,6 +7,7 @@ Nothing else is ever unpickled: files are read with weights_only=True. Released 
     python checkpoint.py run.pt --slim shared.pt
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
+import argparse
 import fcntl
 import json
 import math
@@ -214,13 +215,17 @@ def read(path):
             record = damaged(path) if archive and os.environ.get("LOCAL_RANK", "0") == "0" else None
             if record:
                 raise ValueError(f"the checksum of its record {record} is wrong")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            with torch.serialization.safe_globals([argparse.Namespace]):             # training code's flags, which run nothing
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
             if not archive and not all(tensor.isfinite().all() for tensor in tensors_in(content)):       # without checksums
                 raise ValueError("it holds numbers that are NaN or infinite")
             return content
         except (MemoryError, PermissionError):
             raise
         except Exception as error:                       # torch raises anything at all on a damaged file
+            if found := re.search(r"Unsupported global: GLOBAL ([\w.]{1,100})", str(error)):
+                raise ValueError(f"{path} holds Python objects, as {found[1]}, which could run code and are not loaded: save the "
+                                 "network's state_dict(), or of released weights use the .safetensors file") from None
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off{reason}, or holds Python objects, "
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
@@ -249,6 +254,9 @@ def read_safetensors(path):
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)           # read when touched, writable without the file
         tensors, place = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is of the type {str(entry['dtype'])[:20]}, where {', '.join(DTYPES)} are read, and no "
+                                 "numbers of 8 or fewer bits with scales: take a file of F16, BF16 or F32")
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if len(shape) > 64 or any(type(number) is not int or not 0 <= number <= size for number in (*shape, begin, end)):
                 raise ValueError(f"{name} has an impossible shape or place")         # before the sides are multiplied
@@ -272,7 +280,11 @@ def load(path, config=None):
     content = read(path)
     try:
         if not (isinstance(content, dict) and "version" in content and "network" in content):
-            return typed(Run, {"version": VERSION, **released_run(content, config)})
+            released = released_run(content, config)
+            if released["places"][1:] and os.environ.get("RANK", "0") == "0":
+                first, *others = (place.strip(".") or "its top level" for place in released["places"])
+                print(f"{path} holds several sets of weights: {first} is taken, not {', '.join(others)}", file=sys.stderr)
+            return typed(Run, {"version": VERSION, **released})
         if content["version"] != VERSION:
             raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
         return typed(Run, content)
@@ -303,7 +315,7 @@ def load_autoencoder(path):
             network, _ = run.build()
             network.scale = run.vae.scale
         else:
-            run, network = None, released_autoencoder(content.get("state_dict", content) if isinstance(content, dict) else content)
+            run, network = None, released_autoencoder(content)
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from None
     small = run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED
