@@ -91,7 +91,7 @@ def as_bytes(images):
     if kind not in "iuf":
         raise ValueError(f"pixels must be numbers or bool, not {images.dtype}")
     low, high = images.min(), images.max()
-    found = f"{images.dtype} from {low:.4g} to {high:.4g}"
+    found = f"{images.dtype} from {low:.6g} to {high:.6g}"
     if not np.isfinite([low, high]).all():
         raise ValueError(f"{sum((~np.isfinite(image)).sum() for image in images)} pixels are NaN or infinite")
     meanings, exact = FLOATS if kind == "f" else INTEGERS, np.promote_types(images.dtype, np.float32)
