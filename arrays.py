@@ -12,7 +12,7 @@ MAPPED = 2 ** 30                 # bytes of an .npz's images above which they st
 MAX_CLASSES = 100_000            # ImageNet-21k has 21,841: more are no classes, and their table would fill the memory
 STATISTICS = {"mu", "sigma", "mu_s", "sigma_s"}          # of the images, in ADM's files, see `features.read_tables`
 FLOATS = [                       # bounds of the least and of the largest pixel; name; factor and summand, before truncation
-    ((-1, -0.5), (-1, 1), "[-1, 1]", 127.5, 128),
+    ((-1, -0.75), (-1, 1), "[-1, 1]", 127.5, 128),       # from -0.5 it may be [-0.5, 0.5]
     ((0, 1), (0, 1), "[0, 1]", 255, 0.5),
     ((0, 255), (16, 255), "0 to 255", 1, 0.5),           # up to 16 it may be [0, 1] and what a filter added
 ]
@@ -99,7 +99,8 @@ def as_bytes(images):
         if least[0] <= low <= least[1] and largest[0] <= high <= largest[1]:
             as_byte = [(factor * image.astype(exact) + summand).astype(np.uint8) for image in images]
             return np.stack(as_byte), f"{found}, read as {name}"
-    raise ValueError(f"pixels, {found}, are not clearly of {' or '.join(row[2] for row in meanings)}: scale and clip them to one")
+    raise ValueError(f"pixels, {found}, are not clearly of {' or '.join(row[2] for row in meanings)}: scale and clip them to one, or "
+                     "save them as uint8")
 
 
 def as_classes(labels, n):
@@ -111,7 +112,7 @@ def as_classes(labels, n):
         labels = np.char.decode(labels, "utf-8")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    elif labels.ndim == 2 and labels.dtype.kind in "biuf" and ((labels == 1).sum(1) == 1).all() and ((labels != 0).sum(1) == 1).all():
+    elif labels.ndim == 2 and labels.dtype.kind in "biuf" and all((labels == 1).sum(axis=1) == 1) and (labels != 0).sum() == n:
         labels = labels.argmax(axis=1)
     if labels.shape != (n,):
         raise ValueError(f"{n} images but labels of shape {labels.shape}" + ", which are not one-hot" * (labels.ndim == 2))
@@ -120,7 +121,7 @@ def as_classes(labels, n):
     if labels.dtype.kind not in "biuU":
         raise ValueError(f"labels must be whole numbers or texts, not {labels.dtype}")
     names, numbers = np.unique(labels, return_inverse=True)
-    if names[0] < 0 if labels.dtype.kind == "i" else str(names[0]) == "":
+    if str(names[0]) == "" or labels.dtype.kind == "i" and names[0] < 0:
         raise ValueError(f"{(labels == names[0]).sum()} labels are {str(names[0]) or 'empty'}, as of images without a class: leave "
                          "these out")
     if len(names) > MAX_CLASSES:

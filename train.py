@@ -17,6 +17,7 @@ import time
 import warnings
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -51,7 +52,9 @@ def check_data(args, run, pixels):
         if os.environ.get("RANK", "0") == "0":
             say(f"{args.out} is older than fingerprints of data: whether {args.data} still holds the same is not known")
     elif known.fingerprint != data.fingerprint(pixels):
-        differ = (f"its classes were {known.classes} and are {pixels.classes}" if known.classes != pixels.classes else
+        pairs = zip_longest(known.classes or [], pixels.classes or [])
+        first = next(((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]), None)
+        differ = (f"its classes differ: number {first[0]} was {first[1][0]} and is {first[1][1]}" if first else
                   f"it had {known.images:,} images to train on and has {len(pixels):,}" if known.images != len(pixels) else
                   "it holds other images, labels or captions, or in another order")
         raise ValueError(f"--resume: {args.data} is not what the run in {args.out} was trained on: {differ}")
