@@ -52,7 +52,7 @@ def check_data(args, run, pixels):
         if os.environ.get("RANK", "0") == "0":
             say(f"{args.out} is older than fingerprints of data: whether {args.data} still holds the same is not known")
     elif known.fingerprint != data.fingerprint(pixels):
-        pairs = zip_longest(known.classes or [], pixels.classes or [])
+        pairs = zip_longest(known.classes or [], pixels.classes or [], fillvalue="missing")
         first = next(((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]), None)
         differ = (f"its classes differ: number {first[0]} was {first[1][0]} and is {first[1][1]}" if first else
                   f"it had {known.images:,} images to train on and has {len(pixels):,}" if known.images != len(pixels) else

@@ -3,6 +3,7 @@
 A row is an input made in a line or two, and the value that must come out; a string is what a refusal says.
 """
 import codecs
+import json
 from argparse import Namespace
 
 import numpy as np
@@ -14,13 +15,12 @@ import checkpoint
 import plot
 from data import load
 from dit import DiT
-from features import Space
 from files import read_text
-from formula import fill
-from image_files import captions_beside
+from formula import GOLDEN, fill
+from image_files import captions_beside, coco_captions
 from models import released_autoencoder
 from reports import read_log
-from text import normalise
+from text import Tokenizer, normalise
 from unet import SIZES, UNet
 from vae import AutoencoderKL
 from vit import ViT
@@ -147,12 +147,6 @@ def test_classes_are_those_of_the_whole_file_whatever_a_split_holds(tmp_path):
     assert load(path, split="test").classes == load(path).classes == ["3", "5", "7", "9"]
 
 
-def test_a_judge_finds_its_classes_by_name():
-    space = Space("", "", None, list("0123456789"), None)
-    assert space.knows(["3", "7"]) and not space.knows(["3", "cat"]) and not space.knows(None)
-    assert space.numbers(np.array([1, 0, 1], np.uint8), ["3", "7"]).tolist() == [7, 3, 7]
-
-
 FILES = {
     "numbered": (dict(arr_0=LEVELS, arr_1=TURNS[:4]), 3),
     "named": (dict(images=LEVELS, labels=TURNS[:4]), 3),
@@ -206,6 +200,19 @@ def test_a_text_is_read_whole_or_refused(tmp_path, given, expected):
 def test_captions_beside_an_image_are_the_lines_of_its_text(tmp_path, name, content, captions):
     (tmp_path / name).write_bytes(content)
     assert captions_beside([tmp_path / "0.png"], False) == ([tmp_path / "0.png"], [captions])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_vocabularies_and_annotations_are_read_as_other_texts(tmp_path, encoding):
+    for name in ("vocab.json", "merges.txt"):
+        text = (GOLDEN / "clip_tiny" / name).read_text("utf-8")
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    ids = Tokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")("a photo of a cat")
+    assert ids.equal(Tokenizer(GOLDEN / "clip_tiny" / "vocab.json", GOLDEN / "clip_tiny" / "merges.txt")("a photo of a cat"))
+    (tmp_path / "1.jpg").touch()
+    content = dict(images=[dict(id=1, file_name="1.jpg")], annotations=[dict(image_id=1, caption="un café")])
+    (tmp_path / "captions_all.json").write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    assert coco_captions(tmp_path / "captions_all.json", False) == ([tmp_path / "1.jpg"], [["un café"]])
 
 
 LOG = "step,images,loss\n50,400,0.5\n100,800,1.25e-05\n"
