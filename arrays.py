@@ -37,7 +37,8 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as archive:
             keys = [[key for key in names if key in archive] for names in (("arr_0", "images"), ("arr_1", "labels"))]
             if len(keys[0]) != 1 or len(keys[1]) > 1:
-                raise ValueError("the images must be its arr_0 or images, and their labels, if any, its arr_1 or labels: it holds "
+                raise ValueError("the images must be its arr_0 or images, and their labels, if any, its arr_1 or labels, as "
+                                 "np.savez(FILE, images=…, labels=…) writes: it holds "
                                  + (", ".join(archive.files)[:200] or "nothing"))
             image_key, label_key = keys[0][0], next(iter(keys[1]), None)
             entry = archive.zip.getinfo(f"{image_key}.npy")
@@ -73,12 +74,13 @@ def channels_last(images):
     shape = images.shape
     if images.ndim == 4 and shape[3] in (1, 3) and 0 not in shape:
         return images
-    likely = {2: "flat rows of unknown layout: reshape them", 3: "one image: stack several"}.get(images.ndim, "something else")
-    if images.ndim == 4 and shape[1] in (1, 3):
-        likely = "NCHW, channels first: images.transpose(0, 2, 3, 1) puts them last"
-    elif images.ndim == 4 and shape[3] == 4:
+    likely = {2: "flat rows of unknown layout: reshape them", 3: "one image: stack several"}.get(images.ndim)
+    if images.ndim == 4 and shape[3] == 4 and shape[1] not in (1, 3):
         likely = "RGBA: lay them over a background"
-    raise ValueError(f"images must be NHW or NHWC with 1 or 3 channels: the shape {shape} is that of {likely}")
+    elif images.ndim == 4 and shape[1] in (1, 2, 3, 4):
+        likely = "NCHW, channels first: images.transpose(0, 2, 3, 1) puts them last"
+    raise ValueError(f"images must be NHW or NHWC with 1 or 3 channels, not of the shape {shape}"
+                     + f", which is likely {likely}" * bool(likely))
 
 
 def as_bytes(images):

@@ -73,6 +73,7 @@ PIXELS = {
     "complex": (LEVELS * 1j, "not complex128"),
     "objects": (np.array([*LEVELS, None], dtype=object)[:-1], "Python objects … astype"),
     "channels first": (COLOUR.transpose(0, 3, 1, 2), "(4, 3, 8, 6) … NCHW"),
+    "latents": (np.ones((4, 4, 8, 8), np.float32), "(4, 4, 8, 8) … NCHW"),
     "RGBA": (COLOUR.repeat(2, axis=3)[..., :4], "(4, 8, 6, 4) … RGBA"),
     "flat rows": (COLOUR.reshape(4, -1), "(4, 144) … flat rows"),
     "one image": (COLOUR[0], "(8, 6, 3) … one image"),
