@@ -182,7 +182,7 @@ TEXTS = {
     "nothing": (b"", ""),
     "Latin-1": (TEXT.replace("“", "").replace("”", "").encode("latin-1"), ValueError),
     "Windows-1252": (TEXT.encode("cp1252"), ValueError),
-    "UTF-16 without a mark": (TEXT.encode("utf-16-le"), ValueError),
+    "UTF-16 without a mark": ("a cat".encode("utf-16-le"), ValueError),
     "half of UTF-16": (TEXT.encode("utf-16")[:-1], ValueError),
 }
 
