@@ -24,8 +24,8 @@ INTEGERS = [
 
 
 def read_npz(path):
-    """The images of an .npz, (M, H, W, C) uint8; labels (M,) and class names, or None and None; and in words, what the pixels
-    were taken for and which arrays were left out.
+    """The images of an .npz, (M, H, W, C) uint8; labels (M,) and class names, or None and None; what the pixels were, in words;
+    and which arrays are left out, their names.
 
     ValueError or OSError, naming the path, if it is damaged or holds something else.
     """
@@ -45,10 +45,10 @@ def read_npz(path):
             large = entry.file_size > MAPPED and entry.compress_type == zipfile.ZIP_STORED
             images = _mapped(path, entry) if large else archive[image_key]
             labels = archive[label_key] if label_key else None
-            left_out = sorted({*archive.files} - {image_key, label_key} - STATISTICS)
+            left_out = tuple(sorted({*archive.files} - {image_key, label_key} - STATISTICS))
         images, found = as_bytes(channels_last(images))
         labels, classes = (None, None) if labels is None else as_classes(labels, len(images))
-        return images, labels, classes, found + f"; not read: {', '.join(left_out)[:200]}" * bool(left_out)
+        return images, labels, classes, found, left_out
     except Exception as error:                           # zipfile and numpy raise anything at all on a damaged file
         reason = "an array holds Python objects, which could run code: save it as numbers, or as text by astype(str)"
         raise ValueError(f"cannot use {path}: {reason if 'Object arrays' in str(error) else error}") from None
@@ -93,7 +93,7 @@ def as_bytes(images):
     if kind not in "iuf":
         raise ValueError(f"pixels must be numbers or bool, not {images.dtype}")
     low, high = images.min(), images.max()
-    found = f"{images.dtype} from {low:.6g} to {high:.6g}"
+    found = f"{images.dtype} of {low:.6g} to {high:.6g}"
     if not np.isfinite([low, high]).all():
         raise ValueError(f"{sum((~np.isfinite(image)).sum() for image in images)} pixels are NaN or infinite")
     meanings, exact = FLOATS if kind == "f" else INTEGERS, np.promote_types(images.dtype, np.float32)

@@ -60,14 +60,14 @@ PIXELS = {
     "bool": (LEVELS > 99, np.where(LEVELS > 99, 255, 0)),
     "bytes of 0 and 1": ((LEVELS > 99).astype(np.uint8), np.where(LEVELS > 99, 255, 0)),
     "black": (np.zeros_like(LEVELS), np.zeros_like(LEVELS)),
-    "float32 from -0.01, as after a filter": (LEVELS / np.float32(255) - np.float32(0.01), "from -0.01 to 0.99 … not clearly"),
-    "float32 in [-0.5, 0.5]": (LEVELS / np.float32(255) - np.float32(0.5), "from -0.5 to 0.5 … not clearly"),
+    "a little below 0, as after a filter": (LEVELS / np.float32(255) - np.float32(0.01), "of -0.01 to 0.99 … not clearly"),
+    "float32 in [-0.5, 0.5]": (LEVELS / np.float32(255) - np.float32(0.5), "of -0.5 to 0.5 … not clearly"),
     "float32 to 1.02": (LEVELS / np.float32(250), "to 1.02 … not clearly"),
-    "normalised by mean and deviation": (LEVELS / 64 - 2, "from -2 to 1.98438"),
+    "normalised by mean and deviation": (LEVELS / 64 - 2, "of -2 to 1.98438"),
     "not a number": (np.where(LEVELS == 7, np.nan, LEVELS / 255), "1 pixels are NaN or infinite"),
     "infinite": (np.where(LEVELS < 2, np.inf, LEVELS / 255), "2 pixels are NaN or infinite"),
     "12 bits in 16": (LEVELS.astype(np.uint16) * 16, "to 4080 … not clearly"),
-    "negative int8": (LEVELS.astype(np.int8), "int8 from -128 to 127"),
+    "negative int8": (LEVELS.astype(np.int8), "int8 of -128 to 127"),
     "32 bits": (LEVELS.astype(np.uint32) * 10 ** 6, "to 2.55e+08"),
     "texts": (np.full((4, 8, 8), "a"), "not <U1"),
     "complex": (LEVELS * 1j, "not complex128"),
@@ -94,12 +94,12 @@ def test_pixels_are_told_apart_by_what_they_hold(tmp_path, given, expected):
 
 
 @pytest.mark.parametrize("given, words", [
-    (LEVELS, "uint8"), (LEVELS > 9, "bool"), (LEVELS / np.float32(255), "float32 from 0 to 1, read as [0, 1]"),
-    (LEVELS / 127.5 - 1, "float64 from -1 to 1, read as [-1, 1]"),
-    (LEVELS * np.uint16(257), "uint16 from 0 to 65535, read as 0 to 65535")])
-def test_what_pixels_were_taken_for_is_said(tmp_path, given, words):
-    assert load(npz(tmp_path, images=given)).pixel_range == words
-    assert load(npz(tmp_path, images=given, label=LEVELS), 4).pixel_range == f"{words}; not read: label"
+    (LEVELS, "uint8"), (LEVELS > 9, "bool"), (LEVELS / np.float32(255), "float32 of 0 to 1, read as [0, 1]"),
+    (LEVELS / 127.5 - 1, "float64 of -1 to 1, read as [-1, 1]"),
+    (LEVELS * np.uint16(257), "uint16 of 0 to 65535, read as 0 to 65535")])
+def test_what_pixels_were_taken_for_and_what_is_left_out_is_said(tmp_path, given, words):
+    dataset = load(npz(tmp_path, images=given, label=LEVELS), 4)
+    assert dataset.pixel_range == words and dataset.left_out == ("label",)
 
 
 # Labels of six images
