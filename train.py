@@ -17,7 +17,6 @@ import time
 import warnings
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -52,9 +51,9 @@ def check_data(args, run, pixels):
         if os.environ.get("RANK", "0") == "0":
             say(f"{args.out} is older than fingerprints of data: whether {args.data} still holds the same is not known")
     elif known.fingerprint != data.fingerprint(pixels):
-        pairs = zip_longest(known.classes or [], pixels.classes or [], fillvalue="missing")
-        first = next(((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]), None)
-        differ = (f"its classes differ: number {first[0]} was {first[1][0]} and is {first[1][1]}" if first else
+        before, after = known.classes or [], pixels.classes or []
+        gone, new = (", ".join(sorted({*names} - {*others})[:5]) or "none" for names, others in ((before, after), (after, before)))
+        differ = (f"its classes differ, or their order: gone are {gone}, new are {new}" if before != after else
                   f"it had {known.images:,} images to train on and has {len(pixels):,}" if known.images != len(pixels) else
                   "it holds other images, labels or captions, or in another order")
         raise ValueError(f"--resume: {args.data} is not what the run in {args.out} was trained on: {differ}")
