@@ -89,12 +89,33 @@ def at_least(least, kind):
 positive, natural, not_negative = at_least(1, int), at_least(0, int), at_least(0, float)
 
 
-def processes(device="auto"):
-    """Join torchrun's process group, if there is one -> device, rank, number of processes.  ValueError if there is no GPU."""
+def check_compiler(device):
+    """ValueError, in place of an error of a hundred lines from the first step, if torch.compile lacks what it compiles with."""
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+        if not has_triton():
+            raise ValueError("--compile: there is no Triton for this GPU, with which PyTorch compiles: pip install triton, or leave "
+                             "--compile out")
+        return
+    from torch._inductor import cpp_builder, exc         # here, as it takes a second
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise ValueError("--compile: there is no C++ compiler, with which PyTorch compiles: install g++, name another by CXX=, or "
+                         "leave --compile out") from None
+
+
+def processes(device="auto", compiles=False):
+    """Join torchrun's process group, if there is one -> device, rank, number of processes.
+
+    ValueError if there is no GPU, or where the command compiles, no compiler.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    if compiles:
+        check_compiler(device)
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     backend = "gloo"
     if device == "cuda":
@@ -144,12 +165,6 @@ def progress_bar(name, n):
     """A bar over this process's share of n images, shown by the first process on a terminal."""
     mine = share(n)
     return tqdm(total=len(mine), desc=name, unit="image", disable=mine.start > 0 or not sys.stderr.isatty())
-
-
-def ignore_signals(worker):
-    """In a worker of the DataLoader: the main process decides when to stop."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
 
 
 @contextmanager
