@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from PIL import Image
 
 import checkpoint
@@ -433,6 +434,17 @@ def test_skip_bad_goes_on_and_counts(here, capfd):
     trained("--data", "photos", "--image-size", "32", "--skip-bad")
     said = capfd.readouterr()
     assert "left out 1 of 7" in said.out + said.err and Path("new.pt").exists()
+
+
+@pytest.mark.parametrize("command", [TRAIN, "sample.py --ckpt run.pt --out new.png", "evaluate.py --ckpt run.pt --results new.csv",
+                                     "sample.py --ckpt run.pt --upscale image.png --factor 2 --out new.png"])
+def test_compile_without_a_compiler_is_one_line_before_the_work(here, capfd, command):
+    image("image.png", (16, 16))
+    before, (program, *argv) = contents(), command.split()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(SystemExit) as stop:
+        importlib.import_module(program.removesuffix(".py")).main([*argv, "--compile", "--device", "cpu"])
+    refused(stop.value.code, capfd.readouterr().err, "--compile: there is no C++ compiler, with which PyTorch compiles: install g++")
+    assert contents() == before
 
 
 def test_a_second_run_on_the_same_file_is_refused(here, capfd):
