@@ -185,7 +185,7 @@ def test_what_is_read_ahead_comes_in_order_while_the_next_is_read_and_an_error_i
     with pytest.raises(ZeroDivisionError):
         for number, _ in read_ahead:
             seen.append(number)
-            assert all(reading.acquire(timeout=60) for _ in range(1 + (len(seen) == 1)))         # the next is being read
+            assert all(reading.acquire(timeout=10) for _ in range(1 + (len(seen) == 1)))         # the next is being read
     assert seen == [4, 6, 12] and len(threads) == 1 and not threads.pop().is_alive()
     unfinished = ahead(read, range(3), torch.device("cpu"))
     next(unfinished)
