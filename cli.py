@@ -1,6 +1,7 @@
 """What the commands share: flags, errors in one line, devices, processes and signals."""
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -90,19 +91,22 @@ positive, natural, not_negative = at_least(1, int), at_least(0, int), at_least(0
 
 
 def check_compiler(device):
-    """ValueError, in place of an error of a hundred lines from the first step, if torch.compile lacks what it compiles with."""
-    if device == "cuda":
-        from torch.utils._triton import has_triton
-        if not has_triton():
-            raise ValueError("--compile: there is no Triton for this GPU, with which PyTorch compiles: pip install triton, or leave "
-                             "--compile out")
-        return
-    from torch._inductor import cpp_builder, exc         # here, as it takes a second
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        raise ValueError("--compile: there is no C++ compiler, with which PyTorch compiles: install g++, name another by CXX=, or "
-                         "leave --compile out") from None
+    """ValueError if torch.compile lacks what it needs on a device: its own error, at the first step, has a hundred lines."""
+    from torch._inductor import cpp_builder, exc         # here, as it takes seconds
+    from torch.utils import _triton
+    lacks = None
+    if device == "cuda" and not _triton.has_triton():
+        lacks = "Triton, which this GPU or this machine does not have: pip install triton"
+    elif device == "cuda":                               # Triton compiles what calls its kernels
+        if not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
+            lacks = "a C compiler, and there is none: install gcc, name another by CC="
+    else:
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            lacks = "a C++ compiler, and there is none: install g++, name another by CXX="
+    if lacks:
+        raise ValueError(f"--compile: PyTorch needs {lacks}, or leave --compile out")
 
 
 def processes(device="auto", compiles=False):

@@ -310,11 +310,11 @@ def main(argv=None):
     """The command: validate the flags, join the processes, train."""
     with one_line_errors("train.py"):
         args, run = read_settings(argv)
-        if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
-            raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
         device, rank, world = processes(args.device, args.compile)
         args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
         with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
+            if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
+                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
             train(args, run, device, rank, world)
 
 
