@@ -153,7 +153,7 @@ def save(path, run):
 
 
 def snapshot(content):
-    """Nested dicts and lists with all their tensors copied to the CPU's memory; from a GPU without waiting for each."""
+    """Nested dicts and lists with their tensors copied to the CPU's memory; from a GPU they are there once it is waited for."""
     if isinstance(content, dict):
         return {key: snapshot(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -162,7 +162,7 @@ def snapshot(content):
 
 
 class Saves:
-    """Writes runs while training goes on, one at a time.  As a context it ends, in whatever way, after the last is written."""
+    """Writes runs while training goes on, one at a time.  As a context it waits for the last, also after an error."""
 
     def __init__(self):
         self.thread, self.last = ThreadPoolExecutor(1), None
@@ -179,7 +179,7 @@ class Saves:
         self.wait()
         copies = {part: snapshot(getattr(run, part)) for part in ("model", "ema", "optimizer")}
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()                     # the copies are on their way
+            torch.cuda.synchronize()
         self.last = self.thread.submit(save, path, replace(run, **copies))
 
     def wait(self):
@@ -243,8 +243,8 @@ def tensors_in(content):
 def read(path):
     """The content of a .pt or .safetensors file, mapped. ValueError or OSError if it is missing, damaged, or would run code.
 
-    Checksums are compared where there are some: by the first process of a machine alone. The others map the file meanwhile, and
-    none computes anything before the first has joined them.
+    Checksums are compared where there are some: by the first process of a machine alone. The others only map the file, and
+    wait for it where processes join.
     """
     path = Path(path)
     if not path.is_file():

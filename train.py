@@ -275,8 +275,8 @@ class Training:
                 train_step(state, self.model, self.objective, batch, step, args, self.rank, self.world)
                 done, row = step + 1, row_due(step + 1, args)
                 self.log.advance(done)
-                stopping, diverged = self.world == 1 and bool(stop), False
                 self.saves.check()
+                stopping, diverged = self.world == 1 and bool(stop), False
                 if row:                                  # the only steps that wait for the device
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
                     diverged = bool(state.bad_steps >= MAX_BAD_STEPS)

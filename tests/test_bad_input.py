@@ -439,7 +439,7 @@ def test_skip_bad_goes_on_and_counts(here, capfd):
     assert "left out 1 of 7" in said.out + said.err and Path("new.pt").exists()
 
 
-@pytest.mark.parametrize("command", [TRAIN, "sample.py --ckpt run.pt --out new.png", "evaluate.py --ckpt run.pt --results new.csv",
+@pytest.mark.parametrize("command", [TRAIN, "sample.py --ckpt run.pt --out new.png", "evaluate.py --ckpt run.pt",
                                      "sample.py --ckpt run.pt --upscale image.png --factor 2 --out new.png"])
 def test_compile_without_a_compiler_is_one_line_before_the_work(here, capfd, command):
     image("image.png", (16, 16))

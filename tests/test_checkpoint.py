@@ -173,7 +173,8 @@ def test_a_save_that_failed_in_the_background_is_an_error_of_the_next_call(tmp_p
     saves.begin(path, a_run())
     while not saves.last.done():
         time.sleep(0.01)
-    refusal(lambda: getattr(saves, noticed)(*((path, a_run()) if noticed == "begin" else ())), f"cannot write {path}", kind=OSError)
+    more = (path, a_run()) if noticed == "begin" else ()
+    refusal(lambda: getattr(saves, noticed)(*more), f"cannot write {path}", kind=OSError)
     saves.__exit__()
 
 

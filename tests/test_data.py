@@ -705,7 +705,8 @@ def test_large_images_of_an_npz_stay_in_the_file(tmp_path, monkeypatch, shape):
     loaded = load(str(tmp_path / "large.npz"), split="all")
     monkeypatch.setattr(data, "MAPPED", 100)
     mapped = load(str(tmp_path / "large.npz"), split="all")
-    assert isinstance(mapped.images, np.memmap) and type(loaded.images) is np.ndarray and np.array_equal(mapped.images, loaded.images)
+    assert isinstance(mapped.images, np.memmap) and type(loaded.images) is np.ndarray
+    assert np.array_equal(mapped.images, loaded.images)
     assert mapped.labels.tolist() == list(range(9))
 
 

@@ -202,7 +202,7 @@ def test_an_autoencoders_description_survives_the_disk_and_is_of_no_image_size_o
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model, size, graphs", [("dit", "Ti/4", 1), ("uvit", "Ti/4", 2), ("vit", "Ti/4", 1), ("mlp", "Ti", 1)])
-def test_blocks_of_a_kind_are_compiled_once_and_compute_and_are_called_as_before(monkeypatch, model, size, graphs, checkpointing):
+def test_blocks_of_a_kind_are_compiled_once_and_keep_names_and_outputs(monkeypatch, model, size, graphs, checkpointing):
     compiled, network = [], build(describe(model, size, 8, 1, 3))
     for parameter in network.parameters():
         parameter.data += 0.1                            # a fresh DiT puts out 0
