@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 import data
-from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes, rule_of
+from cli import (Parser, add_overwrite_flag, autocast, first_in_turn, one_line_errors, positive, precision_on, processes,
+                 rule_of)
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
 from files import append, check_output, header_of, sha256_of, writing
 from image_files import side_of
@@ -212,7 +213,9 @@ def score_samples(args):
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
     name = args.reference or run.data.spec
     check_saving(args, name)
-    device, rank, _ = processes(args.device)
+    device, rank, _ = processes(args.device, args.precision)
+    if how and precision_on(device, args.precision) != "fp32":
+        how["precision"] = precision_on(device, args.precision)
 
     real_images, fake_images = read_images(args, run)
     if fake_images:
@@ -248,8 +251,9 @@ def score_samples(args):
             save_statistics(args.save_reference, reference.measured, images, space)
         print(f"wrote {args.save_reference}: {number_of(reference.measured.n)} of {name}, features {space.name}")
     if how:
-        fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
-                                autoencoder and autoencoder.to(device), contexts, y_null)
+        with autocast(device, args.precision):
+            fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
+                                    autoencoder and autoencoder.to(device), contexts, y_null)
         how["step"] = run.step                           # for the row alone: the cache knows the samples by the file's hash
     elif not args.samples:
         return
