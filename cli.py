@@ -136,6 +136,11 @@ def processes(device="auto", precision=None):
     return device, *place()
 
 
+def gpu_memory(device):
+    """Bytes of a GPU's memory; None of the CPU."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+
+
 def place():
     """The rank of this process, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -213,9 +213,10 @@ def score_samples(args):
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
     name = args.reference or run.data.spec
     check_saving(args, name)
-    device, rank, _ = processes(args.device, args.precision)
-    if how and precision_on(device, args.precision) != "fp32":
-        how["precision"] = precision_on(device, args.precision)
+    device, rank, _ = processes(args.device, precision=args.precision)
+    args.precision = precision_on(device, args.precision)
+    if how and args.precision != "fp32":                 # samples of float32 have no word for it, as ever
+        how["precision"] = args.precision
 
     real_images, fake_images = read_images(args, run)
     if fake_images:

@@ -91,10 +91,9 @@ TABLES = {
         ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525"),
     ],
 }
-# Trained at a batch of 256: name and network
-TRAINED = [*((f"DiT-{size}", ("dit", size, DIT_256)) for size in ("S/2", "B/2", "L/2", "XL/2")),
-           ("DiT-XL/2 at 512x512", ("dit", "XL/2", DIT_512)), ("U-ViT-L/2", ("uvit", "L/2", LATENT_256)),
-           ("U-ViT-H/2", ("uvit", "H/2", LATENT_256)), ("ADM at 64x64", ("unet", "adm-64", adm(64)))]
+TRAINED = [                            # name and network, of which the memory of training is printed
+    *((f"DiT-{size}", ("dit", size, DIT_256)) for size in ("L/2", "XL/2")),
+    ("U-ViT-H/2", ("uvit", "H/2", LATENT_256)), ("ADM at 64x64", ("unet", "adm-64", adm(64)))]
 BATCH, GIB, MIB = 256, 2 ** 30, 2 ** 20
 ROOM = 0.9                             # of a card's memory; its context, the kernels' own memory and gaps take the rest
 
@@ -284,7 +283,7 @@ def show(tables):
 
 def show_memory(trained):
     """Print what training each network of a list like TRAINED takes."""
-    print(f"\nTraining in bf16 on CUDA, {BATCH} images a step, GiB; --checkpointing recomputes activations in the backward pass\n"
+    print(f"\nMemory of training in bf16 on CUDA, {BATCH} images a step, GiB; --checkpointing recomputes activations\n"
           f"{'':24}{'weights, moments':>19}{'activations':>14}{'in all':>9}{'--checkpointing':>18}{'in all':>9}")
     for name, (model, size, options) in trained:
         numbers = [f"{value / GIB:.1f}" for memory in network_memory(model, size, **options)

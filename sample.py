@@ -219,7 +219,7 @@ def draw_and_write(args):
                              if args.cascade else (None, None))
     n, columns = number_and_columns(args, classes, points)
 
-    device, rank, _ = processes(args.device, args.precision)
+    device, rank, _ = processes(args.device, precision=args.precision)
     network, autoencoder, upsampler = (part and part.to(device) for part in (network, autoencoder, upsampler))
     folder = args.out if is_folder(args.out) and not latent else None
     with first_in_turn():
@@ -336,7 +336,7 @@ def restore_images(args, task, network, diffusion, autoencoder, classes):
     scale = guidance_scale(network, 1.0 if args.cfg_scale is None else args.cfg_scale)
     n, sampler = args.n or (1 if task == "denoise" else 4), args.sampler or "ddpm"
     steps = evaluations(args.steps or min(restoration.STEPS, diffusion.T), sampler, diffusion)
-    device, _, world = processes(args.device, args.precision)
+    device, _, world = processes(args.device, precision=args.precision)
     if world > 1:
         raise ValueError(f"--{task} restores one image in one process: start it without torchrun")
     network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import data
-from cli import autocast, first_in_turn, ignore_signals, one_line_errors, precision_on, processes, stop_signals, total
+from cli import (autocast, first_in_turn, gpu_memory, ignore_signals, one_line_errors, precision_on, processes, stop_signals,
+                 total)
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from files import check_output
@@ -218,28 +219,33 @@ class Training:
         self.objective, self.report, columns = build_objective(args, self.dataset, network, random, reader)
         self.scores, more = build_scores(args, self.dataset, self.objective, device) if args.eval_every else (None, ())
         self.clip = reader.record() if reader else None
-        args.accumulate = parts if device.type == "cpu" else self.fitting_accumulation(network)
+        args.accumulate = self.fitting_accumulation(network, parts)
         self.state, self.unfinished = State(network, args, self.objective.groups, device), False
         if run:
             self.resume(run)
         self.log = Log(self.out.with_suffix(".csv"), args, self.objective.groups, columns + more, self.start, rank)
         self.model = wrapped(network, args, device, world)
 
-    def fitting_accumulation(self, network):
-        """--accumulate, once it is known what a step takes of the GPU's memory: the one asked for, which may be said to be too
-        small, or of auto the least that fits.  ValueError if not even one image fits."""
-        args, objective = self.args, copy.deepcopy(self.objective)       # whose tables follow to the meta device
+    def fitting_accumulation(self, network, parts):
+        """--accumulate: the parts asked for, after a line if they take more memory than the GPU has, or of auto as few as fit.
+
+        ValueError if not even one image fits.
+        """
+        card = gpu_memory(self.device)
+        if card is None:
+            return parts
+        args, objective = self.args, copy.deepcopy(self.objective)       # whose tables move to the meta device
         batch = self.objective.draw(0, *data.Batches(self.dataset, args.batch_size, args.seed, self.part)[0])
         plain, recomputed = training_memory(network, lambda model, *inputs: objective.loss(model, *inputs)[0].mean(), batch,
                                             args.precision == "bf16")
-        memory, n, (_, card) = recomputed if args.checkpointing else plain, len(batch[0]), torch.cuda.mem_get_info(self.device)
+        memory, n = recomputed if args.checkpointing else plain, len(batch[0])
         fits = accumulation(memory, n, card)
         if fits is None:
             remedy = ("take a smaller --size" if args.checkpointing or accumulation(recomputed, n, card) is None else
                       f"--checkpointing takes {gib(recomputed.needed(1))}")
             raise ValueError(f"training takes {gib(memory.needed(1))} by count for one image at a time, and this GPU has "
                              f"{gib(card)}: {remedy}")
-        chosen = fits if args.accumulate == "auto" else args.accumulate
+        chosen = fits if args.accumulate == "auto" else parts
         room = f"a step takes {gib(memory.needed(n // chosen))} by count, and this GPU has {gib(card)}"
         if self.rank == 0 and chosen < fits:
             say(f"WARNING: {room}: --accumulate {fits} takes {gib(memory.needed(n // fits))}, --checkpointing "
@@ -344,7 +350,7 @@ def main(argv=None):
         args, run = read_settings(argv)
         if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
             raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
-        device, rank, world = processes(args.device, args.precision)
+        device, rank, world = processes(args.device, precision=args.precision)
         args.precision = precision_on(device, args.precision)
         with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
             train(args, run, device, rank, world)
