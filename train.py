@@ -349,7 +349,7 @@ def main(argv=None):
         args.precision = precision_on(device, args.precision)
         with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
             if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
-                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
+                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps}: --steps sets a later end")
             train(args, run, device, rank, world)
 
 
