@@ -241,8 +241,7 @@ class Training:
         chosen = fits if args.accumulate == "auto" else parts
         room = f"a step takes {gib(memory.needed(n // chosen))} by count, and this GPU has {gib(card)}"
         if self.rank == 0 and chosen < fits:
-            say(f"WARNING: {room}: --accumulate {fits} takes {gib(memory.needed(n // fits))}, --checkpointing "
-                f"{gib(recomputed.needed(n // chosen))}")
+            say(f"WARNING: {room}: --accumulate {fits} takes {gib(memory.needed(n // fits))}")
         elif self.rank == 0:
             say(f"--accumulate {chosen}: {room}")
         return chosen
