@@ -24,10 +24,11 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import Image
 
+import arrays
 import data
 import tables
 import image_files
-from data import Batches, Dataset, augment, load, to_float, to_uint8
+from data import Batches, Dataset, ahead, augment, load, to_float, to_uint8
 from image_files import center_crop, open_image
 from refusals import refusal
 from test_files import forked
@@ -172,6 +173,25 @@ def test_the_parts_of_all_processes_make_the_whole_batch(world):
         images, labels = (torch.cat(pieces) for pieces in zip(*(Batches(dataset, N, 5, part)[step] for part in parts)))
         whole = Batches(dataset, N, 5)[step]
         assert images.equal(whole[0]) and labels.equal(whole[1])
+
+
+def test_what_is_read_ahead_comes_in_order_while_the_next_is_read_and_an_error_in_its_place():
+    reading, threads = threading.Semaphore(0), set()
+
+    def read(item):
+        reading.release()
+        threads.add(threading.current_thread())
+        return 12 // (3 - item), None
+    read_ahead, seen = ahead(read, range(9), torch.device("cpu")), []
+    with pytest.raises(ZeroDivisionError):
+        for number, _ in read_ahead:
+            seen.append(number)
+            assert all(reading.acquire(timeout=10) for _ in range(1 + (len(seen) == 1)))         # the next is being read
+    assert seen == [4, 6, 12] and len(threads) == 1 and not threads.pop().is_alive()
+    unfinished = ahead(read, range(3), torch.device("cpu"))
+    next(unfinished)
+    unfinished.close()                                   # as at a signal
+    assert not threads.pop().is_alive()
 
 
 def test_a_batch_holds_the_images_of_its_split_beside_their_labels():
@@ -429,8 +449,7 @@ def test_a_killed_decode_goes_on_where_it_was(tmp_path, monkeypatch, level):
 
 def test_decoded_images_are_memory_mapped_and_not_writable(tmp_path):
     dataset = load_folder(photos(tmp_path / "photos", [1, 2, 3]))
-    assert isinstance(dataset.images, np.memmap) and dataset.in_files and not dataset.images.flags.writeable
-    assert not load().in_files
+    assert isinstance(dataset.images, np.memmap) and not dataset.images.flags.writeable
 
 
 def replace(path, side, time):
@@ -580,32 +599,12 @@ def test_a_picture_just_beyond_pillows_limit_is_refused_too(tmp_path, monkeypatc
     refusal(lambda: open_image(solid(tmp_path / "large.png", 1)), "large.png")
 
 
-# .npz files
+# .npz files; what their arrays may hold is in test_cases_arrays.py
 
 def npz(folder, **arrays):
     path = folder / "images.npz"
     np.savez(path, **arrays)
     return str(path)
-
-
-@pytest.mark.parametrize("image_key, label_key", [("arr_0", "arr_1"), ("images", "labels")])
-def test_both_layouts_of_npz_load(tmp_path, image_key, label_key):
-    images, labels = noise(5, 4, 6, 3), np.array([2, 0, 2, 1, 0])
-    dataset = load(npz(tmp_path, **{image_key: images, label_key: labels}))
-    np.testing.assert_array_equal(dataset.images, images)
-    np.testing.assert_array_equal(dataset.labels, labels)
-    assert dataset.classes == ["0", "1", "2"] and dataset.image_size == (4, 6) and dataset.channels == 3
-
-
-def test_an_npz_without_labels_has_no_classes(tmp_path):
-    dataset = load(npz(tmp_path, arr_0=noise(5, 4, 4, 3)))
-    assert dataset.labels is None and dataset.num_classes is None
-
-
-def test_an_npz_without_a_channel_axis_is_grey(tmp_path):
-    dataset = load(npz(tmp_path, images=noise(5, 4, 6)))
-    assert dataset.channels == 1
-    np.testing.assert_array_equal(dataset.images[..., 0], noise(5, 4, 6))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -624,36 +623,7 @@ def test_an_npz_is_scaled_to_another_image_size(tmp_path, channels):
     np.testing.assert_array_equal(dataset.labels, range(5))
 
 
-def spoiled(value):
-    images = np.zeros((5, 4, 4), np.float32)
-    images[3, 2, 1] = value
-    return images
-
-
 GOOD = noise(5, 4, 4)
-BAD_ARRAYS = {
-    "infinite": (dict(images=spoiled(np.inf)), "1 pixels are NaN or infinite"),
-    "too small": (dict(images=spoiled(-1.5)), "from -1.5 to 0"),
-    "signed pixels": (dict(images=GOOD.astype(np.int64)), "int64"),
-    "text": (dict(images=np.full((5, 4, 4), "a")), "<U1"),
-    "alpha": (dict(images=noise(5, 4, 4, 4)), "(5, 4, 4, 4)"),
-    "channels first": (dict(images=noise(5, 3, 8, 8)), "(5, 3, 8, 8)"),
-    "one image": (dict(images=noise(8, 8)), "(8, 8)"),
-    "video": (dict(images=noise(2, 5, 4, 4, 3)), "(2, 5, 4, 4, 3)"),
-    "no images": (dict(images=noise(0, 4, 4)), "(0, 4, 4, 1)"),
-    "no pixels": (dict(images=noise(5, 0, 4)), "(5, 0, 4, 1)"),
-    "other names": (dict(x=GOOD, y=np.arange(5)), "neither arr_0 nor images, but x, y"),
-    "one-hot labels": (dict(images=GOOD, labels=np.eye(5, dtype=int)), "(5, 5)"),
-    "fractional labels": (dict(images=GOOD, labels=np.arange(5) / 2), "whole numbers"),
-    "labels that are no classes": (dict(images=GOOD, labels=np.full(5, 2 ** 62)), "99999"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ARRAYS)
-def test_an_npz_of_something_else_is_refused(tmp_path, case):
-    arrays, reason = BAD_ARRAYS[case]
-    path = npz(tmp_path, **arrays)
-    refusal(lambda: load(path), path, reason)
 
 
 class Payload:
@@ -685,18 +655,19 @@ def test_large_images_of_an_npz_stay_in_the_file(tmp_path, monkeypatch, shape):
     images = noise(*shape)
     np.savez(tmp_path / "large.npz", arr_1=np.arange(9), arr_0=images)
     loaded = load(str(tmp_path / "large.npz"), split="all")
-    monkeypatch.setattr(data, "MAPPED", 100)
+    monkeypatch.setattr(arrays, "MAPPED", 100)
     mapped = load(str(tmp_path / "large.npz"), split="all")
-    assert mapped.in_files and not loaded.in_files and np.array_equal(mapped.images, loaded.images)
+    assert isinstance(mapped.images, np.memmap) and type(loaded.images) is np.ndarray
+    assert np.array_equal(mapped.images, loaded.images)
     assert mapped.labels.tolist() == list(range(9))
 
 
 def test_large_images_that_are_compressed_are_read_into_memory(tmp_path, monkeypatch):
     images = noise(9, 4, 4, 3)
     np.savez_compressed(tmp_path / "large.npz", arr_0=images)
-    monkeypatch.setattr(data, "MAPPED", 100)
+    monkeypatch.setattr(arrays, "MAPPED", 100)
     loaded = load(str(tmp_path / "large.npz"), split="all")
-    assert not loaded.in_files and np.array_equal(loaded.images, images)
+    assert type(loaded.images) is np.ndarray and np.array_equal(loaded.images, images)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY\x01\x00", b"PK\x03\x04" + bytes(50), b"\x80\x04N."])
