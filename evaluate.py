@@ -148,8 +148,7 @@ def open_run(args):
     """The Run, network, process, autoencoder and text reader of --ckpt.  ValueError if its samples cannot be scored."""
     run, network, diffusion = drawable(args.ckpt)
     if isinstance(network, MLP):
-        raise ValueError(f"{args.ckpt} draws points, which have no features: python bench.py swissroll --ckpt {args.ckpt} measures "
-                         "them")
+        raise ValueError(f"{args.ckpt} draws points, which have no features: study.py roll measures such runs")
     if not args.reference and not run.data.spec:
         raise ValueError(f"--reference: {args.ckpt} does not say what it was trained on; give real images to compare with")
     autoencoder = decoder(args.vae, run, network)

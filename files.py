@@ -259,12 +259,8 @@ PURPOSES = {
     "reference": Purpose("a measured reference of evaluate.py", ".npz", own_reference),
     "scores": Purpose("a table of evaluate.py", ".csv", own_scores),
     **{f"figure {name}": Purpose(f"the figure of plot.py {name}", ".png", own_png)
-       for name in ("curves", "schedules", "noising", "guidance", "cost", "swissroll")},
+       for name in ("curves", "schedules", "noising", "guidance", "swissroll")},
     "way": Purpose("a way from noise to the roll", ".gif", own_gif),
-    "restored": Purpose("the picture of bench.py restore", ".png", own_png),
-    "prompts": Purpose("the picture of bench.py text", ".png", own_png),
-    "comparison": Purpose("a table of bench.py compare", ".csv",       # of an earlier version, too
-                          lambda path, purpose: header_of(path)[:4] == ["model", "size", "seed", "steps"]),
     "study": Purpose("the chart of a study", ".png", own_png),
     "page": Purpose("a page of companion.py", ".html", own_page),
 }

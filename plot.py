@@ -1,13 +1,12 @@
 """Draw the figures: each shows one claim, which the command prints for the caption, and one line remakes it.
 
-Report Fig. 1-2 and Eq. 2-3 (schedules and noise), Fig. 2-1 (a swiss roll, there and back), §3 (guidance), Fig. 4-3 and §2-7-1
-(quality against Gflops). Times in the figures are the report's, t = 1 … T, and t = 0 is the data. pictures.py draws the lines.
+Report Fig. 1-2 and Eq. 2-3 (schedules and noise), Fig. 2-1 (a swiss roll, there and back), §3 (guidance). Times in the figures are
+the report's, t = 1 … T, and t = 0 is the data. pictures.py draws the lines; charts of scores are study.py's.
 
     python plot.py run1.csv run2.csv                     loss curves of runs
     python plot.py schedules                             beta, alpha_bar and the signal-to-noise ratio of the three schedules
     python plot.py noising                               a digit on its way to noise, under two schedules
     python plot.py guidance --ckpt run.pt                the same noise at rising guidance scales
-    python plot.py cost compare/compare.csv              Fréchet distance against Gflops, of `bench.py compare`
     python plot.py swissroll --ckpt run.pt --gif way.gif     Fig. 2-1 of a run of `train.py --data swissroll`
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
@@ -86,34 +85,6 @@ def curves(args):
     best = int(np.argmin(ends))
     which = "ends with a loss of" if len(names) == 1 else "ends with the lowest loss,"
     return chart.image(), f"{names[best]} {which} {ends[best]:.4g}, a mean of {min(SMOOTHED, len(losses[best]))} rows."
-
-
-def cost(args):
-    """Fréchet distance of each run against what one forward pass costs."""
-    path = args.csv
-    rows = read_rows(path, "model", "size", "gflops", "FD", "n")
-    gflops, distances = numbers(path, rows, "gflops"), numbers(path, rows, "FD")
-    if len({(row["n"], row.get("steps"), row.get("features_sha256")) for row in rows}) > 1:
-        raise ValueError(f"{path}: its distances are of different n, steps or features, and do not compare: keep the rows of one")
-    if not (gflops > 0).all() or not np.isfinite([gflops, distances]).all():
-        raise ValueError(f"{path}: Gflops must be above 0, and distances finite")
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    if len(models) > len(COLOURS):
-        raise ValueError(f"{path} has {len(models)} models: a chart tells {len(COLOURS)} apart")
-    low, high = spread(gflops, log=True, margin=0.1)
-    chart = Chart((low, high * (high / low) ** 0.1), (0, 1.08 * max(distances.max(), 1e-9)), width=900, height=560,
-                  x_label="Gflops of a forward pass", y_label="FD, the Frechet distance", log_x=True)
-    for model, colour in zip(models, COLOURS):
-        of_model = [i for i, row in enumerate(rows) if row["model"] == model]
-        chart.points(gflops[of_model], distances[of_model], colour, 6, label=model)
-        for size in dict.fromkeys(rows[i]["size"] for i in of_model):
-            of_size = [i for i in of_model if rows[i]["size"] == size]
-            x, low, high = gflops[of_size[0]], distances[of_size].min(), distances[of_size].max()
-            chart.line([x, x], [low, high], colour, 1.5)
-            chart.text(x, (low + high) / 2, size, colour)
-    best = int(distances.argmin())
-    return chart.image(), (f"The lowest FD, {distances[best]:.2f}, is that of {rows[best]['model']} {rows[best]['size']} at "
-                           f"{gflops[best]:.3g} Gflops; a mark is a run, a line joins runs of one network.")
 
 
 # The forward process
@@ -225,7 +196,7 @@ def swissroll(args):
                      "(second row, to the left), led by the drift f(x, t) = mu(x, t) - x (third row, each panel to its own scale).")
 
 
-COMMANDS = {function.__name__: function for function in (curves, schedules, noising, guidance, cost, swissroll)}
+COMMANDS = {function.__name__: function for function in (curves, schedules, noising, guidance, swissroll)}
 
 
 def flags():
@@ -238,7 +209,6 @@ def flags():
         add_overwrite_flag(command)
     of = commands.choices
     of["curves"].add_argument("csv", nargs="+", help="logs of train.py; the command's name can be left out")
-    of["cost"].add_argument("csv", help="compare.csv of bench.py compare")
     of["noising"].add_argument("--digit", type=natural, default=0, help="number of a held-out digit (default: 0)")
     of["swissroll"].add_argument("--gif", help="also write the way from noise to the roll")
     for name in ("guidance", "swissroll"):

@@ -1,7 +1,7 @@
 """Sampling from a network: its conditions, its batches, guidance, decoding; and a set of samples that is drawn once.
 
 Report §4-5 (inference), §2-5 (latents are decoded), §4-1 (a text is encoded), §3 (guidance). sample.py is the command; pictures
-of runs, evaluate.py and bench.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
+of runs, evaluate.py and study.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
 size or the number of processes: to rounding, which in float32 is at most one grey level. Who calls chooses the precision, by
 `cli.autocast`.
 """

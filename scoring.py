@@ -1,7 +1,7 @@
 """Scores: what samples can be compared by, the reference that they are compared with, and the scores of a network in training.
 
 Report §4-6, §4-10, Fig. 5-2. metrics.py defines the scores, features.py the spaces in which they are measured. evaluate.py is the
-command; train.py's --eval-every and bench.py score through here as well.
+command; train.py's --eval-every and judges.py score through here as well.
 """
 import hashlib
 import json

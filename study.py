@@ -36,10 +36,11 @@ from dit import BLOCKS
 from files import append, atomic_file
 from gflops import count, inputs_of
 from pictures import COLOURS, Chart, save_image, spread
-from settings import read_settings
+from settings import MAY_CHANGE, read_settings
 
 ROOT = Path(__file__).parent
 RESULTS, ASSETS = ROOT / "RESULTS.md", ROOT / "assets"
+OF_MACHINES = MAY_CHANGE - {"steps", "lr", "warmup", "decay", "clip_grad"}       # settings that change no result
 ABOUT = ("run", "seed", "minutes", "threads", "steps", "parameters", "gflops", "machine", "torch", "date")
 
 
@@ -88,17 +89,18 @@ def train_run(name, seed, folder, threads):
     """
     path, began = path_of(name, seed, folder), time.perf_counter()
     argv, there = flags_of(name, seed, folder), path.exists()
-    args, run = read_settings([*argv, *["--resume"] * there])            # refuses one of other settings, and says which differ
-    if there and run.step > args.steps:
-        raise ValueError(f"{path} has {run.step} steps, the study wants {args.steps}: move it away")
+    args, _ = read_settings([*argv, "--out", str(path.with_suffix(".new.pt"))])          # as if it were not there
+    run = load(path) if there else None
+    differ = [key for key in vars(args) if there and key not in OF_MACHINES and run.config.get(key) != getattr(args, key)]
+    if differ:
+        raise ValueError(f"{path} is a run of other settings than the study's: " + "; ".join(
+            f"--{key.replace('_', '-')} is {run.config.get(key)}, not {getattr(args, key)}" for key in differ) + ": move it away")
     if not there or run.step < args.steps:
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         subprocess.run([sys.executable, ROOT / "train.py", *argv, *["--resume"] * there], env=environment, check=False)
         if not path.exists() or load(path).step < args.steps:
             raise ValueError(f"the run {name!r}, seed {seed}, did not come to its end: the same command goes on with it")
     return None if there else (time.perf_counter() - began) / 60
-
-
 
 
 # Scores
@@ -161,9 +163,11 @@ def complete(name, folder, together):
               if any((run, str(seed), *map(str, setting.values())) not in done for setting in study.settings)]
     if any("{vae}" in RUNS[run] for run, _ in wanted):
         train_run("vae", 0, folder, None)
-    with ThreadPoolExecutor(together) as pool:
-        minutes = pool.map(lambda run: train_run(*run, folder, threads), wanted)
-        for (run, seed), taken in zip(wanted, minutes):
+    for i in range(0, len(wanted), together):
+        at_once = wanted[i:i + together]
+        with ThreadPoolExecutor(together) as pool:
+            minutes = list(pool.map(lambda run: train_run(*run, folder, threads), at_once))
+        for (run, seed), taken in zip(at_once, minutes):
             score_run(name, run, seed, taken, folder, threads, done)
     return read_scores(name)
 
@@ -314,7 +318,7 @@ STUDIES = {
     "networks": Study(
         "Transformers can take the U-Net's place, and more Gflops give better images (§1, §2-7-1, Fig. 4-3).",
         tuple(name for name in RUNS if name.startswith(("dit ", "uvit ", "unet "))), judges.digit_scores, SCORED,
-        ranking("FD", "dit Ti/4"), by_run("FD"), "1,400 steps are few, and the recipe is DiT's. Each network at its own best "
+        ranking("FD", "dit Ti/4"), along("gflops", "FD", log=True), "1,400 steps are few, and the recipe is DiT's. Each network at its own best "
         "learning rate, until its held-out loss is flat, would settle it.", 45, seeds=(0, 1)),
     "restoration": Study(
         "A diffusion model fills in and enlarges images (§1-2).", ("digits",), judges.restored_share,

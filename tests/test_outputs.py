@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
 import checkpoint
 import companion
 import evaluate
@@ -43,11 +42,8 @@ OUTPUTS = {                            # the file: its purpose, and the command 
     "saved.npz": ("reference", evaluate, ["--reference", "real.npz", "--save-reference", "saved.npz"]),
     "scores.csv": ("scores", evaluate, ["--samples", "real.npz", "--reference", "real.npz", "--results", "scores.csv"]),
     **{f"{name}-figure.png": (f"figure {name}", plot, [name, *more, "--out", f"{name}-figure.png"]) for name, more in (
-        ("curves", ["run.csv"]), ("schedules", []), ("noising", []), ("guidance", []), ("cost", ["run.csv"]), ("swissroll", []))},
+        ("curves", ["run.csv"]), ("schedules", []), ("noising", []), ("guidance", []), ("swissroll", []))},
     "roll.gif": ("way", plot, ["swissroll", "--gif", "roll.gif"]),
-    "kept.png": ("restored", bench, ["restore", "--out", "kept.png"]),
-    "text-prompts.png": ("prompts", bench, ["text"]),
-    "compare/compare.csv": ("comparison", bench, ["compare", "--steps", "1", "--n", "4"]),
     "slim.pt": ("slim run", checkpoint, ["run.pt", "--slim", "slim.pt"]),
     "page.html": ("page", companion, ["--report", "REPORT.md", "--out", "page.html"]),
     "cats.pt": ("run", train, [*TINY, "--out", "cats.pt"]),

@@ -1,5 +1,4 @@
 """plot.py: what a figure shows is what was computed, its claim is true of it, and bad input gets one line."""
-import csv
 import itertools
 import shutil
 
@@ -9,14 +8,13 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import Image, ImageColor
 
-import bench
 import checkpoint
 import data
 import ddpm
 import plot
 import sample
 import train
-from pictures import COLOURS, Chart
+from pictures import COLOURS
 from plot import drift, numbers, read_rows, reverse, smooth
 
 
@@ -39,17 +37,6 @@ def log(path, losses, steps=None, **columns):
     rows = zip(steps or range(50, 50 * len(losses) + 1, 50), losses, *columns.values(), strict=True)
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(",".join(map(str, row)) + "\n" for row in (("step", "loss", *columns), *rows)))
-    return str(path)
-
-
-def comparison(path, rows):
-    """Write a compare.csv: rows of model, size, gflops and FD, and what else differs from the first row's."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, bench.ROW, restval="")
-        writer.writeheader()
-        for model, size, gflops, distance, *changes in rows:
-            row = dict(model=model, size=size, seed=0, steps=10, n=2000, features_sha256="a", gflops=gflops, FD=distance)
-            writer.writerow({**row, **(changes[0] if changes else {})})
     return str(path)
 
 
@@ -105,27 +92,6 @@ def test_runs_of_one_name_go_by_their_paths_and_rows_without_a_loss_are_left_out
 def test_a_log_that_train_wrote_is_drawn(roll_run, folder, capsys):
     plot.main([str(roll_run.with_suffix(".csv")), "--out", "own.png"])
     assert "wrote own.png: run ends" in capsys.readouterr().out and picture("own.png").shape == (560, 900, 3)
-
-
-# Cost
-
-ROWS = [("dit", "Ti/4", 0.18, 6.3), ("dit", "Ti/8", 0.045, 5.0), ("unet", "Nano", 0.18, 0.4), ("dit", "Ti/4", 0.18, 2.9)]
-
-
-def test_cost_has_a_mark_a_run_in_its_models_colour_higher_where_the_distance_is_larger(folder, capsys):
-    plot.main(["cost", comparison(folder / "compare.csv", ROWS)])
-    image = picture("cost.png")
-    lowest = [np.flatnonzero((image == ImageColor.getrgb(colour)).all(axis=2).any(axis=1)).max() for colour in COLOURS[:2]]
-    _, top, _, bottom = Chart((1, 2), (0, 1), x_label="x", y_label="y", width=900, height=560).box
-    assert lowest[1] - lowest[0] == pytest.approx((2.9 - 0.4) / (1.08 * 6.3) * (bottom - top), abs=2)
-    assert pixels_of(image, COLOURS[0]) > 3 * 80 and 80 < pixels_of(image, COLOURS[1]) < 3 * 80 + 150        # discs of radius 6
-    assert "The lowest FD, 0.40, is that of unet Nano at 0.18 Gflops" in capsys.readouterr().out
-
-
-def test_distances_that_do_not_compare_are_refused(folder, capsys):
-    for change in (dict(n=500), dict(steps=700), dict(features_sha256="b")):
-        refused(capsys, ["cost", comparison(folder / "compare.csv", [*ROWS, ("dit", "Ti/2", 0.7, 3.0, change)])],
-                "different n, steps or features")
 
 
 # Forward
@@ -243,10 +209,7 @@ FILES = {
     "empty.csv": b"", "header.csv": b"step,loss\n", "no-loss.csv": b"step,accuracy\n50,0.5\n",
     "words.csv": b"step,loss\n50,high\n", "short.csv": b"step,loss\n50\n", "nan.csv": b"step,loss\n50,nan\n",
     "zero.csv": b"step,loss\n50,0\n", "binary.csv": bytes(range(256)), "nul.csv": b"step,loss\n\0,\0\n",
-    "short-fd.csv": b"model,size,gflops,n,FD\ndit,B/4,1,10,3\ndit\n",
-    "log.csv": b"step,loss\n50,1.0\n", "no-fd.csv": b"model,size,gflops,n\ndit,B/4,1,10\n",
-    "no-cost.csv": b"model,size,gflops,n,FD\ndit,B/4,0,10,3\n", "fd.csv": b"model,size,gflops,n,FD\ndit,B/4,1,10,inf\n",
-    "models.csv": b"model,size,gflops,n,FD\n" + b"".join(b"%d,B/4,1,10,3\n" % model for model in range(8)),
+    "log.csv": b"step,loss\n50,1.0\n",
 }
 
 
@@ -258,7 +221,6 @@ FILES = {
     (["no-loss.csv"], ["no-loss.csv has no column loss; it has step, accuracy"]),
     (["words.csv"], ["words.csv", "column loss", "no number"]),
     (["short.csv"], ["short.csv", "column loss", "no number"]),
-    (["cost", "short-fd.csv"], ["short-fd.csv", "column gflops", "no number"]),
     (["nan.csv"], ["nan.csv has no loss above 0"]),
     (["zero.csv"], ["zero.csv has no loss above 0"]),
     (["binary.csv"], ["binary.csv"]),
@@ -267,11 +229,6 @@ FILES = {
     (["log.csv", "--out", "curves.jpg"], ["curves.jpg", ".png"]),
     (["log.csv", "--out", "no/curves.png"], ["no", "does not exist"]),
     ([], ["command"]),
-    (["cost"], ["csv"]),
-    (["cost", "no-fd.csv"], ["no column FD"]),
-    (["cost", "no-cost.csv"], ["Gflops must be above 0"]),
-    (["cost", "fd.csv"], ["distances finite"]),
-    (["cost", "models.csv"], ["8 models", "7"]),
     (["noising", "--digit", "1000"], ["--digit 1000", "1000 held-out digits"]),
     (["schedules", "log.csv"], ["log.csv"]),
     (["guidance", "--ckpt", "roll.pt"], ["roll.pt", "classes"]),

@@ -10,7 +10,6 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from refusals import refusal
 
-import bench
 import checkpoint
 import data
 import evaluate
@@ -197,15 +196,6 @@ def test_stopping_and_going_on_is_the_same_bit_for_bit(tmp_path):
     torch.testing.assert_close((one.model, one.ema), (other.model, other.ema), rtol=0, atol=0)
 
 
-def test_bench_compares_the_distance_to_the_data_with_that_of_the_data_to_itself(roll_run, capsys):
-    bench.main(["swissroll", "--ckpt", str(roll_run), "--n", "300", "--device", "cpu"])
-    said = capsys.readouterr().out.splitlines()
-    ours, times, floor = float(said[1].split()[-3]), float(said[1].split()[-2]), float(said[2].split()[-1])
-    assert times == pytest.approx(ours / floor, rel=0.01)
-    expected = [sliced_wasserstein(swiss_roll(300, 2 * k + 1000), swiss_roll(300, 2 * k + 1001)) for k in range(25)]
-    assert floor == pytest.approx(np.median(expected), rel=0.25)         # medians of 25 that scatter by a quarter: 5 % each
-
-
 @pytest.mark.parametrize("command, argv, words", [
     *((train, f"--model {model} --data {spec}", f"--model {model} --data {spec}") for model, spec in (
         ("mlp", "mnist"), *((model, "swissroll") for model in ("dit", "uvit", "unet", "vit", "vae")))),
@@ -214,16 +204,14 @@ def test_bench_compares_the_distance_to_the_data_with_that_of_the_data_to_itself
         "--variance learned", "--conditioning adaln")),
     (sample, "--ckpt {roll} --out folder/", "plot.py swissroll"), (sample, "--ckpt {roll} --trajectory a.gif", "plot.py swissroll"),
     (sample, "--ckpt {roll} --classes 3", "without labels"), (sample, "--ckpt {roll} --cfg-scale 2", "no unconditional input"),
-    (evaluate, "--ckpt {roll}", "bench.py swissroll"), (evaluate, "--ckpt {roll} --reference mnist", "points"),
+    (evaluate, "--ckpt {roll}", "study.py roll"), (evaluate, "--ckpt {roll} --reference mnist", "points"),
     (evaluate, "--samples mnist --reference swissroll", "points"), (evaluate, "--samples swissroll --reference mnist", "points"),
-    (bench, "quality --ckpt {roll}", "class-conditional"), (bench, "swissroll --seed -1", "--seed"),
-    (bench, "swissroll --ckpt {images}", "--data swissroll"),
 ])
-def test_what_does_not_go_with_points_is_refused_before_the_work(tmp_path, roll_run, tiny_run, monkeypatch, capsys, command, argv,
+def test_what_does_not_go_with_points_is_refused_before_the_work(tmp_path, roll_run, monkeypatch, capsys, command, argv,
                                                                  words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        command.main(argv.format(roll=roll_run, images=tiny_run).split())
+        command.main(argv.format(roll=roll_run).split())
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and words in said, said
     assert not list(tmp_path.iterdir())

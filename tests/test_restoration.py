@@ -486,3 +486,24 @@ def test_runs_that_take_a_text_are_refused(tiny_run, context_dim):
     args = SimpleNamespace(ckpt="run.pt", cfg_scale=None)
     call = lambda: sample.check_task(args, "inpaint", network, False, None, None)
     refusal(call, "run.pt takes a text") if context_dim else call()
+
+
+def test_the_linear_filter_is_the_conditional_mean_of_a_gaussian():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(500, 1, 2, 2, generator=generator).cumsum(dim=3)
+    x, sigma = real.flatten(1).double(), 0.7
+    noisy = torch.randn(3, 1, 2, 2, generator=generator)
+    joint = torch.cov(torch.cat([x, x], dim=1).T) + torch.block_diag(torch.zeros(4, 4), sigma ** 2 * torch.eye(4))
+    expected = x.mean(dim=0) + (noisy.flatten(1).double() - x.mean(dim=0)) @ torch.linalg.inv(joint[4:, 4:]) @ joint[4:, :4]
+    torch.testing.assert_close(restoration.linear_filter(noisy, real, sigma).flatten(1).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_blur_keeps_the_mean_spreads_a_point_by_its_deviation_and_leaves_flat_images_alone():
+    point = torch.zeros(1, 1, 33, 33)
+    point[..., 16, 16] = 1
+    spread, place = restoration.blurred(point, 1.5)[0, 0], torch.arange(33) - 16
+    assert spread.sum().item() == pytest.approx(1, abs=1e-5)
+    for axis in (0, 1):
+        assert (spread.sum(dim=axis) * place ** 2).sum().item() == pytest.approx(1.5 ** 2, rel=1e-3)
+    flat = torch.full((2, 1, 20, 20), 0.3)
+    torch.testing.assert_close(restoration.blurred(flat, 1.5), flat)
