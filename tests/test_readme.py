@@ -30,11 +30,11 @@ LINES = [line.split("#")[0].strip() for language, block in BLOCKS if not languag
 INLINE = re.findall(r"`(python \w+\.py[^`…]*)`", TEXT.replace("\n", " "))        # in tables and prose; an ellipsis is no command
 COMMANDS = list(dict.fromkeys([line for line in LINES if re.match(r"python \w+\.py|torchrun|pip", line)]
                               + [re.sub(" N$", " 0", line) for line in INLINE]))
-RUN = ("train", "sample", "plot", "checkpoint")          # evaluate, bench and gflops are run by their own tests
+RUN = ("train", "sample", "plot", "checkpoint")          # evaluate, study, bench and gflops are run by their own tests
 NOT_HERE = (                                             # what of a command asks for more than a laptop and this repository
     "torchrun", "--resume", "--eval-every",              # more processes, a run that was begun, minutes of scoring
     "--size B", "--size S", "--size L", "--size XL", "ddpm-cifar10",     # days
-    "cifar", "photos", "images.npz", "coco", "sd-vae", "DiT-XL", "compare/")     # files of others, and of bench.py
+    "cifar", "photos", "images.npz", "coco", "sd-vae", "DiT-XL", "studies/")     # files of others, and of study.py
 FEW = {                                                  # what is added to a command, by program
     "train": ["--steps", "2", "--batch-size", "8", "--sample-every", "2", "--device", "cpu", "--cache", "cache"],
     "sample": ["--steps", "2", "--n", "2"]}
