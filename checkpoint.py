@@ -62,6 +62,7 @@ class Data:
     image_size: int | tuple | list               # likewise
     images: int | None = None                    # how many it trains on
     fingerprint: str | None = None               # of these images, see `data.fingerprint`
+    summary: str | None = None                   # what they were read as, see `data.Dataset.summary`
 
 
 @dataclass
@@ -352,7 +353,8 @@ def summary(path):
             "parameters": f"{sum(value.numel() for value in run.model.values()):,}",
             "diffusion": listed({field.name: value for field in fields(Process) if run.diffusion
                                  and (value := getattr(run.diffusion, field.name)) != field.default}),
-            "data": listed(plain(run.data)),
+            "data": listed({**plain(run.data), "summary": None}),
+            "read as": run.data.summary,
             "latents": f"of an autoencoder, scaled by {run.vae.scale}" if run.vae else "",
             "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
                               for key, value in run.config.items() if value is not None and value is not False),

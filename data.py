@@ -2,12 +2,13 @@
 
 Report §4-5 (training data). Files and caches hold uint8 NHWC, the networks see float32 NCHW in [-1, 1]; every level survives
 the round trip. A tenth of any data set without a test split of its own is held out, the same tenth for every command.
-Image files are image_files.py's.
+Folders of images are folders.py's.
 """
 import hashlib
 import json
 import tarfile
 import zipfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from PIL import Image
 
 import shapes
 from files import cache_folder, download
-from image_files import center_crop, coco, image_folder
+from folders import coco, image_folder
+from image_files import center_crop, decoded
 from points import POINTS, swiss_roll
 
+NAMED = ("mnist", "shapes", "shapes:one", "swissroll", "cifar10")        # never a file or folder: ./mnist is one
 ASSETS = Path(__file__).parent / "assets"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -57,6 +60,12 @@ def augment(x, flip=None, offset=None):
     return x
 
 
+def shortened(texts):
+    """The first five of a list of texts, none of them long, in words."""
+    texts = [f'"{text}"' if "," in text else text for text in texts]
+    return ", ".join(text if len(text) <= 50 else f"{text[:49]}…" for text in texts[:5]) + ", …" * (len(texts) > 5)
+
+
 class Dataset:
     """Images and labels, in memory or memory-mapped.
 
@@ -67,6 +76,8 @@ class Dataset:
 
     autoencoder = None                                   # of a data set of latents, see latents.Latents
     checksums = None                                     # (M,) of images that were decoded from files
+    pixel_range = "uint8"                                # what the pixels were before, in words
+    held_out, left_out = "nothing", ()                   # in words: what of the data the test split is; what was not read
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
         self.spec, self.images, self.labels, self.captions = spec, images, labels, captions
@@ -79,6 +90,25 @@ class Dataset:
 
     def __len__(self):
         return len(self.rows)
+
+    @cached_property
+    def summary(self):
+        """What the data was read as, in a line: images, classes, captions, size, channels, range, split, and what is left out."""
+        (height, width), part = self.image_size, self.images if type(self.images) is np.ndarray else self.images[self.spread(256)]
+        colour = {1: "grey", 3: "colour"}.get(self.channels, f"{self.channels} channels")
+        levels = f"levels {part.min()} to {part.max()}" + f" (from {self.pixel_range})" * (self.pixel_range != "uint8")
+        classes, captions = "no classes", "no captions"
+        if self.classes:
+            classes = f"{self.num_classes:,} class{'es' * (self.num_classes > 1)}: {shortened(self.classes)}"
+        if self.captions:
+            captions = f"captions, such as {shortened(self.captions[self.rows[0]][:1])}"
+        line = (f"{self.spec}: {len(self):,} images, {width}x{height} pixels, {colour}, {levels}; {classes}; {captions}; held out: "
+                f"{self.held_out}; left out: {'; '.join(self.left_out) or 'nothing'}")
+        return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+    def spread(self, n):
+        """The rows of up to n images of this split, evenly spread."""
+        return self.rows[np.linspace(0, len(self) - 1, min(n, len(self)), dtype=int)]
 
     def batch(self, indices, epochs=0):
         """Images (n, H, W, C) uint8, and conditions as `condition` says, as tensors, for indices (n,) in 0 .. len - 1."""
@@ -117,7 +147,7 @@ def fingerprint(dataset):
     """
     images = dataset.images if type(dataset.images) is np.ndarray else dataset.checksums
     if images is None:
-        images = dataset.images[dataset.rows[np.linspace(0, len(dataset) - 1, min(1000, len(dataset)), dtype=int)]]
+        images = dataset.images[dataset.spread(1000)]
     digest = hashlib.sha256(json.dumps([list(dataset.images.shape), dataset.classes, dataset.captions]).encode())
     for array in (dataset.rows, images, *([] if dataset.labels is None else [dataset.labels[dataset.rows]])):
         digest.update(np.ascontiguousarray(array))
@@ -126,6 +156,11 @@ def fingerprint(dataset):
 
 class Points(Dataset):
     """Points in the plane as images of one pixel, a channel a coordinate: images (M, 1, 1, 2) float32, without labels."""
+
+    @property
+    def summary(self):
+        """What the data is, in a line."""
+        return f"{self.spec}: {len(self):,} points in the plane; held out: {self.held_out}"
 
     def batch(self, indices, epochs=0):
         """Points (n, 2, 1, 1) float32, as the networks see them, and no labels."""
@@ -168,6 +203,7 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     ValueError or OSError, in one line, on anything that cannot be used.
     """
     name, _, argument = spec.partition(":")
+    own_split = None                                     # in words, where the data has one
     if spec == "mnist":
         dataset = _mnist(image_size)
     elif spec in ("shapes", "shapes:one"):
@@ -180,30 +216,33 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
             raise ValueError("--image-size: swissroll holds points, which have none")
         dataset = Points(spec, swiss_roll(POINTS).reshape(-1, 1, 1, 2).numpy())
     elif name == "cifar10":
-        return _resized(_cifar10(argument or None, split, cache), image_size)
+        dataset, own_split = _resized(_cifar10(argument or None, split, cache), image_size), "its test batch"
     elif spec.endswith(".npz"):
         dataset = _resized(_npz(spec), image_size)
-    elif name == "coco" and Path(argument).is_dir():
-        images, rows, checksums, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
-        dataset = Dataset(spec, images, rows=rows, captions=captions)
-        dataset.checksums = checksums
-        if own_split:
-            return dataset
+    elif name == "coco" and argument and Path(argument).is_dir():
+        dataset, own_split = _of_files(spec, coco(Path(argument), split, skip_bad), image_size, cache, skip_bad)
     elif Path(spec).is_dir():
-        images, rows, checksums, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad)
-        dataset = Dataset(str(Path(spec)), images, labels, classes, rows, captions)
-        dataset.checksums = checksums
+        dataset, own_split = _of_files(spec, image_folder(Path(spec), split, skip_bad), image_size, cache, skip_bad)
     else:
         raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, an "
                          "existing folder, nor an .npz file")
-    if split == "all":
-        return dataset
-    order = np.random.default_rng(0).permutation(len(dataset))           # the same tenth is held out, whoever asks
-    held_out = max(1, len(dataset) // 10)
-    dataset.rows = dataset.rows[np.sort(order[:held_out] if split == "test" else order[held_out:])]
-    if not len(dataset):
-        raise ValueError(f"{spec} holds too few images: one is held out, and none is left to train on")
+    if split != "all" and not own_split:
+        order = np.random.default_rng(0).permutation(len(dataset))       # the same tenth is held out, whoever asks
+        count = max(1, len(dataset) // 10)
+        dataset.rows = dataset.rows[np.sort(order[:count] if split == "test" else order[count:])]
+        own_split = f"a tenth, {count:,}"
+        if not len(dataset):
+            raise ValueError(f"{spec} holds too few images: one is held out, and none is left to train on")
+    dataset.held_out = {"train": own_split, "test": "these", "all": "nothing"}[split]
     return dataset
+
+
+def _of_files(spec, files, image_size, cache, skip_bad):
+    """The Dataset of image files, `folders.Files`, and their own split."""
+    images, rows, checksums, bad = decoded(files.name, files.folder, files.paths, image_size, cache, skip_bad)
+    dataset = Dataset(spec, images, files.labels, files.classes, rows, files.captions)
+    dataset.checksums, dataset.left_out = checksums, files.left_out + bad
+    return dataset, files.own_split
 
 
 def _mnist(image_size):

@@ -24,7 +24,8 @@ import data
 from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes, rule_of
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
 from files import append, check_output, header_of, sha256_of, writing
-from image_files import side_of
+from folders import side_of
+from image_files import MAX_PIXELS_HELP, allow_pixels
 from latents import embeddings
 from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module
 from points import MLP
@@ -41,7 +42,7 @@ COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "feat
 
 def in_files(spec):
     """Whether a --samples or --reference is a folder or an .npz, whose images count all, and no data set by name."""
-    return spec.endswith(".npz") or Path(spec).is_dir()
+    return spec.endswith(".npz") or spec not in data.NAMED and Path(spec).is_dir()
 
 
 def images_of(spec, split, args):
@@ -50,7 +51,7 @@ def images_of(spec, split, args):
     if tables and not tables["images"]:
         return None
     with first_in_turn():
-        side = args.image_size or (side_of(spec) if Path(spec).is_dir() else None)
+        side = args.image_size or (side_of(spec) if in_files(spec) and not spec.endswith(".npz") else None)
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
@@ -108,6 +109,7 @@ def flags():
     parser.add_argument("--n", type=positive, help=f"samples (default: all of --samples; of a run {FULL} for Inception, else "
                         f"{QUICK})")
     parser.add_argument("--image-size", type=positive, help="crop and scale the images to this side (default: as they are)")
+    parser.add_argument("--max-pixels", type=positive, help=MAX_PIXELS_HELP)
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     add_overwrite_flag(parser)
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
@@ -210,11 +212,15 @@ def score_samples(args):
         how = dict(vae=args.vae and sha256_of(args.vae), classes=parse_classes(args.classes, names, network.num_classes),
                    cfg_scale=guidance_scale(network, args.cfg_scale, y_null), sampler=sampler,
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
+    allow_pixels(args.max_pixels or run and run.config.get("max_pixels"))
     name = args.reference or run.data.spec
     check_saving(args, name)
     device, rank, _ = processes(args.device)
 
     real_images, fake_images = read_images(args, run)
+    for images in (real_images, fake_images) if rank == 0 else ():
+        if images:
+            print(images.summary)
     if fake_images:
         names, shape = fake_images.classes, fake_images.images.shape[1:]
     if real_images and shape and tuple(real_images.image_size) != tuple(shape[:2]):

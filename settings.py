@@ -15,10 +15,11 @@ import unet
 from cli import Parser, natural, not_negative, parent_of, positive, rule_of
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
 from files import check_output
+from image_files import MAX_PIXELS_HELP
 from models import TRAINABLE, check_options, describe, named
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,
-              text=False, clip=None, flip=False, skip_bad=False, cache=None, eval_every=None, eval_n=2000, features=None,
+              text=False, clip=None, flip=False, skip_bad=False, max_pixels=None, cache=None, eval_every=None, eval_n=2000, features=None,
               reference=None, accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt",
               resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
@@ -34,7 +35,7 @@ VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags of no use to the OTHERS
              "eval_every", "eval_n", "features", "reference", "vae", "latent_scale", "text", "clip")
-OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "eval_every", "checkpointing")      # points do without
+OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "max_pixels", "eval_every", "checkpointing")      # points do without
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. REPORT.md: how papers differ
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
@@ -53,7 +54,8 @@ DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae
 TEXT_LR = 7e-4                                   # upper limit with captions: at 2e-3 the class of shape is learned late
 TEXT_DIM, TEXT_TOKENS = 192, 32                  # of our text encoder: its width, and its length if no caption is shorter
 MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip_grad", "device", "precision", "compile", "checkpointing", "accumulate",
-              "sample_every", "save_every", "eval_every", "eval_n", "features", "reference", "cache", "out", "resume"}
+              "sample_every", "save_every", "eval_every", "eval_n", "features", "reference", "max_pixels", "cache",
+              "out", "resume"}
 # on --resume may change: the end (a cosine stretches to it), what tames a run that diverged, the machine, when to save and score
 MOVED = {"vae": lambda run: run.vae and run.vae.sha256, "clip": lambda run: run.text and run.text.sha256,
          "data": lambda run: run.data.fingerprint}           # and what lies elsewhere now, of which a run has this hash
@@ -88,6 +90,7 @@ def flags():
     add("--flip", **switch, help="mirror half of the images; not for digits")
     add("--shift", type=natural, help="move images by up to N pixels (default: 2 for vit Ti and Nano, else 0)")
     add("--skip-bad", **switch, help="leave out image files that cannot be read")
+    add("--max-pixels", type=positive, help=MAX_PIXELS_HELP)
     add("--cache", help="folder for decoded images and downloads (default: the user's cache)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive, help=default('steps'))

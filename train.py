@@ -29,6 +29,7 @@ from cli import first_in_turn, ignore_signals, one_line_errors, processes, stop_
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from files import check_output
+from image_files import allow_pixels
 from latents import embeddings, latents, measured_scale
 from models import build
 from objectives import (MAX_BAD_STEPS, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State,
@@ -253,7 +254,7 @@ class Training:
             autoencoder = checkpoint.Autoencoder(measured_scale(state.ema, dataset, self.device))
         process = args.schedule and checkpoint.Process(args.schedule, self.objective.diffusion.T, args.prediction, args.variance)
         about = checkpoint.Data(args.data, dataset.classes, dataset.num_classes, dataset.channels, list(dataset.image_size),
-                                len(dataset), self.fingerprint)
+                                len(dataset), self.fingerprint, dataset.summary)
         checkpoint.save(self.out, checkpoint.Run(
             version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=self.described,
             diffusion=process, data=about, vae=autoencoder, text=self.clip, model=state.network.state_dict(),
@@ -315,6 +316,7 @@ def main(argv=None):
     """The command: validate the flags, join the processes, train."""
     with one_line_errors("train.py"):
         args, run = read_settings(argv)
+        allow_pixels(args.max_pixels)
         if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
             raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
         device, rank, world = processes(args.device)

@@ -29,6 +29,7 @@ import tables
 import image_files
 from data import Batches, Dataset, augment, load, to_float, to_uint8
 from image_files import center_crop, open_image
+from folders import side_of
 from refusals import refusal
 from test_files import forked
 
@@ -232,20 +233,20 @@ def test_all_of_a_data_set_is_both_of_its_splits(tmp_path):
 
 
 def test_the_side_of_a_folder_is_that_of_its_images(tmp_path):
-    assert image_files.side_of(photos(tmp_path / "photos", [1, 2, 3], side=6)) == 6
+    assert side_of(photos(tmp_path / "photos", [1, 2, 3], side=6)) == 6
 
 
 def test_a_folder_of_unequal_or_oblong_images_has_no_side(tmp_path):
     folder = photos(tmp_path / "photos", [1, 2])
     solid(folder / "03.png", 3, side=5)
     with pytest.raises(ValueError, match=r"00\.png has 4x4 pixels, 03\.png has 5x5 pixels; --image-size"):
-        image_files.side_of(folder)
+        side_of(folder)
     Image.new("L", (4, 6)).save(tmp_path / "photos" / "00.png")
     with pytest.raises(ValueError, match=r"00\.png has 4x6 pixels"):
-        image_files.side_of(folder)
+        side_of(folder)
     (folder / "00.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="cannot read the image .*00.png"):
-        image_files.side_of(folder)
+        side_of(folder)
 
 
 # Folders: layout
