@@ -47,6 +47,9 @@ def message_of(error):
 @contextmanager
 def one_line_errors(command):
     """Turn what a user can cause into one line on stderr and an exit status, see `message_of`; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):              # a file's name may hold bytes that are no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     in_main, old = threading.current_thread() is threading.main_thread(), {}
     if in_main:
         old[signal.SIGTERM] = signal.signal(signal.SIGTERM, raise_terminated)

@@ -102,7 +102,7 @@ class Dataset:
             classes = f"{self.num_classes:,} class{'es' * (self.num_classes > 1)}: {shortened(self.classes)}"
         if self.captions:
             captions = f"captions, such as {shortened(self.captions[self.rows[0]][:1])}"
-        line = (f"{self.spec}: {len(self):,} images, {width}x{height} pixels, {colour}, {levels}; {classes}; {captions}; held out: "
+        line = (f"{self.spec}: {len(self):,} image{'s' * (len(self) != 1)}, {width}x{height} pixels, {colour}, {levels}; {classes}; {captions}; held out: "
                 f"{self.held_out}; left out: {'; '.join(self.left_out) or 'nothing'}")
         return "".join(letter if letter.isprintable() else "?" for letter in line)
 

@@ -108,7 +108,7 @@ def atomic_file(path, check=lambda: None):
 def append(path, rows):
     """Add rows, a text, to a table: after an error of the disk or a signal none of them is in it."""
     with writing(path), open(path, "ab+", buffering=0) as file:
-        size, left = file.tell(), rows.encode()
+        size, left = file.tell(), rows.encode("utf-8", "surrogateescape")
         if size and os.pread(file.fileno(), 1, size - 1) != b"\n":       # an editor left out the last one
             left = b"\n" + left
         try:

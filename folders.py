@@ -200,14 +200,18 @@ def image_folder(folder, split, skip_bad):
     check_classes(folder, train, held_out, class_of)
     parts = {"train": train, "test": held_out or train, "all": sorted(train + held_out)}
     paths, captions, captioning, left_out = captions_of(parts[split], others, skip_bad)
-    known = sorted({class_of[path] for path in train} - {None})
-    numbers = {known: number for number, known in enumerate(known)}
+    known = sorted({class_of[path] for path in train} - {None}, key=lambda name: (isinstance(name, str), name))
+    numbers = {name: number for number, name in enumerate(known)}
     labels = np.array([numbers[class_of[path]] for path in paths]) if known else None
     unused = {*images} - {*parts["all"]}
     if unused:
         left_out.append(f"{len(unused):,} images in {min(unused).relative_to(folder).parts[0]}")
     read, captioned = {*labelling, *captioning}, {path.with_suffix("") for path in images} if captions else ()   # of both parts
     rest = [path for path in others if path not in read and not (path.suffix.lower() == ".txt" and path.with_suffix("") in captioned)]
+    gone = [path for path in rest if not path.is_file()]                 # links that lead nowhere, devices
+    if gone:
+        left_out.append(f"{len(gone):,} that {'are no files' if len(gone) > 1 else 'is no file'}, as {gone[0]}")
+    rest = [path for path in rest if path not in {*gone}]
     if rest:
         left_out.append(f"{counted(rest)}, which are not read here")
     where, own = folder.resolve(), held_out[0].relative_to(folder).parts[0] if held_out else None

@@ -21,7 +21,6 @@ from multiprocessing.connection import wait
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
-from tqdm import tqdm
 
 from tables import Table, fill
 
@@ -77,16 +76,15 @@ def opened(path):
     What is broken beside the pixels, as a text or a checksum of one, does not count.
     """
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():        # by its name, Pillow would map a TIFF, and turn it wrongly
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
-                image = Image.open(path, formats=formats())
+                image = Image.open(file, formats=formats())
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False  # of pixels none may lack
-            with image:                                  # an animation would stay open
-                yield image
+            yield image
     except FileNotFoundError:
         raise
     except Exception as error:                           # decoders raise anything at all on a damaged file
@@ -136,6 +134,9 @@ def scale_transparent_colour(image):
 
 def as_shown(image, file, background):
     """A Pillow image, a part of a file's, as "L" or "RGB": see `open_image`."""
+    signed = 2 in getattr(file, "tag_v2", {}).get(339, ())               # the kind of numbers in a TIFF
+    if signed or image.mode == "I" and file.format not in ("PNG", "PPM"):
+        raise ValueError("its pixels are whole numbers of 32 bits or with a sign, whose range is not known")
     if image.mode.startswith("I") or image.mode == "F":
         image = eight_bits(image, file)
     mode, alpha = "L" if image.mode in ("1", "L", "LA", "La") else "RGB", None
@@ -159,8 +160,6 @@ def eight_bits(image, file):
             raise ValueError(f"its pixels are floating-point numbers from {pixels.min():g} to {pixels.max():g}: black must be 0 and "
                              "white 1")
         levels = np.rint(255 * pixels)
-    elif image.mode == "I" and file.format not in ("PNG", "PPM"):
-        raise ValueError("its pixels are whole numbers of 32 bits or with a sign, whose range is not known")
     else:
         levels = pixels >> tags.get(258, (16,))[0] - 8   # bits of a sample: 12 or 16
     levels = 255 - levels if tags.get(262) == 0 else levels              # white is zero
