@@ -195,8 +195,7 @@ class Batches(torch.utils.data.Dataset):
 
 def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False):
     """Load "mnist", "shapes" (10,000 images), "shapes:one" (one object each), "swissroll", "cifar10", "cifar10:DIR", "coco:DIR", a
-    folder of images (class sub-folders, or flat and then without labels; perhaps with a .txt of captions beside each) or an .npz
-    file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
+    folder of images, see folders.py, or an .npz file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
 
     image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train", "test" or "all".
     cache: folder of caches and downloads. skip_bad: leave out files that cannot be read, instead of stopping at the first.

@@ -149,7 +149,7 @@ def test_images_without_captions_and_captions_without_images_are_left_out_on_dem
         (captioned / name).unlink()
     assert len(load(str(captioned), 8, "all", tmp_path, skip_bad=True)) == 21
     (captioned / "11.png").unlink()
-    refusal(lambda: load(str(captioned), 8, cache=tmp_path), "2 caption files have no image", "04.txt", "--skip-bad")
+    refusal(lambda: load(str(captioned), 8, cache=tmp_path), "2 captions have no image", "04.txt", "--skip-bad")
 
 
 def test_a_caption_that_is_no_text_is_refused(captioned, tmp_path):

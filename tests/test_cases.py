@@ -335,6 +335,8 @@ EDM = ("00000/img0.png", "00000/img1.png", "00001/img2.png")
 CAPTIONED = jsonl(**{"0": "a cat", "1": "a dog", "2": "an owl"})
 SPLIT = ("train/cat/0.png", "train/dog/1.png", "val/dog/2.png")
 FOLDERS = {                                  # a function that makes it, and what the start says of it; or of the refusal
+    "folders within classes": (tree("cat/young/tiny/0.png", "cat/1.png", "ant/2.png", "dog/old/3.png"),
+                               {10: "cat", 20: "cat", 30: "ant", 40: "dog"}, "3 classes: ant, cat, dog"),
     "class folders that are links": (linked, "5 images, 8x8 pixels, grey, levels 10 to 20; 3 classes: a, b, c; no captions; held out: "
                                      "nothing; left out: 1 that is no file, as "),
     "a split": (tree(*SPLIT), "3 images, ", {10: "cat", 20: "dog", 30: "dog"}),
