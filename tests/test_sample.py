@@ -49,14 +49,12 @@ def test_an_image_is_the_same_alone_or_in_a_batch(tmp_path, tiny_run, sampler):
 def test_two_processes_draw_what_one_draws(tmp_path, tiny_run):
     one, labels = drawn(tmp_path, tiny_run, "--n", "5")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", str(ROOT / "sample.py"),
-               "--ckpt", str(tiny_run), "--steps", "3", "--n", "5", "--npz", str(tmp_path / "two.npz"), "--out", f"{tmp_path}/d/"]
-    subprocess.run(command, check=True, capture_output=True)
+               "--ckpt", str(tiny_run), "--steps", "3", "--n", "5", "--out", f"{tmp_path}/d/"]
+    subprocess.run([*command, "--npz", str(tmp_path / "two.npz")], check=True, capture_output=True)
     with np.load(tmp_path / "two.npz") as archive:
         assert_close(one, archive["arr_0"])
         assert (archive["arr_1"] == labels).all()
     assert len(list((tmp_path / "d").glob("*.png"))) == 5
-    done = subprocess.run([*command[:command.index("--npz")], "--out", f"{tmp_path}/other/"], capture_output=True)
-    assert done.returncode == 0                          # nothing to gather, nothing to fail on
 
 
 def test_seeds_give_other_images_and_the_same_seed_the_same(tmp_path, tiny_run):
