@@ -354,7 +354,7 @@ def summary(path):
             "diffusion": listed({field.name: value for field in fields(Process) if run.diffusion
                                  and (value := getattr(run.diffusion, field.name)) != field.default}),
             "data": listed({**plain(run.data), "summary": None}),
-            "read as": run.data.summary,
+            "found": run.data.summary,
             "latents": f"of an autoencoder, scaled by {run.vae.scale}" if run.vae else "",
             "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
                               for key, value in run.config.items() if value is not None and value is not False),

@@ -93,17 +93,18 @@ class Dataset:
 
     @cached_property
     def summary(self):
-        """What the data was read as, in a line: images, classes, captions, size, channels, range, split, and what is left out."""
-        (height, width), part = self.image_size, self.images if type(self.images) is np.ndarray else self.images[self.spread(256)]
-        colour = {1: "grey", 3: "colour"}.get(self.channels, f"{self.channels} channels")
+        """What the data was read as, in a line: images, size, channels, range, classes, captions, split, and what is left out."""
+        part = self.images if type(self.images) is np.ndarray else self.images[self.spread(256)]
+        height, width = self.image_size
+        colour = {1: "grey", 3: "colour"}[self.channels]
         levels = f"levels {part.min()} to {part.max()}" + f" (from {self.pixel_range})" * (self.pixel_range != "uint8")
         classes, captions = "no classes", "no captions"
         if self.classes:
             classes = f"{self.num_classes:,} class{'es' * (self.num_classes > 1)}: {shortened(self.classes)}"
         if self.captions:
             captions = f"captions, such as {shortened(self.captions[self.rows[0]][:1])}"
-        line = (f"{self.spec}: {len(self):,} image{'s' * (len(self) != 1)}, {width}x{height} pixels, {colour}, {levels}; {classes}; {captions}; held out: "
-                f"{self.held_out}; left out: {'; '.join(self.left_out) or 'nothing'}")
+        line = (f"{self.spec}: {len(self):,} image{'s' * (len(self) != 1)}, {width}x{height} pixels, {colour}, {levels}; {classes}; "
+                f"{captions}; held out: {self.held_out}; left out: {'; '.join(self.left_out) or 'nothing'}")
         return "".join(letter if letter.isprintable() else "?" for letter in line)
 
     def spread(self, n):

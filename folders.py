@@ -1,7 +1,7 @@
 """Folders of images: which files count, which are held out, what class each is of and what captions it has; and MS-COCO.
 
-Classes are sub-folders, or the labels of a dataset.json as EDM and StyleGAN write it. Captions are the lines of a .txt beside each
-image, or the texts of a metadata.jsonl as Hugging Face's datasets have it. Whatever else lies there is counted, to be named.
+Classes are sub-folders, or the labels of a dataset.json as EDM and StyleGAN write it. Captions are the lines of a .txt beside
+each image, or the texts of a metadata.jsonl as Hugging Face's data sets have it. What else lies there is counted and named.
 """
 import json
 import os
@@ -13,9 +13,10 @@ import numpy as np
 
 from image_files import endings, opened
 
-TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing")          # sub-folders that are a split
+TRAIN = ("train", "training")          # sub-folders of these names are a split, and no classes
+HELD_OUT = ("val", "valid", "validation", "test", "testing")             # the first that is there is the test split
 LABELS, METADATA = "dataset.json", "metadata.jsonl"
-OF_SYSTEMS = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found"}        # as hidden files, they are nobody's data
+OF_SYSTEMS = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found"}        # nobody's data, as hidden files
 
 
 class Files(NamedTuple):
@@ -30,6 +31,8 @@ class Files(NamedTuple):
     own_split: str | None = None                         # the name of the part that is held out, where there is one
     left_out: tuple | list = ()                          # what was not read, in words
 
+
+# Which files
 
 def files_below(folder):
     """The files below a folder, in the order of their paths; links are followed. Hidden files and those of systems are none."""
@@ -85,14 +88,16 @@ def side_of(folder):
 def own_split(folder, images):
     """A folder's images for training, those that its sub-folders hold out, and how many folders stand above the classes.
 
-    All, none and 0, unless the sub-folders are a split. Of val and test, where there are both, val is held out.
+    All, none and 0, unless the sub-folders are a split.
     """
     tops = {path: path.relative_to(folder).parts[0].lower() for path in images}
     if not {*tops.values()} <= {*TRAIN, *HELD_OUT}:
         return images, [], 0
-    train, *held_out = [[path for path in images if tops[path] in names] for names in (TRAIN, *zip(HELD_OUT))]
+    train, *held_out = ([path for path in images if tops[path] in names] for names in (TRAIN, *zip(HELD_OUT)))
     return train or images, train and next(filter(None, held_out), []), 1
 
+
+# What is said of them
 
 def said_of_images(files, name):
     """What the files of a name, LABELS or METADATA, say of images: {path: label or text}, and these files.
@@ -107,13 +112,13 @@ def said_of_images(files, name):
             text = path.read_text("utf-8-sig")
             if name == LABELS:
                 content = json.loads(text)
-                entries = content["labels"] or [] if isinstance(content, dict) and "labels" in content else None
+                pairs = content["labels"] or [] if isinstance(content, dict) and "labels" in content else None
             else:
-                lines = [json.loads(line) for line in text.split("\n") if line.strip()]
-                key = next((key for key in ("text", "caption") if lines and key in lines[0]), None)
-                entries = [(line["file_name"], line[key]) for line in lines] if key else None
-            if entries is not None:
-                said |= {Path(os.path.normpath(path.parent / inner.replace("\\", "/"))): value for inner, value in dict(entries).items()}
+                entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+                key = next((key for key in ("text", "caption") if any(key in entry for entry in entries)), None)
+                pairs = [(entry["file_name"], entry[key]) for entry in entries] if key else None
+            if pairs is not None:
+                said |= {path.parent / file.replace("\\", "/"): value for file, value in dict(pairs).items()}
                 read.append(path)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"an entry lacks {error}" if isinstance(error, KeyError) else error
@@ -122,7 +127,7 @@ def said_of_images(files, name):
 
 
 def class_in(label):
-    """The class that a label of a dataset.json names: a whole number, a text or a one-hot vector.  ValueError on another one."""
+    """The class that a label of a dataset.json names, a whole number, a text or a one-hot vector.  ValueError on another one."""
     if isinstance(label, list) and label.count(1) == 1 and label.count(0) == len(label) - 1:
         return label.index(1)
     if type(label) not in (int, str):
@@ -145,20 +150,34 @@ def classes_of(folder, images, depth, others):
 def check_classes(folder, train, held_out, classes):
     """ValueError unless all images have a class or none has, and those held out have no other ones."""
     known = {classes[path] for path in train}
-    if None in known and len(known) > 1:
-        path = next(path for path in train if classes[path] is None)
-        raise ValueError(f"{folder} holds images beside class sub-folders: move {path.name} into one" if path.parent == folder else
-                         f"{path} has no class, which other images of {folder} have")
+    without = [path for path in train if classes[path] is None]
+    if without and len(known) > 1:
+        raise ValueError(f"{folder} holds images beside class sub-folders: move {without[0].name} into one"
+                         if without[0].parent == folder else f"{without[0]} has no class, which other images of {folder} have")
     for path in held_out:
         if classes[path] not in known:
             raise ValueError(f"{path} is held out, and of the class {classes[path]}, which no image for training has")
 
 
+def captions_in(source):
+    """The captions in a .txt, one a line, or in an entry of a metadata.jsonl, a text or several.  ValueError if it is none."""
+    lines = source
+    if isinstance(source, Path):
+        try:
+            lines = source.read_text("utf-8-sig").splitlines()
+        except ValueError as error:
+            raise ValueError(f"{source} is not a text in UTF-8: {error}") from None
+    lines = [lines] if isinstance(lines, str) else lines
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{METADATA}: {str(source)[:50]} is no caption")
+    return [line.strip() for line in lines if line.strip()] or [""]
+
+
 def captions_of(images, others, skip_bad):
-    """Captions of image files -> the images that have some, their captions or None, the files that say them, and what is left out.
+    """Captions of image files -> the images that have some, their captions or None, the files read, and in words what is left out.
 
     They are the lines of a .txt beside each, or else the texts in a metadata.jsonl. ValueError if some images have none, or some
-    captions no image; with skip_bad these are left out, which the last result says in words.
+    captions no image; with skip_bad these are left out.
     """
     beside = {path.with_suffix(""): path for path in others if path.suffix.lower() == ".txt"}
     texts = {path: beside[path.with_suffix("")] for path in images if path.with_suffix("") in beside}
@@ -178,19 +197,17 @@ def captions_of(images, others, skip_bad):
     return kept, [captions_in(texts[path]) for path in kept], read, [message] if message else []
 
 
-def captions_in(source):
-    """The captions in a .txt, one a line, or in an entry of a metadata.jsonl, a text or a list of some.  ValueError if it is none."""
-    lines = source
-    if isinstance(source, Path):
-        try:
-            lines = source.read_text("utf-8-sig").splitlines()
-        except ValueError as error:
-            raise ValueError(f"{source} is not a text in UTF-8: {error}") from None
-    lines = [lines] if isinstance(lines, str) else lines
-    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"{METADATA}: {str(source)[:50]} is no caption")
-    return [line.strip() for line in lines if line.strip()] or [""]
+def unread(others, read, captioned):
+    """The other files of a folder that were not read, in words: neither among those read, nor the .txt of a captioned image."""
+    rest = [path for path in others if path not in read
+            and not (path.suffix.lower() == ".txt" and path.with_suffix("") in captioned)]
+    gone = {path for path in rest if not path.is_file()}                 # links that lead nowhere, devices
+    files = [path for path in rest if path not in gone]
+    return ([f"{len(gone):,} that {'are no files' if len(gone) > 1 else 'is no file'}, as {min(gone)}"] if gone else []) + (
+        [f"{counted(files)}, which are not read here"] if files else [])
 
+
+# Data sets
 
 def image_folder(folder, split, skip_bad):
     """The Files of a folder's split: its own, see `own_split`, or else all.  ValueError on what is not clear."""
@@ -206,17 +223,9 @@ def image_folder(folder, split, skip_bad):
     unused = {*images} - {*parts["all"]}
     if unused:
         left_out.append(f"{len(unused):,} images in {min(unused).relative_to(folder).parts[0]}")
-    read, captioned = {*labelling, *captioning}, {path.with_suffix("") for path in images} if captions else ()   # of both parts
-    rest = [path for path in others if path not in read and not (path.suffix.lower() == ".txt" and path.with_suffix("") in captioned)]
-    gone = [path for path in rest if not path.is_file()]                 # links that lead nowhere, devices
-    if gone:
-        left_out.append(f"{len(gone):,} that {'are no files' if len(gone) > 1 else 'is no file'}, as {gone[0]}")
-    rest = [path for path in rest if path not in {*gone}]
-    if rest:
-        left_out.append(f"{counted(rest)}, which are not read here")
+    left_out += unread(others, {*labelling, *captioning}, {path.with_suffix("") for path in images} if captions else ())
     where, own = folder.resolve(), held_out[0].relative_to(folder).parts[0] if held_out else None
-    return Files(folder, where / split if own else where, paths, labels, [str(name) for name in known] if known else None, captions, own,
-                 left_out)
+    return Files(folder, where / split if own else where, paths, labels, [*map(str, known)] or None, captions, own, left_out)
 
 
 def coco_captions(annotations, skip_bad):

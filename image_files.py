@@ -25,7 +25,7 @@ from PIL import Image, ImageCms, ImageFile
 from tables import Table, fill
 
 MAX_PIXELS = 10 ** 8             # of a file, unless --max-pixels allows more: they take 800 MB while they are converted
-UNREAD = {"EPS", "PDF", "PALM", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}   # EPS would run Ghostscript; Pillow knows but names of others
+UNREAD = {"EPS", "PDF", "PALM", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}   # EPS would run Ghostscript, others Pillow cannot read
 MAX_PIXELS_HELP = f"refuse image files of more pixels (default: {MAX_PIXELS:,})"
 STRIP = 2 ** 22                  # pixels that are converted at once
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -71,12 +71,12 @@ def formats():
 
 @contextmanager
 def opened(path):
-    """A Pillow image of a file of which only the header is read.  ValueError, naming the file, if it or what is done with it fails.
+    """A Pillow image of a file, of which the header is read.  ValueError, naming the file, if that or what is done with it fails.
 
     What is broken beside the pixels, as a text or a checksum of one, does not count.
     """
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():        # by its name, Pillow would map a TIFF, and turn it wrongly
+        with open(path, "rb") as file, warnings.catch_warnings():        # Pillow maps a TIFF with a name, and turns it wrongly
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             ImageFile.LOAD_TRUNCATED_IMAGES = True
@@ -89,7 +89,8 @@ def opened(path):
         raise
     except Exception as error:                           # decoders raise anything at all on a damaged file
         bomb = isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError))
-        raise ValueError(f"cannot read the image {path}: {error}" + "; --max-pixels allows more" * bomb) from None
+        remedy = "; --max-pixels allows more" * bomb
+        raise ValueError(f"cannot read the image {path}: {str(error) or type(error).__name__}{remedy}") from None
 
 
 def open_image(path, background="white"):
@@ -153,18 +154,20 @@ def as_shown(image, file, background):
 
 
 def eight_bits(image, file):
-    """A grey image of more than 8 bits, a part of a file's, as "L" or "LA".  ValueError if the range of its pixels is not known."""
+    """A grey image of more than 8 bits, a part of a file's, as "L" or "LA".  ValueError on floats beyond black and white."""
     pixels, tags = np.asarray(image), getattr(file, "tag_v2", {})        # of a TIFF
     if image.mode == "F":
         if not 0 <= pixels.min() <= pixels.max() <= 1:
-            raise ValueError(f"its pixels are floating-point numbers from {pixels.min():g} to {pixels.max():g}: black must be 0 and "
-                             "white 1")
+            raise ValueError(f"its pixels are floating-point numbers from {pixels.min():g} to {pixels.max():g}: black must be 0 "
+                             "and white 1")
         levels = np.rint(255 * pixels)
     else:
         levels = pixels >> tags.get(258, (16,))[0] - 8   # bits of a sample: 12 or 16
     levels = 255 - levels if tags.get(262) == 0 else levels              # white is zero
     grey, transparent = Image.fromarray(levels.astype(np.uint8)), image.info.get("transparency")
-    return grey if transparent is None else Image.merge("LA", (grey, Image.fromarray(255 * (pixels != transparent).astype(np.uint8))))
+    if transparent is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(255 * (pixels != transparent).astype(np.uint8))))
 
 
 @lru_cache(8)
@@ -208,8 +211,8 @@ def _decode(path, size):
 
 
 def decoded(name, folder, files, size, cache, skip_bad):
-    """Image files, decoded and cropped once -> uint8 (M, size, size, 1 or 3); the rows (N,) of the good ones, with skip_bad; their
-    checksums (M,); and a list of words on those that are left out.
+    """Image files, decoded and cropped once -> uint8 (M, size, size, 1 or 3); the rows (N,) of the good ones, with skip_bad;
+    checksums (M,); and a list that says in words what is left out.
 
     name: a path that tells this list of files of the folder from others. What a killed call decoded is there already; a list
     whose files changed is decoded anew. ValueError at a bad file, or if all are.
@@ -217,7 +220,8 @@ def decoded(name, folder, files, size, cache, skip_bad):
     if size is None:
         raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
     state = [(os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = dict(files=hashlib.sha256(json.dumps(state).encode()).hexdigest(), version=VERSION, max_pixels=Image.MAX_IMAGE_PIXELS)
+    about = dict(files=hashlib.sha256(json.dumps(state).encode()).hexdigest(), version=VERSION,
+                 max_pixels=Image.MAX_IMAGE_PIXELS)
     key = hashlib.sha256(os.fsencode(f"{name} {size}")).hexdigest()[:16]
     prefix = f"{name.name[:50]}-{size}-{key}"            # a name may have 255 bytes
     columns = dict(images=((size, size, 3), np.uint8), channels=((), np.uint8))
@@ -264,7 +268,8 @@ def _prepare_worker(max_pixels):
 def _decode_rows(files, size, skip_bad, rows):
     """Decode files number `rows` for `tables.fill`: grey as colour, and how many channels there were."""
     workers = min(os.cpu_count() or 1, len(rows) // FOR_A_WORKER)
-    pool = (ProcessPoolExecutor(workers, get_context("spawn"), _prepare_worker, (Image.MAX_IMAGE_PIXELS,)) if workers > 1 else None)
+    prepare = partial(_prepare_worker, Image.MAX_IMAGE_PIXELS)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare) if workers > 1 else None
     decode, paths = partial(_decode, size=size), [files[row] for row in rows]
     try:
         with _without_ctrl_c():                          # workers would end with a traceback, while they start, too

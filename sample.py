@@ -289,11 +289,14 @@ def pixels_of(path, size, channels):
 
 def hidden_of(path, image_path, size):
     """A mask's file as zeros and ones (1, 1, H, W): 1 where it is white, and not transparent.  ValueError if it is not as large
-    as the image."""
+    as the image, or neither black nor white anywhere."""
     mask, image = open_image(path, "black").convert("L"), open_image(image_path)
     if mask.size != image.size:
         raise ValueError(f"--mask {path} has {mask.width}x{mask.height} pixels, --inpaint {image_path} "
                          f"{image.width}x{image.height}: they must be of one size")
+    brightest = mask.getextrema()[1]
+    if 0 < brightest < 128:                              # a mask of zeros and ones, perhaps
+        raise ValueError(f"--mask {path} hides nothing: its brightest pixel is {brightest}, where white is 255")
     return torch.from_numpy(np.array(fitted(mask, path, size)) >= 128).float()[None, None]
 
 

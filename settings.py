@@ -19,9 +19,9 @@ from image_files import MAX_PIXELS_HELP
 from models import TRAINABLE, check_options, describe, named
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,
-              text=False, clip=None, flip=False, skip_bad=False, max_pixels=None, cache=None, eval_every=None, eval_n=2000, features=None,
-              reference=None, accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt",
-              resume=False)
+              text=False, clip=None, flip=False, skip_bad=False, max_pixels=None, cache=None, eval_every=None, eval_n=2000,
+              features=None, reference=None, accumulate=1, seed=0, device="auto", precision=None, compile=False,
+              checkpointing=False, out="run.pt", resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
               decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
 FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
@@ -35,7 +35,7 @@ VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags of no use to the OTHERS
              "eval_every", "eval_n", "features", "reference", "vae", "latent_scale", "text", "clip")
-OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "max_pixels", "eval_every", "checkpointing")      # points do without
+OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "max_pixels", "eval_every", "checkpointing")     # not of points
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. REPORT.md: how papers differ
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4

@@ -916,13 +916,16 @@ def test_every_cut_of_a_safetensors_file_is_refused_and_a_header_that_would_end_
 
 def test_the_command_prints_what_a_run_holds_and_its_flags_as_they_were_given(tmp_path, capsys):
     config = dict(batch_size=32, seed=0, flip=True, resume=False, shift=None, data="mnist")
-    save(tmp_path / "run.pt", a_run(step=1234, config=config))
+    run = a_run(step=1234, config=config)
+    run.data.summary = "mnist: 9,000 images; no captions"
+    save(tmp_path / "run.pt", run)
     main([str(tmp_path / "run.pt")])
     title, *rows = capsys.readouterr().out.splitlines()
     said, numbers = dict(row.split(maxsplit=1) for row in rows), sum(value.numel() for value in network().state_dict().values())
     assert title.endswith("a run at step 1234") and said["network"].startswith("DiT image_size=8, patch_size=2")
     assert said["parameters"] == f"{numbers:,}" and said["flags"] == "--batch-size 32 --seed 0 --flip --data mnist"
     assert said["diffusion"] == "schedule=cosine, T=50, prediction=v, variance=learned" and "classes=['a'" in said["data"]
+    assert said["found"] == run.data.summary and "9,000" not in said["data"]
 
 
 def test_what_released_weights_hold_is_described(tmp_path):

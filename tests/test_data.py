@@ -354,6 +354,14 @@ def test_the_cache_is_rebuilt_when_the_files_change(tmp_path, change):
     assert levels(load_folder(folder)) == expected and len(caches(folder)) == 1      # that of the old files is gone
 
 
+def test_the_cache_is_rebuilt_when_files_are_decoded_in_another_way(tmp_path, monkeypatch):
+    folder = photos(tmp_path / "photos", [1, 2, 3])
+    load_folder(folder)
+    monkeypatch.setattr(image_files, "VERSION", image_files.VERSION + 1)
+    monkeypatch.setattr(image_files, "_decode", lambda path, size: np.full((4, 4, 1), 9, np.uint8))
+    assert levels(load_folder(folder)) == [9, 9, 9] and len(caches(folder)) == 1
+
+
 def test_each_image_size_has_a_cache_of_its_own(tmp_path):
     folder = photos(tmp_path / "photos", [1, 2, 3])
     assert load_folder(folder, 4).image_size == (4, 4) and load_folder(folder, 2).image_size == (2, 2)
