@@ -115,10 +115,10 @@ def open_image(path, background="white"):
             shown = shown or Image.new(part.mode, image.size)
             shown.paste(part, (0, top))
         try:
-            orientation = image.getexif().get(0x0112)
+            turn = UPRIGHT.get(image.getexif().get(0x0112))
         except Exception:                                # a broken EXIF
-            orientation = None
-        return shown.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else shown
+            turn = None
+        return shown if turn is None else shown.transpose(turn)
 
 
 def scale_transparent_colour(image):
@@ -193,8 +193,9 @@ def to_srgb(profile, mode):
 
 
 def is_grey(pixels):
-    """Whether pixels (H, W, C) uint8 have equal channels, but for the level by which lossy formats part them."""
-    return bool((np.ptp(pixels, axis=2) <= 1).all())
+    """Whether pixels (..., C) uint8 have equal channels, but for the level by which lossy formats part them."""
+    first, *others = np.moveaxis(pixels, -1, 0)
+    return all((np.maximum(first, other) - np.minimum(first, other) <= 1).all() for other in others)
 
 
 # Lists of files
@@ -242,7 +243,8 @@ def decoded(name, folder, files, size, cache, skip_bad):
         if not len(good):
             raise ValueError(f"none of {len(files)} files could be read; the first: {message}")
         left_out = [f"{len(bad)} of {len(files)} image files, the first: {message}"]
-    return images[..., :channels[good].max()], good, checksums, left_out
+    in_colour = channels[good].max() == 3 and not all(is_grey(images[i:i + 256]) for i in range(0, len(images), 256))
+    return images[..., :3 if in_colour else 1], good, checksums, left_out
 
 
 @contextmanager
@@ -266,7 +268,7 @@ def _prepare_worker(max_pixels):
 
 
 def _decode_rows(files, size, skip_bad, rows):
-    """Decode files number `rows` for `tables.fill`: grey as colour, and how many channels there were."""
+    """Decode files number `rows` for `tables.fill`: grey as colour, and how many channels the file has."""
     workers = min(os.cpu_count() or 1, len(rows) // FOR_A_WORKER)
     prepare = partial(_prepare_worker, Image.MAX_IMAGE_PIXELS)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare) if workers > 1 else None
@@ -276,7 +278,7 @@ def _decode_rows(files, size, skip_bad, rows):
             images = pool.map(decode, paths, chunksize=32) if pool else map(decode, paths)
         for row, image in zip(rows, images):
             if not isinstance(image, str):
-                yield [row], [image, 1 if is_grey(image) else 3]
+                yield [row], [image, image.shape[2]]
             elif skip_bad:
                 yield [row], [0, BAD]
             else:
