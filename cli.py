@@ -1,6 +1,7 @@
 """What the commands share: flags, errors in one line, devices, processes and signals."""
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -92,12 +93,36 @@ def at_least(least, kind):
 positive, natural, not_negative = at_least(1, int), at_least(0, int), at_least(0, float)
 
 
-def processes(device="auto"):
-    """Join torchrun's process group, if there is one -> device, rank, number of processes.  ValueError if there is no GPU."""
+def check_compiler(device):
+    """ValueError if torch.compile lacks what it needs on a device: its own error, at the first step, has a hundred lines."""
+    from torch._inductor import cpp_builder, exc         # here, as it takes seconds
+    from torch.utils import _triton
+    lacks = None
+    if device == "cuda" and not _triton.has_triton():
+        lacks = "Triton, which this GPU or this machine does not have: pip install triton"
+    elif device == "cuda":                               # Triton compiles what calls its kernels
+        if not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
+            lacks = "a C compiler, and there is none: install gcc, name another by CC="
+    else:
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            lacks = "a C++ compiler, and there is none: install g++, name another by CXX="
+    if lacks:
+        raise ValueError(f"--compile: PyTorch needs {lacks}, or leave --compile out")
+
+
+def processes(device="auto", compiles=False):
+    """Join torchrun's process group, if there is one -> device, rank, number of processes.
+
+    ValueError if there is no GPU, or where the command compiles, no compiler.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    if compiles:
+        check_compiler(device)
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     backend = "gloo"
     if device == "cuda":
@@ -147,12 +172,6 @@ def progress_bar(name, n):
     """A bar over this process's share of n images, shown by the first process on a terminal."""
     mine = share(n)
     return tqdm(total=len(mine), desc=name, unit="image", disable=mine.start > 0 or not sys.stderr.isatty())
-
-
-def ignore_signals(worker):
-    """In a worker of the DataLoader: the main process decides when to stop."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from folders import side_of
 from image_files import MAX_PIXELS_HELP, allow_pixels
 from latents import embeddings
 from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module
+from models import compile_blocks
 from points import MLP
 from sampling import (add_sampling_flags, decoder, draw_once, drawable, evaluations, guidance_scale, parse_classes, pixel_shape,
                       text_reader, unconditional)
@@ -134,7 +135,7 @@ def validate(args):
             raise ValueError(f"--metrics: {metric!r} is none of {', '.join(METRICS)}; Inception's FD is FID")
     if args.features not in (None, "inception") and not Path(args.features).is_file():
         raise ValueError(f"--features {args.features}: there is no such file")
-    for name in ("vae", "clip", "classes"):
+    for name in ("vae", "clip", "classes", "compile"):
         if getattr(args, name) and not args.ckpt:
             raise ValueError(f"--{name} says how the samples of --ckpt are drawn")
     results = Path(args.results)
@@ -215,7 +216,7 @@ def score_samples(args):
     allow_pixels(args.max_pixels or run and run.config.get("max_pixels"))
     name = args.reference or run.data.spec
     check_saving(args, name)
-    device, rank, _ = processes(args.device)
+    device, rank, _ = processes(args.device, args.compile)
 
     real_images, fake_images = read_images(args, run)
     for images in (real_images, fake_images) if rank == 0 else ():
@@ -254,6 +255,8 @@ def score_samples(args):
             save_statistics(args.save_reference, reference.measured, images, space)
         print(f"wrote {args.save_reference}: {number_of(reference.measured.n)} of {name}, features {space.name}")
     if how:
+        if args.compile:
+            compile_blocks(network)
         fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
                                 autoencoder and autoencoder.to(device), contexts, y_null)
         how["step"] = run.step                           # for the row alone: the cache knows the samples by the file's hash

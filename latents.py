@@ -26,7 +26,7 @@ class Latents(Dataset):
 
     def __init__(self, pixels, moments, autoencoder):
         super().__init__(pixels.spec, pixels.images, pixels.labels, pixels.classes, pixels.rows, pixels.captions)
-        self.pixels, self.moments, self.autoencoder, self.in_files = pixels, moments, autoencoder, True
+        self.pixels, self.moments, self.autoencoder = pixels, moments, autoencoder
         self.channels, self.image_size = moments[0].shape[1], tuple(moments[0].shape[2:])
 
     @property

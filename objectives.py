@@ -220,7 +220,7 @@ class State:
         if not self.taken or self.bad_steps > (MAX_BAD_STEPS - 1) * last:
             return False
         tensors = [z for network in (self.network, self.ema) for z in network.state_dict().values() if z.is_floating_point()]
-        return all(norm.isfinite() for norm in torch._foreach_norm(tensors, float("inf")))
+        return bool(torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all())
 
     def add_losses(self, losses, groups):
         """Sum losses (n,) of samples that belong to groups (n,), on the device."""

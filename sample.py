@@ -30,6 +30,7 @@ from cli import (Parser, add_overwrite_flag, first_in_turn, gathered, not_negati
 from data import to_float, to_uint8
 from files import check_access, check_output, mark, output_file, writing
 from image_files import MAX_PIXELS_HELP, allow_pixels, center_crop, is_grey, open_image
+from models import compile_blocks
 from pictures import grid, points_picture, save_image, write_gif
 from points import MLP
 from sampling import (SCATTERED, add_sampling_flags, decode, decoder, draw, drawable, evaluations, guidance_scale, labels_of,
@@ -220,8 +221,10 @@ def draw_and_write(args):
                              if args.cascade else (None, None))
     n, columns = number_and_columns(args, classes, points)
 
-    device, rank, _ = processes(args.device)
+    device, rank, _ = processes(args.device, args.compile)
     network, autoencoder, upsampler = (part and part.to(device) for part in (network, autoencoder, upsampler))
+    if args.compile:
+        compile_blocks(network)
     folder = args.out if is_folder(args.out) and not latent else None
     with first_in_turn():
         if folder and rank == 0:
@@ -340,10 +343,12 @@ def restore_images(args, task, network, diffusion, autoencoder, classes):
     scale = guidance_scale(network, 1.0 if args.cfg_scale is None else args.cfg_scale)
     n, sampler = args.n or (1 if task == "denoise" else 4), args.sampler or "ddpm"
     steps = evaluations(args.steps or min(restoration.STEPS, diffusion.T), sampler, diffusion)
-    device, _, world = processes(args.device)
+    device, _, world = processes(args.device, args.compile)
     if world > 1:
         raise ValueError(f"--{task} restores one image in one process: start it without torchrun")
     network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)
+    if args.compile:
+        compile_blocks(network)
     *size, channels = pixel_shape(network, autoencoder)
     y, degrade = measured(args, task, size, channels, device)
     repeats = args.repeats or (1 if task == "denoise" or sampler == "dpm++" else restoration.REPEATS)

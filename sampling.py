@@ -282,6 +282,7 @@ def add_sampling_flags(parser):
     parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++")
     parser.add_argument("--steps", type=positive, help=f"evaluations along the trajectory (default: {STEPS}; 250 for ddpm)")
     parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network first: pays for many images")
     parser.add_argument("--seed", type=natural, default=0, help="default: 0")
 
 

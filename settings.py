@@ -107,7 +107,8 @@ def flags():
     add = parser.add_argument_group("precision and devices").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on CUDA, fp32 on the CPU")
-    add("--compile", **switch, help="torch.compile the network")
+    add("--compile", **switch, help="torch.compile the network: a transformer by blocks, others whole; needs a C++ compiler, "
+        "on CUDA Triton")
     add("--checkpointing", **switch, help="recompute activations: less memory, a third more work")
     add = parser.add_argument_group("saving").add_argument
     add("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")

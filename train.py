@@ -21,17 +21,16 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import checkpoint
 import data
-from cli import first_in_turn, ignore_signals, one_line_errors, processes, stop_signals, total
+from cli import first_in_turn, one_line_errors, processes, stop_signals, total
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from files import check_output
 from image_files import allow_pixels
 from latents import embeddings, latents, measured_scale
-from models import build
+from models import build, compile_blocks
 from objectives import (MAX_BAD_STEPS, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State,
                         SuperResolution, train_step)
 from reports import (Log, accuracy_report, due, first_line, last_line, point_report, reconstruction_report, row_due, row_missing,
@@ -178,22 +177,14 @@ def build_scores(args, dataset, objective, device):
 
 def wrapped(network, args, device, world):
     """The network compiled, and shared by processes, as the flags say."""
-    model = torch.compile(network) if args.compile else network
+    if args.compile:
+        compile_blocks(network)
     if world == 1:
-        return model
+        return network
     with warnings.catch_warnings():                      # torch 2.13 has another name for broadcast_buffers, 2.11 this one only
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
-
-
-def batch_loader(training):
-    """The batches of all steps that are left, this process's part of each."""
-    args, dataset, cuda = training.args, training.dataset, training.device.type == "cuda"
-    batches = data.Batches(dataset, args.batch_size, args.seed, training.part)
-    workers = 2 if cuda and dataset.in_files else 0      # what is in memory needs none
-    return DataLoader(batches, batch_size=None, sampler=range(training.start, args.steps), pin_memory=cuda, num_workers=workers,
-                      worker_init_fn=ignore_signals,
-                      multiprocessing_context="fork" if workers else None)           # pickling a memory map would read it all
+        return DistributedDataParallel(network, [device] if device.type == "cuda" else None, broadcast_buffers=False,
+                                       gradient_as_bucket_view=True)                     # else gradients are held twice
 
 
 class Training:
@@ -220,7 +211,7 @@ class Training:
         if run:
             self.resume(run)
         self.log = Log(self.out.with_suffix(".csv"), args, self.objective.groups, columns + more, self.start, rank)
-        self.model = wrapped(network, args, device, world)
+        self.model, self.saves = wrapped(network, args, device, world), checkpoint.Saves()
 
     def resume(self, run):
         """Go on from a Run, which is emptied: it takes as much memory as the network and its optimizer."""
@@ -233,7 +224,7 @@ class Training:
         run.model = run.ema = run.optimizer = None
 
     def save(self, step, last):
-        """Write run.pt, on the first process, unless it would replace a better one: then that stays, and this is said.
+        """Have run.pt written, by the first process, unless it would replace a better one: then that stays, and this is said.
 
         last: whether training ends here.
         """
@@ -255,11 +246,13 @@ class Training:
         process = args.schedule and checkpoint.Process(args.schedule, self.objective.diffusion.T, args.prediction, args.variance)
         about = checkpoint.Data(args.data, dataset.classes, dataset.num_classes, dataset.channels, list(dataset.image_size),
                                 len(dataset), self.fingerprint, dataset.summary)
-        checkpoint.save(self.out, checkpoint.Run(
+        self.saves.begin(self.out, checkpoint.Run(
             version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=self.described,
             diffusion=process, data=about, vae=autoencoder, text=self.clip, model=state.network.state_dict(),
             ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(), bad_steps=int(state.bad_steps), log=sums,
             norm=state.norm.item()))
+        if first:                                        # no log has rows of a run that is not there
+            self.saves.wait()
 
     def write_row(self, step, diverged=False):
         """Write the log's row of a step, with the picture and the scores that are due there."""
@@ -274,14 +267,16 @@ class Training:
     def run(self):
         """The loop over the steps -> the last one done, and whether a signal stopped it."""
         args, state, done, stopping = self.args, self.state, self.start, False
-        with stop_signals() as stop, self.log.bar:
+        steps, batches = range(self.start, args.steps), data.Batches(self.dataset, args.batch_size, args.seed, self.part)
+        with stop_signals() as stop, self.log.bar, self.saves:
             if self.unfinished:
                 self.write_row(self.start)
-            for step, (images, labels) in zip(range(self.start, args.steps), batch_loader(self)):
+            for step, (images, labels) in zip(steps, data.ahead(batches.__getitem__, steps, self.device)):
                 batch = self.objective.draw(step, images, labels)
                 train_step(state, self.model, self.objective, batch, step, args, self.rank, self.world)
                 done, row = step + 1, row_due(step + 1, args)
                 self.log.advance(done)
+                self.saves.check()
                 stopping, diverged = self.world == 1 and bool(stop), False
                 if row:                                  # the only steps that wait for the device
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
@@ -291,7 +286,7 @@ class Training:
                 if saves and not diverged:
                     with self.log.paused():
                         self.save(done, stopping or done == args.steps)          # before pictures and scores, which may fail
-                if row and self.saved is not None:       # no log has rows of a run that is not there
+                if row and self.saved is not None:
                     self.write_row(done, diverged)
                 if diverged:
                     raise ValueError(f"{int(state.bad_steps)} steps in a row had a NaN or infinite gradient, and none was taken: "
@@ -317,11 +312,11 @@ def main(argv=None):
     with one_line_errors("train.py"):
         args, run = read_settings(argv)
         allow_pixels(args.max_pixels)
-        if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
-            raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
-        device, rank, world = processes(args.device)
+        device, rank, world = processes(args.device, args.compile)
         args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
         with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
+            if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
+                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
             train(args, run, device, rank, world)
 
 

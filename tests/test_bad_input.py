@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from PIL import Image
+from torch.utils import _triton
 
 import checkpoint
 import data
@@ -29,6 +31,8 @@ import models
 import text
 import train
 import uvit
+from cli import check_compiler
+from refusals import refusal
 
 ROOT = Path(__file__).parents[1]
 JUDGE = str(features.JUDGE)
@@ -434,6 +438,25 @@ def test_skip_bad_goes_on_and_counts(here, capfd):
     said = capfd.readouterr()
     assert "left out: 1 of 7 image files, the first: " in said.out
     assert checkpoint.load("new.pt").data.summary == said.out.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", [TRAIN, "sample.py --ckpt run.pt --out new.png", "evaluate.py --ckpt run.pt",
+                                     "sample.py --ckpt run.pt --upscale image.png --factor 2 --out new.png"])
+def test_compile_without_a_compiler_is_one_line_before_the_work(here, capfd, command):
+    image("image.png", (16, 16))
+    before, (program, *argv) = contents(), command.split()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(SystemExit) as stop:
+        importlib.import_module(program.removesuffix(".py")).main([*argv, "--compile", "--device", "cpu"])
+    refused(stop.value.code, capfd.readouterr().err, "--compile: PyTorch needs a C++ compiler, and there is none: install g++")
+    assert contents() == before
+
+
+def test_compile_on_a_gpu_without_triton_or_its_compiler_is_refused(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    for there, said in ((False, "pip install triton"), (True, "install gcc")):
+        monkeypatch.setattr(_triton, "has_triton", lambda: there)
+        refusal(lambda: check_compiler("cuda"), "--compile: PyTorch needs", said)
 
 
 def test_a_second_run_on_the_same_file_is_refused(here, capfd):

@@ -102,7 +102,7 @@ def test_images_without_labels_have_latents_without_labels(tmp_path, autoencoder
 
 def test_latents_are_mapped_from_files_that_reading_does_not_change(tmp_path, autoencoder, pixels):
     dataset = latents.latents(pixels, autoencoder, "a", False, tmp_path)
-    assert dataset.in_files and all(isinstance(table, np.memmap) and table.mode == "r" for table in dataset.moments)
+    assert all(isinstance(table, np.memmap) and table.mode == "r" for table in dataset.moments)
     moments, _ = dataset.batch(np.arange(3))
     before = tables(*folders(tmp_path))
     moments.zero_()                                      # a batch is a copy

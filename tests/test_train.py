@@ -256,18 +256,22 @@ def test_two_processes_train_stop_and_resume_as_one_process_trains(tmp_path, mon
     monkeypatch.setattr(reports, "LOG_EVERY", 2)
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     argv = ["--steps", "6", "--save-every", "3", "--sample-every", "1000", "--warmup", "0", "--lr", "0.001"]
-    one, two = trained(tmp_path / "one.pt", *argv), tmp_path / "two.pt"
+    one, two, alone = trained(tmp_path / "one.pt", *argv), tmp_path / "two.pt", tmp_path / "alone.pt"
     launched("3", *TINY, *argv)                          # saved after three steps: the losses of the third are of both processes
     assert checkpoint.load(two).step == 3
+    for ending in (".pt", ".csv"):
+        shutil.copy(two.with_suffix(ending), alone.with_suffix(ending))
+    train.main(["--resume", "--out", str(alone)])        # by another number of processes
     done = launched("none", "--resume", "--accumulate", "2")
     assert done.returncode == 0, done.stderr
-    rows = [[{name: float(value) for name, value in row.items()} for row in rows_of(run)] for run in (one, two)]
-    assert [row["step"] for row in rows[0]] == [2, 4, 6] and len(rows[1]) == 3
-    # sums of float32 in other orders, of which Adam makes steps: losses, and norms of the exchanged gradient, within a thousandth
-    assert all(a == pytest.approx(b, rel=1e-3, nan_ok=True) for a, b in zip(*rows))
-    first, second = (checkpoint.load(run).model for run in (one, two))
-    # matrices only: the keys' biases have no gradient but rounding, which Adam scales up to full steps
-    assert all((first[name] - second[name]).norm() <= 1e-3 * first[name].norm() for name in first if first[name].ndim > 1)
+    rows, *others = ([{name: float(value) for name, value in row.items()} for row in rows_of(run)] for run in (one, two, alone))
+    weights, *their_weights = (checkpoint.load(run).model for run in (one, two, alone))
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for other, theirs in zip(others, their_weights):
+        # sums of float32 in other orders, of which Adam makes steps: losses, and norms of the gradient, within a thousandth
+        assert all(a == pytest.approx(b, rel=1e-3, nan_ok=True) for a, b in zip(rows, other, strict=True))
+        # matrices only: the keys' biases have no gradient but rounding, which Adam scales up to full steps
+        assert all((value - theirs[name]).norm() <= 1e-3 * value.norm() for name, value in weights.items() if value.ndim > 1)
 
 
 @pytest.fixture(scope="module")
