@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from files import read_text
 from image_files import endings, opened
 
 TRAIN = ("train", "training")          # sub-folders of these names are a split, and no classes
@@ -109,7 +110,7 @@ def said_of_images(files, name):
         if path.name != name:
             continue
         try:
-            text = path.read_text("utf-8-sig")
+            text = read_text(path)
             if name == LABELS:
                 content = json.loads(text)
                 pairs = content["labels"] or [] if isinstance(content, dict) and "labels" in content else None
@@ -161,13 +162,7 @@ def check_classes(folder, train, held_out, classes):
 
 def captions_in(source):
     """The captions in a .txt, one a line, or in an entry of a metadata.jsonl, a text or several.  ValueError if it is none."""
-    lines = source
-    if isinstance(source, Path):
-        try:
-            lines = source.read_text("utf-8-sig").splitlines()
-        except ValueError as error:
-            raise ValueError(f"{source} is not a text in UTF-8: {error}") from None
-    lines = [lines] if isinstance(lines, str) else lines
+    lines = read_text(source).split("\n") if isinstance(source, Path) else [source] if isinstance(source, str) else source
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError(f"{METADATA}: {str(source)[:50]} is no caption")
     return [line.strip() for line in lines if line.strip()] or [""]
@@ -235,7 +230,7 @@ def coco_captions(annotations, skip_bad):
     the other. ValueError, with their number, if some are missing; with skip_bad they are left out.
     """
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = json.loads(read_text(annotations))
         names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
         captions = {key: [] for key in names}
         for annotation in content["annotations"]:

@@ -51,7 +51,9 @@ def check_data(args, run, pixels):
         if os.environ.get("RANK", "0") == "0":
             say(f"{args.out} is older than fingerprints of data: whether {args.data} still holds the same is not known")
     elif known.fingerprint != data.fingerprint(pixels):
-        differ = (f"its classes were {known.classes} and are {pixels.classes}" if known.classes != pixels.classes else
+        before, after = known.classes or [], pixels.classes or []
+        gone, new = (", ".join(sorted({*names} - {*others})[:5]) or "none" for names, others in ((before, after), (after, before)))
+        differ = (f"its classes differ, or their order: gone are {gone}, new are {new}" if before != after else
                   f"it had {known.images:,} images to train on and has {len(pixels):,}" if known.images != len(pixels) else
                   "it holds other images, labels or captions, or in another order")
         raise ValueError(f"--resume: {args.data} is not what the run in {args.out} was trained on: {differ}")
