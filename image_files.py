@@ -144,7 +144,7 @@ def as_shown(image, file, background):
     if image.has_transparency_data:
         image = image.convert(f"{mode}A")
         alpha = image.getchannel("A")
-    if image.mode not in ("CMYK", "LAB"):
+    if image.mode != "CMYK":
         image = image.convert(mode)
     transform = to_srgb(file.info.get("icc_profile"), image.mode)
     if transform:
@@ -176,10 +176,10 @@ def to_srgb(profile, mode):
 
     None where there is nothing to do: without a profile, with a broken one, one of other pixels, or sRGB's own.
     """
-    if profile is None and mode != "LAB":
+    if profile is None:
         return None
     try:
-        source = ImageCms.createProfile("LAB") if mode == "LAB" else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except Exception:                                    # the pixels are sound
         return None

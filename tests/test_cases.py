@@ -27,6 +27,7 @@ from sample import hidden_of
 SQUARE = np.array([[0, 10, 20], [30, 40, 50], [60, 70, 250]], np.uint8)
 WIDE = np.array([[0, 255, 256], [511, 32768, 65535]], np.uint16)
 RED, GREEN, BLUE, NAVY, WHITE, BLACK = [255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 100], [255, 255, 255], [0, 0, 0]
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 NOISE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
 
 
@@ -93,13 +94,20 @@ def inks():
 
 def swapped():
     """sRGB's profile with red and blue swapped."""
-    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    content = bytearray(SRGB)
     red, blue = content.index(b"rXYZ"), content.index(b"bXYZ")
     content[red:red + 4], content[blue:blue + 4] = b"bXYZ", b"rXYZ"
     return bytes(content)
 
 
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+def nearly():
+    """sRGB's profile as another maker rounds it, by which some colours move by a level."""
+    content = bytearray(SRGB)
+    place = int.from_bytes(content[content.index(b"rXYZ") + 4:][:4], "big") + 10     # of the lower half of X
+    content[place:place + 2] = (int.from_bytes(content[place:place + 2], "big") + 150).to_bytes(2, "big")
+    return bytes(content)
+
+
 SWAPPED, LINEAR = swapped(), profile(b"GRAY", kTRC=curve(1))
 
 
@@ -193,6 +201,7 @@ IMAGES = {                                   # the file, and the pixels that it 
     "a linear grey profile, sixteen bits": (saved(np.uint16([[55 * 256]]), "PNG", icc_profile=LINEAR), [[128]]),
     "a profile of inks": (saved(solid([255, 0, 0, 0], "CMYK", 1), "TIFF", icc_profile=inks()), [[BLACK]]),
     "sRGB's own profile": (saved(NOISE, "PNG", icc_profile=SRGB), NOISE),
+    "a profile close to sRGB's": (saved(NOISE, "PNG", icc_profile=nearly()), NOISE),
     "a profile of other pixels": (saved(SQUARE, "PNG", icc_profile=SWAPPED), SQUARE),
     "a broken profile": (saved(NOISE, "PNG", icc_profile=b"no profile" * 20), NOISE),
     "a text of 2 MB": (png(8, 0, [b"\7"], TEXT), [[7]]),
@@ -430,6 +439,13 @@ def test_a_folder_is_read_as_its_owner_means_it_or_refused(tmp_path, case):
     assert "\n" not in dataset.summary and dataset.summary.encode()
 
 
+def test_a_folder_may_have_any_name(tmp_path):
+    folder = tmp_path / ("caf\udce9" + "x" * 240)        # Latin-1, and nearly as long as a name may be
+    folder.mkdir()
+    tree("0.png", "1.png")(folder)
+    assert len(load(str(folder), 8, "all", tmp_path / "cache")) == 2
+
+
 def test_a_data_set_by_name_and_a_folder_of_that_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("mnist", "coco"):
@@ -457,6 +473,7 @@ def test_what_a_command_reads_is_said_and_how_large_files_may_be_is_its_flag(tmp
     for main, argv in ((train.main, "--data photos --image-size 8 --steps 1"),
                        (evaluate.main, "--samples photos --reference photos --image-size 8"),
                        (sample.main, f"--ckpt {small_run(tmp_path / 'small.pt')} --inpaint photos/cat/0.png --mask mask.png")):
+        image_files.allow_pixels(None)
         with pytest.raises(SystemExit) as stop:
             main([*argv.split(), "--max-pixels", "15", *([] if main is sample.main else ["--cache", "cache"])])
         assert stop.value.code == 2 and "--max-pixels allows more" in capsys.readouterr().err
