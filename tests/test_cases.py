@@ -104,7 +104,7 @@ def nearly():
     """sRGB's profile as another maker rounds it, by which some colours move by a level."""
     content = bytearray(SRGB)
     place = int.from_bytes(content[content.index(b"rXYZ") + 4:][:4], "big") + 10     # of the lower half of X
-    content[place:place + 2] = (int.from_bytes(content[place:place + 2], "big") + 150).to_bytes(2, "big")
+    content[place:place + 2] = (int.from_bytes(content[place:place + 2], "big") + 50).to_bytes(2, "big")
     return bytes(content)
 
 
