@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 import data
-from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes, rule_of
+from cli import (Parser, add_overwrite_flag, autocast, first_in_turn, one_line_errors, positive, precision_on, processes,
+                 rule_of)
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
 from files import append, check_output, header_of, sha256_of, writing
 from folders import side_of
@@ -216,7 +217,10 @@ def score_samples(args):
     allow_pixels(args.max_pixels or run and run.config.get("max_pixels"))
     name = args.reference or run.data.spec
     check_saving(args, name)
-    device, rank, _ = processes(args.device, args.compile)
+    device, rank, _ = processes(args.device, args.compile, precision=args.precision)
+    args.precision = precision_on(device, args.precision)
+    if how and args.precision != "fp32":                 # samples of float32 have no word for it, as ever
+        how["precision"] = args.precision
 
     real_images, fake_images = read_images(args, run)
     for images in (real_images, fake_images) if rank == 0 else ():
@@ -257,8 +261,9 @@ def score_samples(args):
     if how:
         if args.compile:
             compile_blocks(network)
-        fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
-                                autoencoder and autoencoder.to(device), contexts, y_null)
+        with autocast(device, args.precision):
+            fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
+                                    autoencoder and autoencoder.to(device), contexts, y_null)
         how["step"] = run.step                           # for the row alone: the cache knows the samples by the file's hash
     elif not args.samples:
         return

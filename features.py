@@ -97,11 +97,12 @@ def default_space(data_spec, shape):
 
 @contextmanager
 def full_precision():
-    """float32 products in full, where CUDA would round their factors to the 10 bits of TF32."""
+    """float32 products in full, where autocast would round their factors to the 8 bits of bfloat16, or CUDA to TF32's 10."""
     old, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
     try:
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+        with (torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+              cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)):
             yield
     finally:
         torch.set_float32_matmul_precision(old)

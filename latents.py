@@ -71,6 +71,8 @@ def latents(pixels, autoencoder, sha256, flip=False, cache=None):
             yield batch, [*moments, *([pixels.labels[pixels.rows[batch]]] if labels else [])]
 
     about = dict(data=fingerprint(pixels), autoencoder=sha256, rows=len(pixels), flipped=flip)
+    if torch.is_autocast_enabled(next(autoencoder.parameters()).device.type):
+        about["precision"] = "bf16"                      # those of float32 are others
     with Table("latents", about, len(pixels), columns | labels, cache) as table:
         fill(table, compute, "encoding")
         return Latents(pixels, table.arrays()[:len(columns)], autoencoder)

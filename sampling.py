@@ -2,7 +2,8 @@
 
 Report §4-5 (inference), §2-5 (latents are decoded), §4-1 (a text is encoded), §3 (guidance). sample.py is the command; pictures
 of runs, evaluate.py and bench.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
-size or the number of processes.
+size or the number of processes: to rounding, which in float32 is at most one grey level. Who calls chooses the precision, by
+`cli.autocast`.
 """
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 import ddpm
 from checkpoint import Clip, load, load_autoencoder, load_clip
-from cli import natural, not_negative, positive
+from cli import PRECISIONS, natural, not_negative, positive
 from data import Dataset, to_uint8
 from files import sha256_of
 from tables import Table, fill
@@ -284,6 +285,8 @@ def add_sampling_flags(parser):
     parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network first: pays for many images")
     parser.add_argument("--seed", type=natural, default=0, help="default: 0")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of products, tf32 on CUDA only (default: bf16 on CUDA, fp32 on the "
+                        "CPU)")
 
 
 def load_upsampler(path, base, labelled, shape):

@@ -10,6 +10,7 @@ Report §4-5, §2-4 and §2-5. The flags are settings.py's. What a step draws an
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import contextlib
+import copy
 import math
 import os
 import sys
@@ -24,10 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
-from cli import first_in_turn, one_line_errors, processes, stop_signals, total
+from cli import (autocast, first_in_turn, gpu_memory, one_line_errors, precision_on, processes, stop_signals,
+                 total)
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from files import check_output
+from gflops import accumulation, gib, training_memory
 from image_files import allow_pixels
 from latents import embeddings, latents, measured_scale
 from models import build, compile_blocks
@@ -93,7 +96,8 @@ def load_data(args, run, device):
                               *((TEXT_DIM, TEXT_TOKENS) if args.text else ())))
     except ValueError as error:
         raise ValueError(f"{error}; of latents: an image's side is {factor} times that") from None
-    return latents(pixels, autoencoder, sha256, args.flip, args.cache)
+    with autocast(device, args.precision):
+        return latents(pixels, autoencoder, sha256, args.flip, args.cache)
 
 
 def encode_captions(args, dataset, run, device):
@@ -193,9 +197,9 @@ class Training:
     """A run in memory: its data, network, objective, report, scores and state; from the start, or from where a Run stopped."""
 
     def __init__(self, args, run, device, rank, world):
-        if args.batch_size % (world * args.accumulate):
-            raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} "
-                             "micro-batches")
+        parts = 1 if args.accumulate == "auto" else args.accumulate
+        if args.batch_size % (world * parts):
+            raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {parts} micro-batches")
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.out, self.start, self.saved = Path(args.out), run.step if run else 0, run and run.step
         self.part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
@@ -209,11 +213,39 @@ class Training:
         self.objective, self.report, columns = build_objective(args, self.dataset, network, random, reader)
         self.scores, more = build_scores(args, self.dataset, self.objective, device) if args.eval_every else (None, ())
         self.clip = reader.record() if reader else None
+        args.accumulate = self.fitting_accumulation(network, parts)
         self.state, self.unfinished = State(network, args, self.objective.groups, device), False
         if run:
             self.resume(run)
         self.log = Log(self.out.with_suffix(".csv"), args, self.objective.groups, columns + more, self.start, rank)
         self.model, self.saves = wrapped(network, args, device, world), checkpoint.Saves()
+
+    def fitting_accumulation(self, network, parts):
+        """--accumulate: the parts asked for, after a line if they take more memory than the GPU has, or of auto as few as fit.
+
+        ValueError if not even one image fits.
+        """
+        card = gpu_memory(self.device)
+        if card is None:
+            return parts
+        args, objective = self.args, copy.deepcopy(self.objective)       # whose tables move to the meta device
+        batch = self.objective.draw(0, *data.Batches(self.dataset, args.batch_size, args.seed, self.part)[0])
+        plain, recomputed = training_memory(network, lambda model, *inputs: objective.loss(model, *inputs)[0].mean(), batch,
+                                            args.precision == "bf16")
+        memory, n = recomputed if args.checkpointing else plain, len(batch[0])
+        fits = accumulation(memory, n, card)
+        if fits is None:
+            remedy = ("take a smaller --size" if args.checkpointing or accumulation(recomputed, n, card) is None else
+                      f"--checkpointing takes {gib(recomputed.needed(1))}")
+            raise ValueError(f"training takes {gib(memory.needed(1))} by count for one image at a time, and this GPU has "
+                             f"{gib(card)}: {remedy}")
+        chosen = fits if args.accumulate == "auto" else parts
+        room = f"a step takes {gib(memory.needed(n // chosen))} by count, and this GPU has {gib(card)}"
+        if self.rank == 0 and chosen < fits:
+            say(f"WARNING: {room}: --accumulate {fits} takes {gib(memory.needed(n // fits))}")
+        elif self.rank == 0:
+            say(f"--accumulate {chosen}: {room}")
+        return chosen
 
     def resume(self, run):
         """Go on from a Run, which is emptied: it takes as much memory as the network and its optimizer."""
@@ -258,7 +290,7 @@ class Training:
 
     def write_row(self, step, diverged=False):
         """Write the log's row of a step, with the picture and the scores that are due there."""
-        with self.log.paused():
+        with self.log.paused(), autocast(self.device, self.args.precision):
             if self.rank == 0 and due(step, self.args, self.args.sample_every) and not diverged:
                 self.log.scores |= self.report(self.state.ema, self.out.with_suffix(".png"))
             if due(step, self.args, self.args.eval_every) and not diverged:
@@ -314,11 +346,11 @@ def main(argv=None):
     with one_line_errors("train.py"):
         args, run = read_settings(argv)
         allow_pixels(args.max_pixels)
-        device, rank, world = processes(args.device, args.compile)
-        args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+        device, rank, world = processes(args.device, args.compile, precision=args.precision)
+        args.precision = precision_on(device, args.precision)
         with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
             if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
-                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
+                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps}: --steps sets a later end")
             train(args, run, device, rank, world)
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils import _triton
 
 import checkpoint
+import cli
 import data
 import dit
 import features
@@ -285,7 +286,7 @@ CASES = [
     ("samples into a folder that does not exist", nothing, f"{SAMPLE} --out no/samples.png", "does not exist"),
     ("a trajectory into a folder that does not exist", nothing, f"{SAMPLE} --trajectory no/way.gif", "does not exist"),
     ("quality of a run without labels", unlabelled_run, "bench.py quality", "class-conditional"),
-    ("timing a single step", nothing, "bench.py train --steps 1", "at least 2"),
+    ("timing a single step", nothing, "bench.py train --steps 1", "from 2 on"),
     ("samples of a classifier", classifiers_run, "sample.py --ckpt vit.pt", "a ViT, which classifies"),
     ("released weights that read text without CLIP", released_text_network, "sample.py --ckpt released.pt --prompt cat",
      "--clip DIR names"),
@@ -457,6 +458,42 @@ def test_compile_on_a_gpu_without_triton_or_its_compiler_is_refused(monkeypatch)
     for there, said in ((False, "pip install triton"), (True, "install gcc")):
         monkeypatch.setattr(_triton, "has_triton", lambda: there)
         refusal(lambda: check_compiler("cuda"), "--compile: PyTorch needs", said)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """One GPU, as far as PyTorch is asked about it: a function that says whether it computes in bfloat16."""
+    def give(half):
+        for name, answer in dict(is_available=True, device_count=1, set_device=None, get_device_name="Card 1",
+                                 is_bf16_supported=half).items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    with features.full_precision():                      # which puts back what a command sets
+        yield give
+
+
+@pytest.mark.parametrize("half, rank, command, words", [
+    (False, "0", f"{TRAIN} --device cuda --precision bf16", "Card 1 does not compute in bfloat16: take tf32 or fp32"),
+    (False, "0", f"{SAMPLE} --device cuda --precision bf16", "Card 1 does not compute in bfloat16: take tf32 or fp32"),
+    (True, "1", f"{TRAIN} --device cuda", "process 1 has no GPU: this machine has 1"),
+    (True, "0", f"{TRAIN} --precision tf32", "--precision tf32 is a GPU's")])
+def test_what_the_gpu_lacks_gets_one_line(here, capfd, monkeypatch, gpu, half, rank, command, words):
+    gpu(half)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    program, *argv = command.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(program.removesuffix(".py")).main(argv)
+    refused(stop.value.code, capfd.readouterr().err, words)
+
+
+@pytest.mark.parametrize("half, asked, found", [(True, None, "bf16"), (False, None, "tf32"), (True, "tf32", "tf32"),
+                                                (True, "fp32", "fp32")])
+def test_a_gpu_computes_in_the_precision_asked_for_or_in_its_best(gpu, capfd, half, asked, found):
+    gpu(half)
+    device, *_ = cli.processes("cuda", precision=asked)
+    assert cli.precision_on(device, asked) == found
+    assert torch.get_float32_matmul_precision() == ("highest" if found == "fp32" else "high")
+    assert torch.backends.cudnn.allow_tf32 == (found != "fp32")
+    assert capfd.readouterr().err.count("Card 1 does not compute in bfloat16: --precision is tf32") == (not half)
 
 
 def test_a_second_run_on_the_same_file_is_refused(here, capfd):

@@ -378,6 +378,53 @@ def test_without_dropped_labels_there_is_no_null_class(tmp_path):
     assert len(run.model["y_embedder.embedding_table.weight"]) == 10 and run.build()[0].null_label is None
 
 
+# A GPU's memory
+
+@pytest.fixture
+def card(monkeypatch):
+    """A function that gives the CPU the memory of a GPU, in MiB; and no picture, which would take longer than training."""
+    monkeypatch.setattr(train, "sample_report", lambda *_: {})
+    return lambda size: monkeypatch.setattr(train, "gpu_memory", lambda device: size * 2 ** 20)
+
+
+# By count SMALLER takes 4.1 MiB in 4 x 4 patches for one image, 6.2 for four, 9 for eight; in 2 x 2 patches 6.1 for one, and with
+# --checkpointing 5
+def test_auto_accumulates_as_little_as_fits_and_the_run_keeps_the_number(tmp_path, card, capsys):
+    argv = ["--size", "Ti/4", "--steps", "3"]
+    whole = trained(tmp_path / "whole.pt", *argv, "--accumulate", "auto")    # on the CPU: 1
+    assert checkpoint.load(whole).config["accumulate"] == 1
+    card(8.5)
+    auto, two = (trained(tmp_path / f"{name}.pt", *argv, "--accumulate", name) for name in ("auto", "2"))
+    assert checkpoint.load(auto).config["accumulate"] == 2
+    assert_same_run(auto, two)
+    said = capsys.readouterr().out
+    assert said.count("--accumulate 2: a step takes 0.0 GiB by count, and this GPU has 0.0 GiB") == 2 and "WARNING" not in said
+    trained(tmp_path / "one.pt", *argv)
+    assert "WARNING: a step takes" in (said := capsys.readouterr().out) and "--accumulate 2 takes" in said
+
+
+@pytest.mark.parametrize("size, argv, remedy", [(6.2, [], "--checkpointing takes"), (6.2, ["--checkpointing"], None),
+                                                (3, [], "take a smaller --size"), (3, ["--checkpointing"], "take a smaller --size")])
+def test_what_does_not_fit_image_by_image_is_refused_with_what_would(tmp_path, card, capsys, size, argv, remedy):
+    card(size)
+    argv = ["--size", "Ti/2", "--steps", "1", "--accumulate", "auto", *argv]
+    if remedy is None:
+        assert trained(tmp_path / "run.pt", *argv).exists()
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            trained(tmp_path / "run.pt", *argv)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1 and "by count for one image at a time" in error and remedy in error
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pictures_and_scores_are_drawn_in_the_precision_of_training(tmp_path, monkeypatch, precision):
+    seen = []
+    monkeypatch.setattr(train, "sample_report", lambda *_: seen.append(torch.is_autocast_enabled("cpu")) or {})
+    trained(tmp_path / "run.pt", "--steps", "1", "--precision", precision)
+    assert seen == [precision == "bf16"] and checkpoint.load(tmp_path / "run.pt").config["precision"] == precision
+
+
 @pytest.mark.gpu
 def test_a_gpu_trains_in_bf16_and_samples(tmp_path):
     train.main(["--size", "Ti/8", "--steps", "60", "--precision", "bf16", "--device", "cuda", "--out", str(tmp_path / "run.pt")])
