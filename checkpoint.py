@@ -29,7 +29,7 @@ import models
 import text
 from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
 from ddpm import SCHEDULES, Diffusion
-from files import atomic_file, check_output, sha256_of, writing
+from files import atomic_file, check_output, readable, sha256_of, writing
 from models import clip_encoder, released_autoencoder, released_run
 
 VERSION = 1
@@ -37,6 +37,9 @@ EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's wei
 CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin")                # Hugging Face's names for them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+HEADER = 2 ** 24                                 # bytes of the longest header of a .safetensors: that of 10,000 tensors has one million
+MOST_STEPS = 10_000                              # of a diffusion process; published ones have 4,000
+MISFIT = (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)         # of what a file says, when it is used
 
 
 @dataclass
@@ -103,19 +106,25 @@ class Run:
     log: torch.Tensor | None = None              # (2, G), losses since the last row of the log, and how many, by group
     norm: float = math.nan                       # of the last gradient
 
+    file = None                                  # the path that it was read from
+
     def build(self, weights="ema"):
         """The network, in eval mode, and the Diffusion or None; weights: "ema" or "model".  ValueError if they do not fit."""
         try:
-            network = models.build(self.network)
-            network.load_state_dict(getattr(self, weights), strict=True)
+            network = models.build_with(self.network, getattr(self, weights))
+            classes, known = getattr(network, "num_classes", None), self.data.classes
+            if known and classes is not None and classes != len(known):
+                raise ValueError(f"it names {len(known)} classes, and its network knows {classes}")
             diffusion, process = None, self.diffusion
             if process is not None:
+                if not 0 < process.T <= MOST_STEPS:
+                    raise ValueError(f"a process of {process.T} steps, which has from 1 to {MOST_STEPS:,}")
                 betas = SCHEDULES[process.schedule](process.T, *process.range)
                 scale, offset = process.time
                 diffusion = Diffusion(betas, process.prediction, process.variance, np.arange(len(betas)) * scale + offset)
-        except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        except (ValueError, *MISFIT) as error:
             raise ValueError(f"the checkpoint does not describe its network: {' '.join(str(error).split())[:300]}") from None
-        return network.eval(), diffusion
+        return network, diffusion
 
 
 def plain(record):
@@ -135,11 +144,30 @@ def typed(kind, content):
             value = typed(record, value)
         if not isinstance(value, field.type):
             raise ValueError(f"its {field.name} is a {type(value).__name__}")
+        if isinstance(value, int) and not 0 <= value < 2 ** 63:
+            raise ValueError(f"its {field.name} is {str(value)[:50]}")
         values[field.name] = value
     try:
         return kind(**values)
     except TypeError as error:                           # names what is missing
         raise ValueError(f"it lacks {str(error).partition(': ')[2]}") from None
+
+
+def check_plain(run):
+    """ValueError on what no run of train.py has where it has plain values, or on numbers that mean nothing."""
+    def of(kind, values):
+        return all(isinstance(value, kind) for value in values)
+
+    data, process, scale = run.data, run.diffusion, run.vae.scale if run.vae else 1
+    for name, fits in (
+            ("config", of(str, run.config) and of((str, int, float, type(None)), run.config.values())),
+            ("classes", of(str, data.classes or ())),
+            ("image_size", isinstance(data.image_size, int) or len(data.image_size) == 2 and of(int, data.image_size)),
+            ("range", process is None or len(process.range) <= 2 and of((int, float), process.range)),
+            ("time", process is None or len(process.time) == 2 and of((int, float), process.time)),
+            ("scale", 0 < scale < math.inf)):
+        if not fits:
+            raise ValueError(f"its {name} is none")
 
 
 def save(path, run):
@@ -192,9 +220,26 @@ def damaged(path):
 
 
 def tensors_in(content):
-    """The tensors of nested dicts and lists."""
-    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return [content] if torch.is_tensor(content) else [tensor for part in parts for tensor in tensors_in(part)]
+    """The tensors of nested dicts and lists, which a file may also nest in themselves, or in one another millions of times."""
+    left, seen, tensors = [content], set(), []
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        tensors += [part] if torch.is_tensor(part) else []
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+    return tensors
+
+
+def check_tensors(path, content):
+    """ValueError unless the tensors in the content of a file are plain, and no larger than the file, in which two may share bytes."""
+    tensors = tensors_in(content)
+    if any(tensor.is_complex() or tensor.layout != torch.strided for tensor in tensors):
+        raise ValueError("a tensor is sparse or of complex numbers")
+    count = sum(tensor.numel() for tensor in tensors)
+    if count > 2 * path.stat().st_size:
+        raise ValueError(f"its tensors have {count:,} numbers, for which it is too small")
 
 
 def read(path):
@@ -202,9 +247,7 @@ def read(path):
 
     Checksums are compared where there are some: by the first process of a machine alone.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: there is no such file")
+    path = readable(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     with warnings.catch_warnings():
@@ -214,7 +257,10 @@ def read(path):
             record = damaged(path) if archive and os.environ.get("LOCAL_RANK", "0") == "0" else None
             if record:
                 raise ValueError(f"the checksum of its record {record} is wrong")
+            if allocates(path, archive):
+                raise ValueError("it asks for memory that no tensor is in")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            check_tensors(path, content)
             if not archive and not all(tensor.isfinite().all() for tensor in tensors_in(content)):       # without checksums
                 raise ValueError("it holds numbers that are NaN or infinite")
             return content
@@ -224,6 +270,15 @@ def read(path):
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off{reason}, or holds Python objects, "
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
+
+
+def allocates(path, archive):
+    """Whether a pickle would make a bytearray, of any length: torch takes it for harmless, and no tensor needs it."""
+    with zipfile.ZipFile(path) if archive else open(path, "rb") as file:
+        if archive:
+            return any(b"\nbytearray\n" in file.read(name) for name in file.namelist() if name.endswith(".pkl"))
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(b"\nbytearray\n") >= 0
 
 
 def unique(pairs):
@@ -244,6 +299,8 @@ def read_safetensors(path):
             start = 8 + int.from_bytes(file.read(8), "little")
             if not 8 <= start <= size:
                 raise ValueError("it ends before its header does")
+            if start > HEADER:
+                raise ValueError(f"its header has {start:,} bytes, where {HEADER:,} hold any network's")
             header = json.loads(file.read(start - 8), object_pairs_hook=unique)
             header.pop("__metadata__", None)
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)           # read when touched, writable without the file
@@ -272,11 +329,14 @@ def load(path, config=None):
     content = read(path)
     try:
         if not (isinstance(content, dict) and "version" in content and "network" in content):
-            return typed(Run, {"version": VERSION, **released_run(content, config)})
+            content = {"version": VERSION, **released_run(content, config)}
         if content["version"] != VERSION:
-            raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
-        return typed(Run, content)
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"it has format version {str(content['version'])[:50]}, this code reads {VERSION}")
+        run = typed(Run, content)
+        check_plain(run)
+        run.file = Path(path)
+        return run
+    except (ValueError, *MISFIT) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {path}: {reason}") from None
 
@@ -304,7 +364,7 @@ def load_autoencoder(path):
             network.scale = run.vae.scale
         else:
             run, network = None, released_autoencoder(content.get("state_dict", content) if isinstance(content, dict) else content)
-    except ValueError as error:
+    except (ValueError, *MISFIT) as error:
         raise ValueError(f"cannot use {path}: {error}") from None
     small = run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED
     network.origin = Autoencoder(network.scale, str(Path(path).resolve()), sha256_of(path),
@@ -326,7 +386,7 @@ def load_clip(path):
     tensors = read(path)
     try:
         encoder = clip_encoder(tensors)
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (ValueError, *MISFIT) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
     settings = folder / "config.json"                    # where it is there: OpenCLIP's shapes do not show their exact GELU
@@ -347,6 +407,7 @@ def summary(path):
 
     run = load(path)
     try:
+        models.check_description(run.network)
         rows = {
             "network": f"{run.network['class']} {listed(run.network['arguments'])}",
             "parameters": f"{sum(value.numel() for value in run.model.values()):,}",
@@ -357,7 +418,7 @@ def summary(path):
             "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
                               for key, value in run.config.items() if value is not None and value is not False),
         }
-    except (KeyError, AttributeError, TypeError) as error:
+    except (ValueError, *MISFIT) as error:
         raise ValueError(f"{path} does not describe its network: {error}") from None
     title = f"{path}: " + ("official weights" if run.step is None else f"a run at step {run.step}")
     return [title, *(f"{name:10} {value}" for name, value in rows.items() if value)]

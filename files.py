@@ -5,10 +5,12 @@ A command replaces a file only if this project wrote it for the same purpose, se
 import csv
 import errno
 import fcntl
+import gzip
 import hashlib
 import http.client
 import os
 import secrets
+import stat
 import urllib.request
 import warnings
 import zipfile
@@ -28,13 +30,57 @@ ROOM, RIGHTS = "make room on the disk, or choose a place on another one", "choos
 REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
             errno.EROFS: RIGHTS, errno.ENOENT: "make its folder", errno.EEXIST: "choose another name",
             errno.ENOTDIR: "choose another folder", errno.EIO: "look at the disk"}       # of what a disk answers that takes no file
+UNPACKED, RATIO = 2 ** 27, 64                    # bytes that a compressed file may become, or times its own: photos become twice theirs
 
+
+# What a command may read
+
+def readable(path):
+    """The path of a file to read.  OSError if there is none, or what may never end: a pipe, a socket, a device."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if not path.is_file():
+        raise OSError(f"{path} is a {'folder' if path.is_dir() else 'pipe, a socket or a device'}: a regular file is needed")
+    return path
+
+
+def check_unpacked(path, size):
+    """ValueError if a compressed file becomes more bytes than one of its size may: a hostile one becomes a thousand times as many."""
+    limit = max(UNPACKED, RATIO * os.path.getsize(path))
+    if size > limit:
+        raise ValueError(f"it becomes more than {limit:,} bytes, {RATIO} times its own or {UNPACKED:,}: where this is meant, leave "
+                         "it uncompressed")
+
+
+def open_npz(path):
+    """An .npz, whose arrays NumPy reads when they are asked for.  ValueError or OSError if it is none, or as `check_unpacked`."""
+    if not zipfile.is_zipfile(readable(path)):
+        raise ValueError("it is no zip archive of arrays, or was cut off")
+    with zipfile.ZipFile(path) as archive:
+        check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))       # of which no entry gives more
+    return np.load(path, allow_pickle=False)
+
+
+def unpacked(path):
+    """The bytes in a .gz.  ValueError, OSError, EOFError or zlib.error if it is damaged, or as `check_unpacked`."""
+    content = bytearray()
+    with gzip.open(readable(path)) as file:
+        while piece := file.read(2 ** 20):
+            content += piece
+            check_unpacked(path, len(content))
+    return bytes(content)
+
+
+# What is written, and where
 
 def cache_folder(cache=None):
-    """The folder of caches and downloads, made if it does not exist: `cache`, or the user's."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-transformers"
-    folder = Path(cache) if cache else user
-    with writing(f"the cache {folder}, which --cache names"):
+    """The folder of caches and downloads, made if it does not exist: `cache`, or the user's.  OSError if it cannot be had."""
+    try:
+        folder = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion-transformers"))
+    except RuntimeError:                                 # of a user whom the machine does not know, as in a container
+        raise OSError("there is no home for the cache: --cache DIR names a folder for it") from None
+    with writing(f"the cache {folder}, in whose place --cache DIR names another"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -160,7 +206,7 @@ def own_gif(path, purpose):
 
 def own_samples(path, purpose):
     """Whether an .npz is marked; earlier versions' hold images whose labels take turns, and nothing else."""
-    with np.load(path, allow_pickle=False) as archive:
+    with open_npz(path) as archive:
         if archive.zip.comment or set(archive.files) != {"arr_0", "arr_1"}:
             return archive.zip.comment == mark(purpose).encode()
         labels = archive["arr_1"]
@@ -170,7 +216,7 @@ def own_samples(path, purpose):
 
 def own_reference(path, purpose):
     """Whether an .npz holds what features.save_statistics writes, of evaluate.py and not of the cache."""
-    with np.load(path, allow_pickle=False) as archive:
+    with open_npz(path) as archive:
         return {"mu", "sigma", "features", "features_sha256"} <= set(archive.files) and "rows" not in archive
 
 
@@ -271,7 +317,8 @@ def holds_run(path):
     """Whether a file, whatever its name, is a checkpoint with AdamW's moments, which can be trained on."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/data.pkl") and b"exp_avg" in archive.read(name) for name in archive.namelist())
+            return any(entry.filename.endswith("/data.pkl") and not entry.compress_type and b"exp_avg" in archive.read(entry)
+                       for entry in archive.infolist())
     except Exception:                                    # see above
         return False
 
@@ -285,7 +332,7 @@ def output_file(path, purpose, inputs=(), overwrite=None):
 
 def sha256_of(path):
     """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open(readable(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
