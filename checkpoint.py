@@ -105,6 +105,7 @@ class Run:
     bad_steps: int = 0                           # steps in a row, up to this one, whose gradient was not finite
     log: torch.Tensor | None = None              # (2, G), losses since the last row of the log, and how many, by group
     norm: float = math.nan                       # of the last gradient
+    signature: str | None = None                 # of the places that config names, see `settings.signature`
 
     file = None                                  # the path that it was read from
 

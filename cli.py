@@ -1,10 +1,12 @@
 """What the commands share: flags, errors in one line, devices, processes and signals."""
 import argparse
+import json
 import os
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,6 +46,18 @@ def message_of(error):
     return {KeyboardInterrupt: ("stopped by Ctrl-C", 130), Terminated: ("stopped by SIGTERM", 143)}.get(type(error), (None, 0))
 
 
+def say_last(line):
+    """Print the line of an error on stderr; under torchrun the first process of a machine does.
+
+    After it torchrun prints sixty lines of its own, which end with what a process left in a file: the line, once more.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(report).write_text(json.dumps(dict(message=line, timestamp=int(time.time()))))
+
+
 @contextmanager
 def one_line_errors(command):
     """Turn what a user can cause into one line on stderr and an exit status, see `message_of`; a bug keeps its traceback."""
@@ -58,7 +72,7 @@ def one_line_errors(command):
         message, status = message_of(error)
         if message is None:
             raise
-        print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+        say_last(f"{command}: {' '.join(message.split())}")
         sys.exit(status)
     else:
         if dist.is_initialized() and dist.get_rank() > 0:
@@ -78,10 +92,10 @@ def add_overwrite_flag(parser):
 
 
 def at_least(least, kind):
-    """An argparse type: a finite number of a kind, int or float, from `least` on."""
+    """An argparse type: a finite number of a kind, int of 64 bits or float, from `least` on."""
     def number(text):
-        if not least <= kind(text) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {least} on")
+        if not least <= kind(text) < (2 ** 63 if kind is int else float("inf")):
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {least} on, or is too large")
         return kind(text)
     return number
 

@@ -5,6 +5,7 @@ the round trip. A tenth of any data set without a test split of its own is held 
 Image files are image_files.py's.
 """
 import hashlib
+import io
 import json
 import tarfile
 import zipfile
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 import shapes
-from files import cache_folder, download
+from files import cache_folder, download, open_npz, readable, unpacked
 from image_files import center_crop, coco, image_folder
 from points import POINTS, swiss_roll
 
@@ -216,12 +217,9 @@ def _mnist(image_size):
 
 
 def _npz(path):
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist")
+    readable(path)
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip archive of arrays, or was cut off")
-        with np.load(path, allow_pickle=False) as archive:
+        with open_npz(path) as archive:
             image_key, label_key = ("arr_0", "arr_1") if "arr_0" in archive else ("images", "labels")
             if image_key not in archive:
                 raise ValueError(f"it has neither arr_0 nor images, but {', '.join(archive.files) or 'nothing'}")
@@ -281,9 +279,9 @@ def _cifar10(folder, split, cache):
     places = [place for place in (Path(folder), Path(folder, CIFAR10_FOLDER)) if all((place / name).exists() for name in names)]
     try:
         if places:
-            parts = [(places[0] / name).read_bytes() for name in names]
+            parts = [readable(places[0] / name).read_bytes() for name in names]
         elif archive.exists():
-            with tarfile.open(archive, "r:gz") as tar:                   # members are read, never extracted to disk
+            with tarfile.open(fileobj=io.BytesIO(unpacked(archive))) as tar:         # members are read, never extracted to disk
                 parts = [tar.extractfile(f"{CIFAR10_FOLDER}/{name}").read() for name in names]
         else:
             raise ValueError(f"it has neither {names[0]} nor {archive.name}")

@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import os
 import secrets
-import stat
 import urllib.request
 import warnings
 import zipfile

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from files import readable
 from tables import Table, fill
 
 FOR_A_WORKER = 256               # image files that are worth another process, which takes a second to start
@@ -48,7 +49,7 @@ def open_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
-            opened = Image.open(path, formats=sorted(set(Image.OPEN) - {"EPS"}))     # EPS would run Ghostscript on it
+            opened = Image.open(readable(path), formats=sorted(set(Image.OPEN) - {"EPS"}))     # EPS would run Ghostscript on it
         with opened:                                     # an animation would stay open
             image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):                                   # 16-bit grey, which Pillow would clip, not scale
@@ -137,12 +138,12 @@ def coco_captions(annotations, skip_bad):
     the other. ValueError, with their number, if some are missing; with skip_bad they are left out.
     """
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = json.loads(readable(annotations).read_text(encoding="utf-8"))
         names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
         captions = {key: [] for key in names}
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{annotations} holds no captions of MS-COCO: {reason}") from None
     root, part = annotations.parent, annotations.stem.partition("_")[2]

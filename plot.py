@@ -21,7 +21,7 @@ import torch
 import data
 import ddpm
 from cli import Parser, add_overwrite_flag, natural, one_line_errors, processes, rule_of
-from files import check_output
+from files import check_output, readable
 from pictures import COLOURS, WINDOW, Chart, faint, points_panel, save_image, spread, table, write_gif
 from sampling import decode, decoder, draw, drawable
 from points import MLP, swiss_roll
@@ -37,10 +37,10 @@ ARROWS = 12                                      # in each direction
 
 def read_rows(path, *needed):
     """The rows of a CSV file, dicts of text, "" where a row is short.  ValueError or OSError if there are none."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: there is no such file, and a command is one of {', '.join(COMMANDS)}")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(readable(path), newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, restval="")
             rows, columns = list(reader), reader.fieldnames or ()
     except (csv.Error, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ are Hugging Face's, vocabularies theirs or OpenAI's. Shapes: N captions, L token
 """
 import gzip
 import html
+import io
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from files import readable, unpacked
 from vit import attention
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -72,11 +74,12 @@ def rest(text, words, room):
 def read_merges(path):
     """The pairs of pieces that merge, first learnt first, after one line of heading.  ValueError or OSError if damaged."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no merges {path}: CLIP's vocabulary is vocab.json and merges.txt, or {MERGES_FILE}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            pairs = [tuple(line.split()) for line in itertools.islice(file, 1, 1 + MERGES) if line.strip()]
+        content = unpacked(path) if path.suffix == ".gz" else readable(path).read_bytes()
+        lines = io.StringIO(content.decode("utf-8"))
+        pairs = [tuple(line.split()) for line in itertools.islice(lines, 1, 1 + MERGES) if line.strip()]
         if {*map(len, pairs)} != {2}:
             raise ValueError("after its first, a line is a pair")
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
@@ -87,7 +90,7 @@ def read_merges(path):
 def read_vocabulary(path, pieces):
     """The id of each piece, from vocab.json.  ValueError or OSError if it is damaged, or not of exactly these pieces."""
     try:
-        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+        ids = json.loads(readable(path).read_text(encoding="utf-8"))
         fits = ids.keys() == {*pieces} and {*ids.values()} == {*range(len(ids))}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a vocabulary: {error}") from None

@@ -37,7 +37,7 @@ from reports import (Log, accuracy_report, due, first_line, last_line, point_rep
                      has_row, sample_report, say, upsampling_report)
 from sampling import TextReader, unconditional
 from scoring import lacks, measure_reference, possible, sample_scores, warn_of_few
-from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings
+from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings, signature
 from text import TextEncoder
 from unet import UPSAMPLERS
 from vit import divided
@@ -258,7 +258,7 @@ class Training:
             version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=self.described,
             diffusion=process, data=about, vae=autoencoder, text=self.clip, model=state.network.state_dict(),
             ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(), bad_steps=int(state.bad_steps), log=sums,
-            norm=state.norm.item()))
+            norm=state.norm.item(), signature=signature(vars(args))))
 
     def write_row(self, step, diverged=False):
         """Write the log's row of a step, with the picture and the scores that are due there."""
