@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -41,6 +42,8 @@ def message_of(error):
         return "out of memory on the device: lower --batch-size, or raise train.py's --accumulate", 2
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
         return f"this machine's memory is full: lower --batch-size, --n or --image-size ({error or 'MemoryError'})", 2
+    if isinstance(error, RuntimeError) and re.search("by peer|remote process exited", str(error)):
+        return "another process ended, which says why", 2
     if isinstance(error, (ValueError, OSError)):         # with which this code answers what a user can cause
         return str(error), 2
     return {KeyboardInterrupt: ("stopped by Ctrl-C", 130), Terminated: ("stopped by SIGTERM", 143)}.get(type(error), (None, 0))
