@@ -115,10 +115,11 @@ def check_description(description):
     for kind, arguments in ((NETWORKS[description["class"]], description["arguments"]), (text.TextEncoder, description.get("text", {}))):
         parameters = signature(kind).parameters
         for name, value in arguments.items():
-            default, numbers = parameters[name].default, value if isinstance(value, (list, tuple)) else [value]
+            default = parameters[name].default
+            numbers, kinds = (value, (int, float)) if isinstance(value, (list, tuple)) else ([value], (int,))
             fits = (type(value) is type(default) if isinstance(default, (bool, str)) else
                     0 <= value < 1 if isinstance(default, float) else
-                    value is None or all(type(number) is int and 0 <= number <= LARGEST for number in numbers))
+                    value is None or all(type(number) in kinds and 0 <= number <= LARGEST for number in numbers))
             if not fits:
                 raise ValueError(f"{name} is {str(value)[:50]}")
         blocks = arguments.get("depth", 1) * arguments.get("res_blocks", 1) * len(arguments.get("multipliers", "1"))

@@ -1,0 +1,287 @@
+"""Whatever a file holds and whatever a command line says ends in a result or in one line and status 2, in bounded time and memory.
+
+Files are honest ones with a little changed, by a generator of a fixed seed, and some made by hand; command lines are drawn from the
+flags that the parsers know and a pool of good and bad values. Networks are of a hundredth of the usual size, and what would compute
+for long or load from the network is left out. A small part of both runs each time, all of it where `slow` has time for it.
+"""
+import contextlib
+import gzip
+import importlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import tarfile
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bench
+import checkpoint
+import companion
+import dit
+import evaluate
+import features
+import files
+import gflops
+import models
+import plot
+import sample
+import settings
+import text
+import train
+import uvit
+import vit
+from test_train import SMALLER, saved_autoencoder
+
+DIT = dict(image_size=8, patch_size=4, channels=1, dim=32, depth=1, heads=2, num_classes=10, learn_sigma=False)
+UNET = dict(image_size=8, channels=1, out_channels=1, dim=32, res_blocks=1, multipliers=[1, 2], num_classes=10)
+CLIP = dict(vocab=514 + 3, length=8, dim=64, depth=1, heads=1)
+TRAIN = "train.py --size Ti/4 --batch-size 2 --steps 1 --device cpu --cache cache --out new.pt"
+
+
+def a_run(path, network, seed=0, T=50, **more):
+    """A run as train.py writes one, of an untrained network."""
+    torch.manual_seed(seed)
+    state = models.build(network).state_dict()
+    arguments = network["arguments"]
+    data = checkpoint.Data("mnist", [str(i) for i in range(10)], 10, arguments["channels"], [8, 8])
+    config = {**settings.COMMON, **settings.LAPTOP, "size": "Ti/4", "image_size": 8, "out": str(path)}
+    process = checkpoint.Process("cosine", T, "x0", "small")
+    checkpoint.save(path, checkpoint.Run(1, 1, config, network, None if network["class"] == "ViT" else process, data, state, state,
+                                         **more))
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """A folder with an honest file of each kind."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        here = tmp_path_factory.mktemp("honest")
+        patch.chdir(here)
+        generator = np.random.default_rng(0)
+        pixels = generator.integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+        np.savez("real.npz", arr_0=pixels, arr_1=np.arange(12) % 3)
+        np.savez_compressed("packed.npz", images=pixels, labels=np.arange(12) % 3)
+        for module in (dit, uvit, vit):
+            patch.setitem(module.SIZES, "Ti", SMALLER)
+        train.main(f"{TRAIN} --data real.npz --out run.pt --steps 2".split()[1:])
+        a_run("dit.pt", {"class": "DiT", "arguments": DIT})
+        a_run("unet.pt", {"class": "UNet", "arguments": UNET})
+        a_run("vit.pt", {"class": "ViT", "arguments": dict(image_size=8, patch_size=4, channels=1, dim=32, depth=1, heads=2,
+                                                           num_classes=10)})
+        saved_autoencoder("vae.pt")
+        kept = checkpoint.load_autoencoder("vae.pt").origin
+        a_run("latent.pt", {"class": "DiT", "arguments": {**DIT, "image_size": 4, "channels": 4, "patch_size": 2}}, vae=kept)
+        torch.save(vit.ViT(8, 4, 1, dim=32, depth=1, heads=2, num_classes=10).state_dict(), "plain.pth",
+                   _use_new_zipfile_serialization=False)
+        state = dit.DiT(**{**DIT, "num_classes": 1000, "null_class": True}).state_dict()
+        header, body = {}, b""
+        for name, value in state.items():
+            raw = value.numpy().tobytes()
+            header[name] = dict(dtype="F32", shape=list(value.shape), data_offsets=[len(body), len(body) + len(raw)])
+            body += raw
+        content = json.dumps(header).encode()
+        Path("dit.safetensors").write_bytes(struct.pack("<Q", len(content)) + content + body)
+        for name, options in (("image.png", {}), ("image.jpg", {}), ("image.gif", {}), ("image.bmp", {}), ("image.webp", {}),
+                              ("image.tif", dict(compression="tiff_deflate"))):
+            Image.fromarray(pixels[0, ..., 0]).resize((40, 40)).save(name, **options)
+        os.mkdir("photos")
+        for name in "ab":
+            shutil.copy("image.png", f"photos/{name}.png")
+            Path(f"photos/{name}.txt").write_text("a cat\na small cat\n")
+        annotations = dict(images=[dict(id=i, file_name=f"image.{kind}") for i, kind in enumerate(("png", "jpg", "gif", "bmp"))],
+                           annotations=[dict(image_id=i, caption=f"number {i}") for i in range(4)])
+        Path("captions_train.json").write_text(json.dumps(annotations))
+        records = generator.integers(0, 10, (6, 3073), dtype=np.uint8).tobytes()
+        with tarfile.open("cifar-10-binary.tar.gz", "w:gz") as tar:
+            for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+                entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                entry.size = len(records)
+                tar.addfile(entry, io.BytesIO(records))
+        with gzip.open(text.MERGES_FILE, "wt") as file:
+            file.write("#version\na t</w>\nc at</w>\nd o\n")
+        encoder = text.CLIPTextEncoder(**CLIP)
+        torch.save(encoder.state_dict(), "pytorch_model.bin")
+        kept = checkpoint.Clip(str(here), files.sha256_of("pytorch_model.bin"), encoder(torch.zeros(1, 8, dtype=torch.long))[0].detach())
+        a_run("text.pt", {"class": "UViT", "arguments": dict(image_size=8, patch_size=4, channels=1, dim=32, depth=2, heads=2,
+                                                             context_dim=64, context_tokens=8)}, text=kept)
+    return here
+
+
+# A command, and how it ends
+
+def ended(words, seconds=None):
+    """How a command ends that is called in this process: "" of one that does what it was asked for, else its one line."""
+    program, *argv = words
+    said, began = io.StringIO(), time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            status = importlib.import_module(program).main(argv)
+        except SystemExit as stop:
+            status = stop.code
+    if seconds is not None:
+        seconds.append((time.perf_counter() - began, words))
+    line = said.getvalue().strip().rpartition("\n")[2]
+    assert status in (None, 0) or status == 2 and line.startswith(f"{program}.py"), (status, said.getvalue())
+    return line if status else ""
+
+
+@pytest.fixture
+def folders(honest, tmp_path, monkeypatch):
+    """A function that makes a folder of the honest files, and goes there; small networks; no network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (dit, uvit, vit):
+        for size in module.SIZES:
+            monkeypatch.setitem(module.SIZES, size, SMALLER)
+    monkeypatch.setattr(evaluate, "QUICK", 8)
+    monkeypatch.setattr(evaluate, "FULL", 8)
+
+    def unreachable(*args, **options):
+        raise OSError("no network")
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    count = iter(range(10 ** 6))
+
+    def make():
+        folder = tmp_path / str(next(count))
+        shutil.copytree(honest, folder, copy_function=os.link)
+        monkeypatch.chdir(folder)
+        return folder
+    return make
+
+
+# Files
+
+DRAW = "--n 2 --steps 2 --device cpu"
+RUNS = ("checkpoint FILE", f"sample --ckpt FILE {DRAW}")
+USES = {                                                 # commands that read a file
+    "run.pt": (*RUNS, "train --resume --out FILE --steps 3 --cache cache", "plot guidance --ckpt FILE", "checkpoint FILE --slim s.pt",
+               f"evaluate --ckpt FILE --reference real.npz --features vit.pt --metrics FD {DRAW.replace('2', '4')}"),
+    "dit.pt": RUNS, "unet.pt": RUNS, "plain.pth": RUNS[:1], "dit.safetensors": RUNS, "latent.pt": RUNS,
+    "vit.pt": ("evaluate --samples real.npz --reference packed.npz --features FILE",),
+    "vae.pt": ("train --model dit --size Ti/2 --data real.npz --vae FILE --steps 1 --batch-size 2 --device cpu --cache cache --out x.pt",
+               "sample --ckpt latent.pt --vae FILE --n 2 --steps 2"),
+    **dict.fromkeys(("real.npz", "packed.npz"), (
+        f"{TRAIN} --data FILE", "evaluate --samples FILE --reference real.npz --features vit.pt",
+        "evaluate --samples real.npz --reference FILE --features vit.pt", f"sample --ckpt dit.pt {DRAW} --npz FILE")),
+    **{f"image.{kind}": ("sample --ckpt dit.pt --inpaint FILE --mask image.png --n 1 --steps 2",
+                         "sample --ckpt dit.pt --upscale FILE --factor 2 --n 1 --steps 2",
+                         f"{TRAIN} --data coco:. --image-size 8") for kind in ("png", "jpg", "gif", "bmp", "webp", "tif")},
+    "photos/a.txt": (f"{TRAIN} --data photos --image-size 8 --text",),
+    "captions_train.json": (f"{TRAIN} --data coco:. --image-size 8",),
+    "run.csv": ("plot FILE --out x.png", "train --resume --out run.pt --steps 3 --cache cache",
+                "evaluate --samples real.npz --reference packed.npz --features vit.pt --results FILE"),
+    "cifar-10-binary.tar.gz": (f"{TRAIN} --data cifar10:.",),
+    "bpe_simple_vocab_16e6.txt.gz": (reads := "sample --ckpt text.pt --clip . --prompt cat --n 1 --steps 2",),
+    "pytorch_model.bin": (reads,),
+}
+nested = [0]
+for _ in range(40):
+    nested = [nested, nested]
+VALUES = [None, True, -1, 0, 3, 10 ** 9, 10 ** 12, 2 ** 63, 10 ** 30, 0.5, float("nan"), float("inf"), 1e308, "", "x", "../../x", [],
+          {}, [10 ** 9] * 2, [0] * 5, ["a"], {"a": 1}, [[1]], nested, "9" * 5000]
+TENSORS = [torch.zeros(0), torch.full((2, 2), float("nan")), torch.zeros(1).expand(10 ** 5, 10 ** 5), torch.zeros(3, 3).to_sparse(),
+           torch.zeros(2, dtype=torch.complex64), torch.tensor(5), torch.zeros(2, 2, dtype=torch.bool), torch.zeros([1] * 60)]
+ARRAYS = [np.zeros(0), np.zeros((0, 8, 8, 1), np.uint8), np.full((12, 8, 8, 1), np.nan), np.full((12, 8, 8, 1), 1e300), np.array("x"),
+          np.zeros((12, 8, 8, 2), np.uint8), np.zeros(12, "M8[s]"), np.zeros(12, [("a", "i4")]), np.arange(12) * 10 ** 17,
+          np.arange(12) - 5, np.full((12, 8, 8), 2 ** 63, np.uint64), np.zeros((12, 8, 8, 1), np.complex64), np.zeros((2, 2)),
+          np.zeros((12, 1, 1, 3), np.uint8), np.zeros((3, 70_000), bool), np.array(["a"] * 12), np.zeros((12,) + (1,) * 20)]
+
+
+def with_another(generator, content, values):
+    """Nested dicts and lists with one part, anywhere in them, replaced by one of some values."""
+    keys = [*content] if isinstance(content, dict) else [*range(len(content))]
+    if not keys:
+        return content
+    key, changed = generator.choice(keys), content.copy()
+    part = content[key]
+    if isinstance(part, (dict, list)) and part and generator.random() < 0.8:
+        changed[key] = with_another(generator, part, values)
+    elif generator.random() < 0.1:
+        del changed[key]
+    else:
+        changed[key] = generator.choice(values)
+    return changed
+
+
+def scratched(generator, raw):
+    """Bytes with some changed, left out, doubled or added."""
+    raw = bytearray(raw)
+    start = generator.randrange(len(raw) + 1)
+    stop = min(len(raw), start + generator.choice((1, 4, 100, 10_000)))
+    match generator.randrange(6):
+        case 0:
+            del raw[start:]
+        case 1:
+            raw[start:stop] = generator.randbytes(stop - start)
+        case 2:
+            raw[start:start] = raw[start:stop]
+        case 3:
+            raw[start:stop] = bytes(stop - start)
+        case 4:
+            raw += generator.randbytes(1000)
+        case _:
+            for _ in range(5):
+                raw[generator.randrange(len(raw))] = generator.randrange(256)
+    return bytes(raw)
+
+
+def npy(shape, descr="|u1"):
+    """An array's file whose header claims any shape, and 100 bytes."""
+    header = str(dict(descr=descr, fortran_order=False, shape=shape)).encode() + b" " * 10 + b"\n"
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(100)
+
+
+def spoilt(generator, path):
+    """Replace a file by one that is nearly it: changed in its bytes, or within its format."""
+    raw, within = path.read_bytes(), generator.random() < 0.6
+    path.unlink()                                        # others link to it
+    if within and path.suffix in (".pt", ".bin") or path.name == "plain.pth" and within:
+        content = torch.load(io.BytesIO(raw), weights_only=True)
+        torch.save(with_another(generator, dict(content), VALUES + TENSORS), path)
+    elif within and path.suffix == ".npz":
+        arrays = dict(np.load(io.BytesIO(raw)))
+        if generator.random() < 0.7:
+            arrays[generator.choice([*arrays])] = generator.choice(ARRAYS)
+            np.savez_compressed(path, **arrays)
+        else:
+            with zipfile.ZipFile(path, "w") as archive:
+                shape = generator.choice([(10 ** 12,), (12, 10 ** 6, 10 ** 6, 3), (-1,), (2 ** 63,), (0,) * 40, "x"])
+                archive.writestr("arr_0.npy", npy(shape, generator.choice(["|u1", "<f8", "|O", "|V8", "x"])))
+    elif within and path.suffix == ".json":
+        path.write_text(json.dumps(with_another(generator, json.loads(raw), VALUES[:-2])))
+    elif within and path.suffix == ".safetensors":
+        length = int.from_bytes(raw[:8], "little")
+        header = json.dumps(with_another(generator, json.loads(raw[8:8 + length]), VALUES[:-2])).encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length:])
+    elif within and path.suffix == ".gz":
+        path.write_bytes(gzip.compress(scratched(generator, gzip.decompress(raw)), 1))
+    elif within and path.suffix in (".csv", ".txt"):
+        junk = generator.choice([b"\0", b"\xff\xfe", b'"', b"9" * 200_000, b"\n" * 1000, "\u2028".encode(), b"nan", b"-1,", b";", b"\r"])
+        start = generator.randrange(len(raw) + 1)
+        path.write_bytes(raw[:start] + junk + raw[start:])
+    else:
+        path.write_bytes(scratched(generator, raw))
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_a_damaged_or_hostile_file_ends_in_a_result_or_one_line(folders, count):
+    seconds, refused = [], 0
+    for i in range(count):
+        generator = random.Random(i)
+        name = generator.choice([*USES])
+        spoilt(generator, folders() / name)
+        words = generator.choice(USES[name]).replace("train.py", "train").replace("FILE", name).split()
+        try:
+            refused += bool(ended(words, seconds))
+        except BaseException as error:
+            raise AssertionError(f"case {i}: {' '.join(words)}") from error
+    print(f"{refused} of {count} refused; the slowest: {max(seconds)}; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6} GB")
