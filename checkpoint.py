@@ -7,17 +7,15 @@ Nothing else is ever unpickled: files are read with weights_only=True. Released 
     python checkpoint.py run.pt --slim shared.pt
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
-import fcntl
+import argparse
 import json
 import math
 import mmap
 import os
 import re
-import stat
 import sys
 import warnings
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -29,7 +27,7 @@ import models
 import text
 from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
 from ddpm import SCHEDULES, Diffusion
-from files import atomic_file, check_output, readable, sha256_of, writing
+from files import atomic_file, check_output, read_text, readable, sha256_of
 from models import clip_encoder, released_autoencoder, released_run
 
 VERSION = 1
@@ -180,37 +178,6 @@ def save(path, run):
         raise OSError(f"cannot write {path}: {error.__context__ or error}") from None
 
 
-@contextmanager
-def sole_writer(path):
-    """Keep a second process from writing the same run, by a lock on an empty file beside it, which is removed at the end.
-
-    ValueError if one does already, or if something else has the lock's name.
-    """
-    run = Path(os.path.realpath(path))
-    lock = run.with_name(f".{run.name}.lock")
-    with writing(lock):
-        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "rb")
-    with file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size:
-            raise ValueError(f"{lock} is not empty, and no lock of train.py: move it away")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
-            sole = os.path.samestat(found, os.stat(lock))                # and nobody removed it meanwhile
-        except (BlockingIOError, FileNotFoundError):
-            sole = False
-        except OSError as error:                         # the disk has no locks
-            print(f"warning: {path} is written without a lock, which its disk does not have: {error.strerror}", file=sys.stderr)
-            sole = True
-        if not sole:
-            raise ValueError(f"{path} is being written by another run: choose another --out") from None
-        try:
-            yield
-        finally:
-            if not os.fstat(file.fileno()).st_size:
-                lock.unlink(missing_ok=True)
-
-
 def damaged(path):
     """The name of a record in a zip archive whose checksum is wrong, or None: torch writes checksums and does not read them.
 
@@ -260,7 +227,8 @@ def read(path):
                 raise ValueError(f"the checksum of its record {record} is wrong")
             if allocates(path, archive):
                 raise ValueError("it asks for memory that no tensor is in")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            with torch.serialization.safe_globals([argparse.Namespace]):             # training code's flags, which run nothing
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
             check_tensors(path, content)
             if not archive and not all(tensor.isfinite().all() for tensor in tensors_in(content)):       # without checksums
                 raise ValueError("it holds numbers that are NaN or infinite")
@@ -268,6 +236,9 @@ def read(path):
         except (MemoryError, PermissionError):
             raise
         except Exception as error:                       # torch raises anything at all on a damaged file
+            if found := re.search(r"Unsupported global: GLOBAL ([\w.]{1,100})", str(error)):
+                raise ValueError(f"{path} holds Python objects, as {found[1]}, which could run code and are not loaded: save the "
+                                 "network's state_dict(), or of released weights use the .safetensors file") from None
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off{reason}, or holds Python objects, "
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
@@ -307,6 +278,9 @@ def read_safetensors(path):
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)           # read when touched, writable without the file
         tensors, place = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is of the type {str(entry['dtype'])[:20]}, where {', '.join(DTYPES)} are read, and no "
+                                 "numbers of 8 or fewer bits with scales: take a file of F16, BF16 or F32")
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if len(shape) > 64 or any(type(number) is not int or not 0 <= number <= size for number in (*shape, begin, end)):
                 raise ValueError(f"{name} has an impossible shape or place")         # before the sides are multiplied
@@ -330,7 +304,11 @@ def load(path, config=None):
     content = read(path)
     try:
         if not (isinstance(content, dict) and "version" in content and "network" in content):
-            content = {"version": VERSION, **released_run(content, config)}
+            released = released_run(content, config)
+            if released["places"][1:] and os.environ.get("RANK", "0") == "0":
+                first, *others = (place.strip(".") or "its top level" for place in released["places"])
+                print(f"{path} holds several sets of weights: {first} is taken, not {', '.join(others)}", file=sys.stderr)
+            content = {"version": VERSION, **released}
         if content["version"] != VERSION:
             raise ValueError(f"it has format version {str(content['version'])[:50]}, this code reads {VERSION}")
         run = typed(Run, content)
@@ -364,7 +342,7 @@ def load_autoencoder(path):
             network, _ = run.build()
             network.scale = run.vae.scale
         else:
-            run, network = None, released_autoencoder(content.get("state_dict", content) if isinstance(content, dict) else content)
+            run, network = None, released_autoencoder(content)
     except (ValueError, *MISFIT) as error:
         raise ValueError(f"cannot use {path}: {error}") from None
     small = run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED
@@ -391,7 +369,7 @@ def load_clip(path):
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
     settings = folder / "config.json"                    # where it is there: OpenCLIP's shapes do not show their exact GELU
-    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', settings.read_text("utf-8", "replace")):
+    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', read_text(settings)):
         raise ValueError(f"{settings} asks for an exact GELU: only OpenAI's CLIP, with its quick GELU, is known here")
     files = (folder / "vocab.json", folder / "merges.txt")
     tokenizer = text.Tokenizer(*(files if files[0].is_file() else (None, folder / text.MERGES_FILE)), length=encoder.length)

@@ -2,14 +2,19 @@
 
 A command replaces a file only if this project wrote it for the same purpose, see `check_output`.
 """
+import codecs
 import csv
 import errno
 import fcntl
 import gzip
 import hashlib
 import http.client
+import io
 import os
+import re
 import secrets
+import stat
+import sys
 import urllib.request
 import warnings
 import zipfile
@@ -69,6 +74,52 @@ def unpacked(path):
             content += piece
             check_unpacked(path, len(content))
     return bytes(content)
+
+
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}              # byte-order marks; UTF-16's is how UTF-32's begins
+DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+(?:[eE][-+]?\d+)?)")
+
+
+def decoded_text(raw, path, errors="strict"):
+    """The text in the bytes of a file that a user brings, its lines ended by "\n": in UTF-8, or as a byte-order mark says.
+
+    ValueError, naming the path, if it is in another encoding: Latin-1, Windows-1252 and their like cannot be told apart. With
+    errors="replace" what cannot be read becomes U+FFFD.
+    """
+    encoding = next((encoding for mark, encoding in MARKS.items() if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(encoding, errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in {encoding.upper()}, which its byte {error.start + 1} is not: an editor, or "
+                         "iconv, saves it as UTF-8") from None
+    if "\0" in text and errors == "strict":              # every other byte of UTF-16
+        raise ValueError(f"{path} is not a text in UTF-8, as it holds zero bytes: if it is UTF-16, save it as UTF-8")
+    return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path, errors="strict"):
+    """The text of a user's file, see `decoded_text`; OSError if it cannot be read."""
+    return decoded_text(readable(path).read_bytes(), path, errors)
+
+
+def csv_rows(text, path, restval=None):
+    """The columns of a table and its rows, dicts of text, as a program or a spreadsheet wrote it.
+
+    Cells stand between commas, semicolons or tabs; beside semicolons or tabs numbers may have decimal commas. Rows of empty cells
+    are left out. A row that is short has restval in the cells that it lacks, one that is long has the key None. ValueError if it
+    is no CSV file.
+    """
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), restval=restval, delimiter=delimiter)
+    try:
+        rows = [row for row in reader if any(row.values())]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
+    if delimiter != ",":
+        rows = [{name: DECIMAL_COMMA.sub(r"\1.\2", cell) if isinstance(cell, str) and DECIMAL_COMMA.fullmatch(cell) else cell
+                 for name, cell in row.items()} for row in rows]
+    return tuple(reader.fieldnames or ()), rows
 
 
 # What is written, and where
@@ -148,6 +199,37 @@ def atomic_file(path, check=lambda: None):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def sole_writer(path):
+    """Keep a second process from writing the same run, by a lock on an empty file beside it, which is removed at the end.
+
+    ValueError if one does already, or if something else has the lock's name.
+    """
+    run = Path(os.path.realpath(path))
+    lock = run.with_name(f".{run.name}.lock")
+    with writing(lock):
+        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "rb")
+    with file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size:
+            raise ValueError(f"{lock} is not empty, and no lock of train.py: move it away")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
+            sole = os.path.samestat(found, os.stat(lock))                # and nobody removed it meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            sole = False
+        except OSError as error:                         # the disk has no locks
+            print(f"warning: {path} is written without a lock, which its disk does not have: {error.strerror}", file=sys.stderr)
+            sole = True
+        if not sole:
+            raise ValueError(f"{path} is being written by another run: choose another --out") from None
+        try:
+            yield
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                lock.unlink(missing_ok=True)
 
 
 def append(path, rows):

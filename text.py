@@ -7,7 +7,6 @@ are Hugging Face's, vocabularies theirs or OpenAI's. Shapes: N captions, L token
 """
 import gzip
 import html
-import io
 import itertools
 import json
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from files import readable, unpacked
+from files import decoded_text, read_text, readable, unpacked
 from vit import attention
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -33,10 +32,24 @@ CHARACTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} 
 BYTES = {character: byte for byte, character in CHARACTERS.items()}
 
 
+# What OpenAI's cleaning, by the library ftfy, makes of single characters: quotes straight, ligatures and full width as letters,
+# controls away. Most are Unicode's own compatible characters.
+COMPATIBLE = [*range(0x132, 0x134), *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), *range(0xFF01, 0xFFEF)]
+CONTROLS = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
+CLEAN = {i: unicodedata.normalize("NFKC", chr(i)) for i in COMPATIBLE} | dict.fromkeys(CONTROLS, "")
+CLEAN |= str.maketrans({"\u0149": "'n", "\ufb05": "\u017ft", **dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"),
+                        **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')})
+
+
 def normalise(text):
-    """What CLIP reads of a caption: HTML entities resolved (twice), Unicode's NFC, single spaces, lower case."""
-    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)))
-    return " ".join(text.split()).lower()
+    """What CLIP reads of a caption: characters as in CLEAN, Unicode's NFC, HTML entities resolved, single spaces, lower case.
+
+    ftfy also guesses at texts that were decoded wrongly (as "cafÃ©") and takes codes of terminals out: that is not done here.
+    """
+    while "<" not in text and (plain := html.unescape(text)) != text:    # what looks like HTML is left to the last line
+        text = plain
+    text = unicodedata.normalize("NFC", text.translate(CLEAN))
+    return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
 def kind(character):
@@ -77,9 +90,8 @@ def read_merges(path):
     if not path.exists():
         raise FileNotFoundError(f"no merges {path}: CLIP's vocabulary is vocab.json and merges.txt, or {MERGES_FILE}")
     try:
-        content = unpacked(path) if path.suffix == ".gz" else readable(path).read_bytes()
-        lines = io.StringIO(content.decode("utf-8"))
-        pairs = [tuple(line.split()) for line in itertools.islice(lines, 1, 1 + MERGES) if line.strip()]
+        raw = unpacked(path) if path.suffix == ".gz" else readable(path).read_bytes()
+        pairs = [tuple(line.split()) for line in decoded_text(raw, path).split("\n")[1:1 + MERGES] if line.strip()]
         if {*map(len, pairs)} != {2}:
             raise ValueError("after its first, a line is a pair")
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
@@ -90,7 +102,7 @@ def read_merges(path):
 def read_vocabulary(path, pieces):
     """The id of each piece, from vocab.json.  ValueError or OSError if it is damaged, or not of exactly these pieces."""
     try:
-        ids = json.loads(readable(path).read_text(encoding="utf-8"))
+        ids = json.loads(read_text(path))
         fits = ids.keys() == {*pieces} and {*ids.values()} == {*range(len(ids))}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a vocabulary: {error}") from None

@@ -28,7 +28,7 @@ import data
 from cli import first_in_turn, ignore_signals, one_line_errors, processes, stop_signals, total
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
-from files import check_output
+from files import check_output, sole_writer
 from latents import embeddings, latents, measured_scale
 from models import build
 from objectives import (MAX_BAD_STEPS, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State,
@@ -319,7 +319,7 @@ def main(argv=None):
             raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
         device, rank, world = processes(args.device)
         args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-        with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
+        with sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
             train(args, run, device, rank, world)
 
 

@@ -24,6 +24,7 @@ import checkpoint
 import data
 import dit
 import features
+import files
 import inception
 import models
 import text
@@ -436,7 +437,7 @@ def test_skip_bad_goes_on_and_counts(here, capfd):
 
 
 def test_a_second_run_on_the_same_file_is_refused(here, capfd):
-    with checkpoint.sole_writer("new.pt"), pytest.raises(SystemExit) as stop:
+    with files.sole_writer("new.pt"), pytest.raises(SystemExit) as stop:
         trained()
     refused(stop.value.code, capfd.readouterr().err, "another run")
     assert not Path("new.pt").exists() and not Path("new.csv").exists()

@@ -363,8 +363,8 @@ def test_what_has_the_name_of_a_lock_is_not_taken_for_one(folder, capsys, make):
 
 def test_a_run_has_one_lock_whatever_link_it_goes_by(folder):
     os.symlink("run.pt", "link.pt")
-    with checkpoint.sole_writer("run.pt"):
-        refusal(lambda: checkpoint.sole_writer("link.pt").__enter__(), "another run")
+    with files.sole_writer("run.pt"):
+        refusal(lambda: files.sole_writer("link.pt").__enter__(), "another run")
     assert not Path(".run.pt.lock").exists()
 
 
