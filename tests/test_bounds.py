@@ -4,6 +4,7 @@ Files are honest ones with a little changed, by a generator of a fixed seed, and
 flags that the parsers know and a pool of good and bad values. Networks are of a hundredth of the usual size, and what would compute
 for long or load from the network is left out. A small part of both runs each time, all of it where `slow` has time for it.
 """
+import argparse
 import contextlib
 import gzip
 import importlib
@@ -16,6 +17,7 @@ import shutil
 import struct
 import tarfile
 import time
+import traceback
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -27,7 +29,7 @@ from PIL import Image
 
 import bench
 import checkpoint
-import companion
+import data
 import dit
 import evaluate
 import features
@@ -35,7 +37,7 @@ import files
 import gflops
 import models
 import plot
-import sample
+import sampling
 import settings
 import text
 import train
@@ -46,7 +48,7 @@ from test_train import SMALLER, saved_autoencoder
 DIT = dict(image_size=8, patch_size=4, channels=1, dim=32, depth=1, heads=2, num_classes=10, learn_sigma=False)
 UNET = dict(image_size=8, channels=1, out_channels=1, dim=32, res_blocks=1, multipliers=[1, 2], num_classes=10)
 CLIP = dict(vocab=514 + 3, length=8, dim=64, depth=1, heads=1)
-TRAIN = "train.py --size Ti/4 --batch-size 2 --steps 1 --device cpu --cache cache --out new.pt"
+TRAIN = "train --size Ti/4 --batch-size 2 --steps 1 --device cpu --cache cache --out new.pt"
 
 
 def a_run(path, network, seed=0, T=50, **more):
@@ -135,6 +137,20 @@ def ended(words, seconds=None):
     return line if status else ""
 
 
+def check(case, count):
+    """Check how the commands end that case(i) gives for i = 0 … count - 1, after it has gone to a folder of its own."""
+    seconds, wrong, refused = [], [], 0
+    for i in range(count):
+        words = case(i)
+        try:
+            refused += bool(ended(words, seconds))
+        except BaseException as error:                   # a traceback of the command
+            wrong.append(f"case {i}, {' '.join(words)}: {traceback.format_exc(limit=-2) if count > 100 else error}")
+    print(f"{refused} of {count} refused; the slowest took {max(seconds)}; peak of memory so far "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.fixture
 def folders(honest, tmp_path, monkeypatch):
     """A function that makes a folder of the honest files, and goes there; small networks; no network."""
@@ -142,8 +158,9 @@ def folders(honest, tmp_path, monkeypatch):
     for module in (dit, uvit, vit):
         for size in module.SIZES:
             monkeypatch.setitem(module.SIZES, size, SMALLER)
-    monkeypatch.setattr(evaluate, "QUICK", 8)
-    monkeypatch.setattr(evaluate, "FULL", 8)
+    for module, name, value in ((evaluate, "QUICK", 8), (evaluate, "FULL", 8), (sampling, "STEPS", 2),
+                                (train.Training, "run", lambda training: training.start)):
+        monkeypatch.setattr(module, name, value)
 
     def unreachable(*args, **options):
         raise OSError("no network")
@@ -274,14 +291,72 @@ def spoilt(generator, path):
 
 @pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
 def test_a_damaged_or_hostile_file_ends_in_a_result_or_one_line(folders, count):
-    seconds, refused = [], 0
-    for i in range(count):
+    def case(i):
         generator = random.Random(i)
         name = generator.choice([*USES])
         spoilt(generator, folders() / name)
-        words = generator.choice(USES[name]).replace("train.py", "train").replace("FILE", name).split()
-        try:
-            refused += bool(ended(words, seconds))
-        except BaseException as error:
-            raise AssertionError(f"case {i}: {' '.join(words)}") from error
-    print(f"{refused} of {count} refused; the slowest: {max(seconds)}; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6} GB")
+        return generator.choice(USES[name]).replace("FILE", name).split()
+    check(case, count)
+
+
+# Command lines
+
+WORDS = {                                                # good values of flags, besides those of numbers
+    "ckpt": "run.pt dit.pt unet.pt latent.pt text.pt vit.pt dit.safetensors", "data": "mnist real.npz packed.npz shapes shapes:one "
+    "swissroll coco:. cifar10:. photos", "samples": "real.npz photos mnist", "reference": "packed.npz photos mnist", "vae": "vae.pt",
+    "clip": ".", "features": "vit.pt", "cascade": "unet.pt", "size": "Ti/4 Ti/8 Ti Nano S/2 B/4 SD", "out": "new.pt new.png run.pt "
+    "new/ new.html", "npz": "new.npz", "trajectory": "new.gif", "gif": "new.gif", "csv": "run.csv", "report": "none.md",
+    "file": "run.pt dit.pt vae.pt dit.safetensors plain.pth", "slim": "new.pt", "save_reference": "new.npz", "results": "new.csv",
+    "classes": "1,2 3 cat", "prompt": "cat", "inpaint": "image.png image.gif", "mask": "image.png", "upscale": "image.jpg",
+    "denoise": "image.bmp", "cfg_interval": "1,9", "metrics": "FD IS,FD recall", "cache": "cache",
+}
+NUMBERS = ["1", "2", "4", "8", "0.5", "0"]
+STRANGE = ["", " ", "-1", "nan", "inf", "1e400", str(10 ** 30), str(2 ** 63), "9" * 5000, "0x10", "²", "1_0", "a,b", ",", "../..", "run.pt",
+           "/dev/null", "pipe", "photos", "none.pt", "x" * 300, "\udcff", "a\nb", "-", "--", "*", "~", "%s{}", "coco:", "cifar10:x", "1,2,3"]
+SEVERAL = {"checkpoint": 1, "train": 6, "sample": 6, "evaluate": 6, "gflops": 3, "plot": 2, "bench": 2, "companion": 1}
+
+
+def words_of(generator, action, good):
+    """What stands on a command line for one of its parser's actions; good: the chance of each value to be one."""
+    words = [generator.choice(action.option_strings)] if action.option_strings else []
+    if action.nargs == 0:
+        return words
+    for _ in range(generator.choice((1, 1, 2)) if action.nargs == "+" else 1):
+        known = [*action.choices] if action.choices else WORDS.get(action.dest, "").split() or NUMBERS
+        words.append(str(generator.choice(known if generator.random() < good else STRANGE)))
+    return words
+
+
+def command_line(generator):
+    """A command and its arguments, drawn from the flags that its parser knows."""
+    program = generator.choices([*SEVERAL], [*SEVERAL.values()])[0]
+    actions, words = (settings if program == "train" else importlib.import_module(program)).flags()._actions, [program]
+    chosen = [action for action in actions if isinstance(action, argparse._SubParsersAction)]
+    for action in chosen:                                # of plot.py and bench.py
+        words.append(generator.choice([*action.choices]))
+        actions = action.choices[words[-1]]._actions
+    good = generator.choice((0.5, 0.95, 1))
+    wanted = [action for action in actions if action.required or not action.option_strings]
+    others = [action for action in actions[1:] if action not in wanted and action not in chosen]     # the first is --help
+    for action in wanted * (generator.random() < 0.95) + generator.sample(others, generator.randint(0, min(6, len(others)))):
+        words += words_of(generator, action, good)
+    return words
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(8000, marks=pytest.mark.slow)])
+def test_any_command_line_ends_in_a_result_or_one_line(folders, monkeypatch, count):
+    def digits(side, images=data.load("mnist").images[:60]):
+        return data._resized(data.Dataset("mnist", images, np.arange(60) % 10, "0123456789"), side)
+
+    for module, name, value in ((data, "SHAPES", 60), (data, "_mnist", digits), (features, "JUDGE", "vit.pt"),
+                                (gflops, "show", lambda tables: None)):
+        monkeypatch.setattr(module, name, value)
+    for table in (bench.MEASUREMENTS, plot.COMMANDS):    # what takes long
+        for name in {*table} - {"curves", "cost", "quality"}:
+            monkeypatch.setitem(table, name, lambda args: (np.zeros((9, 9, 3), np.uint8), "drawn"))
+
+    def case(i):
+        folders()
+        os.mkfifo("pipe")
+        return command_line(random.Random(i))
+    check(case, count)
