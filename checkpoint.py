@@ -36,6 +36,7 @@ CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin")                # Huggi
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 HEADER = 2 ** 24                                 # bytes of the longest header of a .safetensors: that of 10,000 tensors has one million
+MOST_PARTS = 10 ** 6                             # of a .pt, of which a name, a number or a tensor is one; a run has thousands
 MOST_STEPS = 10_000                              # of a diffusion process; published ones have 4,000
 MISFIT = (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)         # of what a file says, when it is used
 
@@ -188,13 +189,13 @@ def damaged(path):
 
 
 def tensors_in(content):
-    """The tensors of nested dicts and lists, which a file may also nest in themselves, or in one another millions of times."""
-    left, seen, tensors = [content], set(), []
+    """The tensors of nested dicts and lists.  ValueError where parts lie in themselves, or in one another millions of times, which
+    takes a file few bytes."""
+    left, tensors, count = [content], [], 0
     while left:
-        part = left.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
+        part, count = left.pop(), count + 1
+        if count > MOST_PARTS:
+            raise ValueError(f"it is nested, and has more than {MOST_PARTS:,} parts")
         tensors += [part] if torch.is_tensor(part) else []
         left += part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
     return tensors

@@ -23,7 +23,7 @@ import torch
 import data
 from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes, rule_of
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
-from files import append, check_output, header_of, sha256_of, writing
+from files import append, check_output, header_of, readable, sha256_of, writing
 from image_files import side_of
 from latents import embeddings
 from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module
@@ -130,8 +130,8 @@ def validate(args):
     for metric in wanted:
         if metric not in METRICS:
             raise ValueError(f"--metrics: {metric!r} is none of {', '.join(METRICS)}; Inception's FD is FID")
-    if args.features not in (None, "inception") and not Path(args.features).is_file():
-        raise ValueError(f"--features {args.features}: there is no such file")
+    if args.features not in (None, "inception"):
+        readable(args.features)
     for name in ("vae", "clip", "classes"):
         if getattr(args, name) and not args.ckpt:
             raise ValueError(f"--{name} says how the samples of --ckpt are drawn")

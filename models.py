@@ -122,7 +122,7 @@ def check_description(description):
                     0 <= value < 1 if isinstance(default, float) else
                     value is None or all(type(number) in kinds and 0 <= number <= LARGEST for number in numbers))
             if not fits:
-                raise ValueError(f"{name} is {str(value)[:50]}")
+                raise ValueError(f"{name} is {repr(value)[:50]}")
         blocks = arguments.get("depth", 1) * arguments.get("res_blocks", 1) * len(arguments.get("multipliers", "1"))
         side = max(vit.pair(arguments.get("image_size", 1)))
         if blocks > MOST_BLOCKS or side > LARGEST_SIDE:

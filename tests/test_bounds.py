@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -29,6 +30,7 @@ from PIL import Image
 
 import bench
 import checkpoint
+import cli
 import data
 import dit
 import evaluate
@@ -43,6 +45,7 @@ import text
 import train
 import uvit
 import vit
+from refusals import refusal
 from test_train import SMALLER, saved_autoencoder
 
 DIT = dict(image_size=8, patch_size=4, channels=1, dim=32, depth=1, heads=2, num_classes=10, learn_sigma=False)
@@ -175,9 +178,207 @@ def folders(honest, tmp_path, monkeypatch):
     return make
 
 
+NESTED = [0]                                             # 2^40 zeros in 41 lists
+for _ in range(40):
+    NESTED = [NESTED, NESTED]
+DRAW = "--n 2 --steps 2 --device cpu"
+USE_CLIP = "sample --ckpt text.pt --clip . --prompt cat --n 1 --steps 2"
+
+
+# What is refused before anything is made of it
+
+def edited(change, source="dit.pt"):
+    """A function that writes bad.pt: a run with something in it changed."""
+    def make():
+        run = torch.load(source, weights_only=True)
+        change(run)
+        torch.save(run, "bad.pt")
+    return make
+
+
+def argument(source="dit.pt", **changes):
+    return edited(lambda run: run["network"]["arguments"].update(changes), source)
+
+
+def bytearray_of_a_terabyte():
+    class Large:
+        def __reduce__(self):
+            return bytearray, (10 ** 12,)
+    torch.save({"a": torch.zeros(1)}, "honest.pt")
+    with zipfile.ZipFile("honest.pt") as old, zipfile.ZipFile("bad.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickle.dumps(Large(), 2) if name.endswith("data.pkl") else old.read(name))
+
+
+def zeros_in(name, megabytes=300):
+    """A function that writes a compressed file of zeros, as an .npz, a .gz or a .tar.gz."""
+    def make():
+        Path(name).unlink(missing_ok=True)
+        zeros = bytes(10 ** 6)
+        if name.endswith(".npz"):
+            with zipfile.ZipFile(name, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("arr_0.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(megabytes, 1000, 1000)))
+                for _ in range(megabytes):
+                    file.write(zeros)
+        else:
+            with gzip.open(name, "w", 1) as file:
+                for _ in range(megabytes):
+                    file.write(zeros)
+    return make
+
+
+def pipe(name):
+    def make():
+        Path(name).unlink(missing_ok=True)
+        os.mkfifo(name)
+    return make
+
+
+BAD = f"sample --ckpt bad.pt {DRAW}"
+BOUNDS = {                                               # what it is: how it is made, a command, words of its line
+    "a billion blocks": (argument(depth=10 ** 9), BAD, "depth is 1000000000"),
+    "a million blocks": (argument(depth=10 ** 6), BAD, "1000000 blocks for sides of 8 pixels"),
+    "a million blocks in a U-Net": (argument("unet.pt", res_blocks=10 ** 6), BAD, "2000000 blocks"),
+    "a width without end": (argument(dim=10 ** 12), BAD, "dim is 1000000000000"),
+    "a width that the file does not hold": (argument(dim=10 ** 6), BAD, "is (1, 4, 32) and should be (1, 4, 1000000)"),
+    "an image without end": (argument("unet.pt", image_size=10 ** 6), BAD, "sides of 1000000 pixels"),
+    "classes that the file does not hold": (argument(num_classes=10 ** 6), BAD, "embedding_table.weight is (11, 32)"),
+    "heads that are no whole number": (argument(heads=2.0), BAD, "heads is 2.0"),
+    "nested arguments": (argument(dim=NESTED), "checkpoint bad.pt", "it is nested"),
+    "a trillion steps": (edited(lambda run: run["diffusion"].update(T=10 ** 12)), BAD, "a process of 1000000000000 steps"),
+    "a step beyond 64 bits": (edited(lambda run: run.update(step=10 ** 30)), BAD, "its step is 1"),
+    "names of other classes": (edited(lambda run: run["data"].update(classes=["a"])), BAD, "it names 1 classes"),
+    "flags that are lists": (edited(lambda run: run["config"].update(data=[1])), "checkpoint bad.pt", "its config is none"),
+    "latents of no scale": (edited(lambda run: run["vae"].update(scale=0.0), "latent.pt"), BAD, "its scale is none"),
+    "a tensor larger than its file": (edited(lambda run: run["ema"].update(a=torch.zeros(1).expand(10 ** 5, 10 ** 6))), BAD,
+                                      "for which it is too small"),
+    "a sparse tensor": (edited(lambda run: run["ema"].update(a=torch.zeros(9, 9).to_sparse())), BAD, "sparse"),
+    "memory for nothing": (bytearray_of_a_terabyte, BAD, "it asks for memory"),
+    "an .npz of zeros": (zeros_in("real.npz"), f"{TRAIN} --data real.npz", "it becomes more than 134,217,728 bytes"),
+    "a reference of zeros": (zeros_in("real.npz"), "evaluate --samples packed.npz --reference real.npz", "it becomes more than"),
+    "a tar of zeros": (zeros_in("cifar-10-binary.tar.gz"), f"{TRAIN} --data cifar10:.", "it becomes more than"),
+    "a vocabulary of zeros": (zeros_in(text.MERGES_FILE), USE_CLIP, "it becomes more than"),
+    "captions nested without end": (lambda: Path("captions_train.json").write_text("[" * 10 ** 5),
+                                    f"{TRAIN} --data coco:. --image-size 8", "no captions of MS-COCO"),
+    "a cell of a table that is too long": (lambda: Path("long.csv").write_text("step,loss\n1," + "9" * 200_000), "plot long.csv",
+                                           "field larger than field limit"),
+    "a seed beyond 64 bits": (lambda: None, f"{TRAIN} --seed 1{30 * '0'}", "or is too large"),
+    "images beyond 64 bits": (lambda: None, f"{BAD} --n {2 ** 63}", "or is too large"),
+    "one cell of several lines": (lambda: None, [*TRAIN.split(), "--steps", "1\n2"], "--steps"),
+    **{f"a pipe for {flag}": (pipe("pipe"), command, "is a pipe, a socket or a device") for flag, command in {
+        "--ckpt": "sample --ckpt pipe", "--vae": "sample --ckpt latent.pt --vae pipe", "--mask":
+        "sample --ckpt dit.pt --inpaint image.png --mask pipe", "--upscale": "sample --ckpt dit.pt --upscale pipe --factor 2",
+        "a log": "plot pipe", "--features": "evaluate --samples real.npz --reference real.npz --features pipe",
+        "--report": "companion --report pipe"}.items()},
+    "a device for --ckpt": (lambda: None, "checkpoint /dev/zero", "is a pipe, a socket or a device"),
+    "a pipe for an .npz": (pipe("real.npz"), f"{TRAIN} --data real.npz", "is a pipe"),
+    "a pipe for captions": (pipe("captions_train.json"), f"{TRAIN} --data coco:. --image-size 8", "is a pipe"),
+    "a pipe for a vocabulary": (pipe(text.MERGES_FILE), USE_CLIP, "is a pipe"),
+    "a pipe in CIFAR-10": (lambda: [pipe(f"{part}.bin")() for part in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6)))],
+                           f"{TRAIN} --data cifar10:.", "is a pipe"),
+    "a pipe for a log": (pipe("run.csv"), "train --resume --out run.pt --steps 3", "no regular file"),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_what_is_out_of_bounds_is_refused_by_name_before_anything_is_made_of_it(folders, case):
+    folders()
+    make, command, words = BOUNDS[case]
+    make()
+    assert words in ended(command.split() if isinstance(command, str) else command)
+
+
+# A run of somebody else decides nothing about this machine
+
+FOREIGN = {                                              # a place that a run names: the command that would use it, words of its line
+    "the autoencoder": (lambda run, place: run["vae"].update(path=f"{place}/vae.pt", model=None, network=None), "latent.pt", BAD,
+                        "put it there, or name it by --vae FILE"),
+    "the text encoder": (lambda run, place: run["text"].update(path=place), "text.pt", f"{BAD} --prompt cat", "name it by --clip DIR"),
+    "the data": (lambda run, place: run["data"].update(spec=f"{place}/real.npz"), "dit.pt",
+                 f"evaluate --ckpt bad.pt --features vit.pt {DRAW}", "name real images by --reference"),
+    "the data of MS-COCO": (lambda run, place: run["data"].update(spec=f"coco:{place}"), "dit.pt",
+                            f"evaluate --ckpt bad.pt --features vit.pt {DRAW}", "name real images by --reference"),
+    "data to train on": (lambda run, place: run["config"].update(data=f"{place}/real.npz"), "run.pt",
+                         "train --resume --out bad.pt --steps 3", "--data says that it may be read"),
+    "a cache": (lambda run, place: run["config"].update(cache=f"{place}/cache"), "run.pt", "train --resume --out bad.pt --steps 3",
+                "--cache says that it may be used"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_run_of_somebody_else_names_no_place_that_is_read_or_written(folders, case):
+    change, source, command, words = FOREIGN[case]
+    victim, _ = folders(), folders()
+    before = sorted(victim.rglob("*"))
+    for name in ("vae.pt", "real.npz"):                  # which would be found beside the run
+        os.rename(name, f"moved-{name}")
+    edited(lambda run: change(run, str(victim)), source)()
+    assert words in ended(command.split())
+    assert sorted(victim.rglob("*")) == before
+
+
+def test_scores_of_a_run_do_not_use_its_cache(folders):
+    victim, _ = folders(), folders()
+    edited(lambda run: run["config"].update(cache=f"{victim}/cache"))()
+    assert ended(f"evaluate --ckpt bad.pt --features vit.pt --image-size 8 --metrics FD {DRAW}".split()) == ""
+    assert not (victim / "cache").exists()
+
+
+def test_what_lies_beside_a_run_is_found_wherever_both_are(folders):
+    folders()
+    os.mkdir("clip")
+    for name in ("pytorch_model.bin", text.MERGES_FILE):
+        os.rename(name, f"clip/{name}")
+    edited(lambda run: run["text"].update(path="/long/ago/clip"), "text.pt")()
+    assert ended(f"{BAD} --prompt cat".split()) == ""
+    edited(lambda run: run["data"].update(spec="/long/ago/real.npz"), "dit.pt")()
+    assert ended(f"evaluate --ckpt bad.pt --features vit.pt --metrics FD {DRAW}".split()) == ""
+
+
+def test_a_users_own_run_goes_on_without_flags_and_on_another_machine_with_them(folders, monkeypatch):
+    elsewhere, here = folders(), folders()
+    run = f"{TRAIN} --cache {elsewhere}/kept --data {elsewhere}/real.npz".replace("--cache cache ", "")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "home"))
+    resume = "train --resume --out new.pt --device cpu --steps"
+    for words in (run, f"{resume} 2"):
+        assert ended(words.split()) == ""
+    shutil.rmtree(here / "home")                         # or its key is not there
+    assert "--data says that it may be read" in ended(f"{resume} 3".split())
+    assert ended(f"{resume} 3 --data {elsewhere}/real.npz --cache {elsewhere}/kept".split()) == ""
+
+
+# Words
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])       # of a container whose user nobody knows
+    refusal(files.cache_folder, "--cache DIR", kind=OSError)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))                   # one that cannot be written
+    refusal(files.cache_folder, "--cache DIR", kind=OSError)
+
+
+def test_torchrun_ends_its_report_with_our_line_which_one_process_prints(monkeypatch, tmp_path, capsys):
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    for rank, said in (("0", "train.py: no such thing\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit), cli.one_line_errors("train.py"):
+            raise ValueError("no such\nthing")
+        assert capsys.readouterr().err == said and json.loads(report.read_text())["message"] == "train.py: no such thing"
+
+
+def test_a_distance_of_nothing_has_no_sign(folders, capsys):
+    folders()
+    evaluate.main("--samples real.npz --reference packed.npz --features vit.pt --metrics FD".split())
+    assert " 0.000" in (said := capsys.readouterr().out) and "-0.000" not in said
+
+
 # Files
 
-DRAW = "--n 2 --steps 2 --device cpu"
 RUNS = ("checkpoint FILE", f"sample --ckpt FILE {DRAW}")
 USES = {                                                 # commands that read a file
     "run.pt": (*RUNS, "train --resume --out FILE --steps 3 --cache cache", "plot guidance --ckpt FILE", "checkpoint FILE --slim s.pt",
@@ -197,14 +398,11 @@ USES = {                                                 # commands that read a 
     "run.csv": ("plot FILE --out x.png", "train --resume --out run.pt --steps 3 --cache cache",
                 "evaluate --samples real.npz --reference packed.npz --features vit.pt --results FILE"),
     "cifar-10-binary.tar.gz": (f"{TRAIN} --data cifar10:.",),
-    "bpe_simple_vocab_16e6.txt.gz": (reads := "sample --ckpt text.pt --clip . --prompt cat --n 1 --steps 2",),
-    "pytorch_model.bin": (reads,),
+    "bpe_simple_vocab_16e6.txt.gz": (USE_CLIP,),
+    "pytorch_model.bin": (USE_CLIP,),
 }
-nested = [0]
-for _ in range(40):
-    nested = [nested, nested]
 VALUES = [None, True, -1, 0, 3, 10 ** 9, 10 ** 12, 2 ** 63, 10 ** 30, 0.5, float("nan"), float("inf"), 1e308, "", "x", "../../x", [],
-          {}, [10 ** 9] * 2, [0] * 5, ["a"], {"a": 1}, [[1]], nested, "9" * 5000]
+          {}, [10 ** 9] * 2, [0] * 5, ["a"], {"a": 1}, [[1]], NESTED, "9" * 5000]
 TENSORS = [torch.zeros(0), torch.full((2, 2), float("nan")), torch.zeros(1).expand(10 ** 5, 10 ** 5), torch.zeros(3, 3).to_sparse(),
            torch.zeros(2, dtype=torch.complex64), torch.tensor(5), torch.zeros(2, 2, dtype=torch.bool), torch.zeros([1] * 60)]
 ARRAYS = [np.zeros(0), np.zeros((0, 8, 8, 1), np.uint8), np.full((12, 8, 8, 1), np.nan), np.full((12, 8, 8, 1), 1e300), np.array("x"),
