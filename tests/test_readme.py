@@ -16,6 +16,7 @@ from PIL import Image
 import cascade
 import companion
 import data
+import plot
 import restoration
 import sampling
 import settings
@@ -114,7 +115,7 @@ def test_the_librarys_lines_run(tiny_run, tmp_path, monkeypatch):
 
 
 def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatch, capsys):
-    """With two steps of eight images, two evaluations a sample, 100 images of each data set, and the files a reader would bring."""
+    """With two steps of eight images, two evaluations a sample, 100 images of each data set, 50 points, and a reader's files."""
     def few_images(*args, load=data.load, **options):
         dataset = load(*args, **options)
         dataset.rows = dataset.rows[:None if "swissroll" in args else 100]
@@ -123,6 +124,7 @@ def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatc
     monkeypatch.setattr(data, "load", few_images)
     for module in (cascade, sampling, restoration):
         monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(plot, "CHAIN", 50)
     pixels = np.pad(np.full((14, 14), 255, np.uint8), 9)
     for name, image in (("digit", 255 - pixels), ("noisy", pixels), ("mask", pixels), ("small", pixels[::4, ::4])):
         Image.fromarray(image).save(f"{name}.png")

@@ -14,6 +14,7 @@ import checkpoint
 import data
 import reports
 import train
+from features import JUDGE
 from objectives import Denoising
 from reports import Log, accuracy_report, reconstruction_report
 
@@ -70,11 +71,14 @@ def test_rates_and_minutes_left_are_those_of_steps_without_pictures_scores_and_s
         state.taken += 1                                 # else there is nothing to save
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(train, "train_step", lasting(6, step))
-    monkeypatch.setattr(checkpoint, "save", lasting(500, checkpoint.save))
+    monkeypatch.setattr(checkpoint.Saves, "begin", lasting(500, checkpoint.Saves.begin))
     monkeypatch.setattr(train, "sample_report", lasting(7000, lambda *_: {}))
     monkeypatch.setattr(train, "sample_scores", lasting(90_000, lambda *_: {}))
-    train.main(["--size", "Ti/16", "--batch-size", "12", "--device", "cpu", "--steps", "20", "--sample-every", "7", "--save-every",
-                "3", "--eval-every", "4", "--eval-n", "4", "--out", str(tmp_path / "run.pt")])
+    images, labels = data.load().batch(np.arange(60))
+    np.savez(tmp_path / "digits.npz", arr_0=images, arr_1=labels)
+    train.main(["--data", str(tmp_path / "digits.npz"), "--size", "Ti/16", "--batch-size", "12", "--device", "cpu", "--steps", "20",
+                "--sample-every", "7", "--save-every", "3", "--eval-every", "4", "--eval-n", "4", "--features", str(JUDGE), "--out",
+                str(tmp_path / "run.pt")])
     rows = rows_of(tmp_path / "run.csv")
     assert [int(row["step"]) for row in rows] == [4, 7, 8, 12, 14, 16, 20] and {row["images_per_s"] for row in rows} == {"2.0"}
     said = re.findall(r"([\d.]+) minutes (left|to go)", capsys.readouterr().out)
