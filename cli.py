@@ -55,9 +55,10 @@ def say_last(line):
 
     After it torchrun prints sixty lines of its own, which end with what a process left in a file: the line, once more.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not report or os.environ.get("LOCAL_RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if report:
         with suppress(OSError):
             Path(report).write_text(json.dumps(dict(message=line, timestamp=int(time.time()))))
 

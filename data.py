@@ -67,7 +67,8 @@ class Dataset:
 
     autoencoder = None                                   # of a data set of latents, see latents.Latents
     checksums = None                                     # (M,) of images that were decoded from files
-    pixel_range = "uint8"                                # what the pixels were before, in words, see arrays.py
+    pixel_range = "uint8"                                # what the pixels were before, in words
+    left_out = ()                                        # what of the data was not read, in words
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
         self.spec, self.images, self.labels, self.captions = spec, images, labels, captions
@@ -200,9 +201,9 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif name == "cifar10":
         return _resized(_cifar10(argument or None, split, cache), image_size)
     elif spec.endswith(".npz"):
-        images, labels, classes, found = read_npz(spec)
+        images, labels, classes, pixel_range, left_out = read_npz(spec)
         dataset = _resized(Dataset(spec, images, labels, classes), image_size)
-        dataset.pixel_range = found
+        dataset.pixel_range, dataset.left_out = pixel_range, left_out
     elif name == "coco" and Path(argument).is_dir():
         images, rows, checksums, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
         dataset = Dataset(spec, images, rows=rows, captions=captions)

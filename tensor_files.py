@@ -125,8 +125,8 @@ def read_safetensors(path):
         tensors, place = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is of the type {str(entry['dtype'])[:20]}, where {', '.join(DTYPES)} are read, and no "
-                                 "numbers of 8 or fewer bits with scales: take a file of F16, BF16 or F32")
+                raise ValueError(f"{name} is of {str(entry['dtype'])[:20]}, and such numbers, as of quantised weights, are not "
+                                 "read: take a file of F32, F16 or BF16")
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if len(shape) > 64 or any(type(number) is not int or not 0 <= number <= size for number in (*shape, begin, end)):
                 raise ValueError(f"{name} has an impossible shape or place")         # before the sides are multiplied
@@ -139,4 +139,4 @@ def read_safetensors(path):
             tensors[name], place = flat.to(dtype).reshape(shape), end
         return tensors
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
+        raise ValueError(f"cannot read the safetensors file {path}: {error}") from None

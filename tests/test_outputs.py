@@ -222,7 +222,7 @@ def test_a_file_that_appears_during_the_work_stays(folder, capsys, monkeypatch):
 
 def test_latents_do_not_replace_an_npz_that_no_flag_names(folder, capsys, monkeypatch):
     run = checkpoint.load("run.pt")
-    run.vae = checkpoint.Autoencoder(1.0, "gone.pt", "0")
+    run.vae = checkpoint.Autoencoder(1.0)                # as of released weights, which name none
     os.unlink("run.pt")                                  # a hard link of the fixture's
     checkpoint.save("run.pt", run)
     npz("drawn.npz", images=IMAGES)
