@@ -34,7 +34,7 @@ ROOM, RIGHTS = "make room on the disk, or choose a place on another one", "choos
 REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
             errno.EROFS: RIGHTS, errno.ENOENT: "make its folder", errno.EEXIST: "choose another name",
             errno.ENOTDIR: "choose another folder", errno.EIO: "look at the disk"}       # of what a disk answers that takes no file
-UNPACKED, RATIO = 2 ** 27, 64                    # bytes that a compressed file may become, or times its own: photos become twice theirs
+UNPACKED, RATIO = 2 ** 27, 64                    # bytes that a compressed file may become, or times its own
 
 
 # What a command may read
@@ -50,7 +50,7 @@ def readable(path):
 
 
 def check_unpacked(path, size):
-    """ValueError if a compressed file becomes more bytes than one of its size may: a hostile one becomes a thousand times as many."""
+    """ValueError if a compressed file becomes more bytes than one of its size may; a hostile one becomes a thousandfold."""
     limit = max(UNPACKED, RATIO * os.path.getsize(path))
     if size > limit:
         raise ValueError(f"it becomes more than {limit:,} bytes, {RATIO} times its own or {UNPACKED:,}: where this is meant, leave "

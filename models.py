@@ -113,7 +113,8 @@ def build(description):
 def check_description(description):
     """ValueError, KeyError or TypeError where a description, of a file perhaps, is of no network, or of one too large for any
     machine."""
-    for kind, arguments in ((NETWORKS[description["class"]], description["arguments"]), (text.TextEncoder, description.get("text", {}))):
+    own, reader = NETWORKS[description["class"]], text.TextEncoder
+    for kind, arguments in ((own, description["arguments"]), (reader, description.get("text", {}))):
         parameters = signature(kind).parameters
         for name, value in arguments.items():
             default = parameters[name].default
@@ -126,8 +127,8 @@ def check_description(description):
         blocks = arguments.get("depth", 1) * arguments.get("res_blocks", 1) * len(arguments.get("multipliers", "1"))
         side = max(vit.pair(arguments.get("image_size", 1)))
         if blocks > MOST_BLOCKS or side > LARGEST_SIDE:
-            raise ValueError(f"{blocks} blocks for sides of {side} pixels are more than the {MOST_BLOCKS} and {LARGEST_SIDE} of any "
-                             "network known here")
+            raise ValueError(f"{blocks} blocks for sides of {side} pixels are more than the {MOST_BLOCKS} and {LARGEST_SIDE} "
+                             "of any network known here")
 
 
 def filled(network, state):

@@ -19,7 +19,7 @@ from files import readable
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-HEADER = 2 ** 24                                 # bytes of the longest header of a .safetensors: that of 10,000 tensors has one million
+HEADER = 2 ** 24                                 # bytes of a .safetensors's header at most: that of 10,000 tensors has a million
 MOST_PARTS = 10 ** 6                             # of a .pt, of which a name, a number or a tensor is one; a run has thousands
 
 
@@ -46,7 +46,7 @@ def tensors_in(content):
 
 
 def check_tensors(path, content):
-    """ValueError unless the tensors in the content of a file are plain, and no larger than the file, in which two may share bytes."""
+    """ValueError unless the tensors in the content of a file are plain and fit into it, where two may share bytes."""
     tensors = tensors_in(content)
     if any(tensor.is_complex() or tensor.layout != torch.strided for tensor in tensors):
         raise ValueError("a tensor is sparse or of complex numbers")
