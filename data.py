@@ -5,6 +5,7 @@ the round trip. A tenth of any data set without a test split of its own is held 
 Folders of images are folders.py's.
 """
 import hashlib
+import io
 import json
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,12 @@ from PIL import Image
 
 import shapes
 from arrays import read_npz
-from files import cache_folder, download
+from files import cache_folder, download, readable, unpacked
 from folders import coco, image_folder
 from image_files import center_crop, decoded
 from points import POINTS, swiss_roll
 
-NAMED = ("mnist", "shapes", "shapes:one", "swissroll", "cifar10")        # never a file or folder: ./mnist is one
+OWN_SETS = ("mnist", "shapes", "shapes:one", "swissroll", "cifar10")        # never a file or folder: ./mnist is one
 ASSETS = Path(__file__).parent / "assets"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -283,9 +284,9 @@ def _cifar10(folder, split, cache):
     places = [place for place in (Path(folder), Path(folder, CIFAR10_FOLDER)) if all((place / name).exists() for name in names)]
     try:
         if places:
-            parts = [(places[0] / name).read_bytes() for name in names]
+            parts = [readable(places[0] / name).read_bytes() for name in names]
         elif archive.exists():
-            with tarfile.open(archive, "r:gz") as tar:                   # members are read, never extracted to disk
+            with tarfile.open(fileobj=io.BytesIO(unpacked(archive))) as tar:         # members are read, never extracted to disk
                 parts = [tar.extractfile(f"{CIFAR10_FOLDER}/{name}").read() for name in names]
         else:
             raise ValueError(f"it has neither {names[0]} nor {archive.name}")

@@ -235,7 +235,7 @@ def coco_captions(annotations, skip_bad):
         captions = {key: [] for key in names}
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{annotations} holds no captions of MS-COCO: {reason}") from None
     root, part = annotations.parent, annotations.stem.partition("_")[2]

@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
+from files import readable
 from tables import Table, fill
 
 MAX_PIXELS = 10 ** 8             # of a file, unless --max-pixels allows more: they take 800 MB while they are converted
@@ -76,7 +77,7 @@ def opened(path):
     What is broken beside the pixels, as a text or a checksum of one, does not count.
     """
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():        # Pillow maps a TIFF with a name, and turns it wrongly
+        with open(readable(path), "rb") as file, warnings.catch_warnings():        # Pillow maps a TIFF with a name, and turns it wrongly
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             ImageFile.LOAD_TRUNCATED_IMAGES = True

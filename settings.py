@@ -4,8 +4,11 @@ Report §4-5. A recipe is a row of hyperparameters for a model and its size, fro
 recipe's value. A resumed run keeps its own settings, besides those of MAY_CHANGE.
 """
 import argparse
+import hmac
+import json
 import os
 import re
+import secrets
 import sys
 from pathlib import Path
 
@@ -13,8 +16,9 @@ import checkpoint
 import dit
 import unet
 from cli import PRECISIONS, Parser, natural, not_negative, parent_of, positive, rule_of
+from data import OWN_SETS
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
-from files import check_output
+from files import cache_folder, check_output, readable
 from image_files import MAX_PIXELS_HELP
 from models import TRAINABLE, check_options, describe, named
 
@@ -59,6 +63,8 @@ MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip_grad", "device", "precisio
 # on --resume may change: the end (a cosine stretches to it), what tames a run that diverged, the machine, when to save and score
 MOVED = {"vae": lambda run: run.vae and run.vae.sha256, "clip": lambda run: run.text and run.text.sha256,
          "data": lambda run: run.data.fingerprint}           # and what lies elsewhere now, of which a run has this hash
+
+PLACES = ("data", "vae", "clip", "cache", "features", "reference")       # settings that may name a file or folder
 
 
 def accumulation(text):
@@ -171,20 +177,66 @@ def read_settings(argv):
     return args, run
 
 
+def places(config):
+    """Which of PLACES name a file or folder -> {setting: path}."""
+    named = {key: str(config.get(key) or "") for key in PLACES}
+    return {key: path.removeprefix("coco:").removeprefix("cifar10:") for key, path in named.items()
+            if path not in ("", "inception", *OWN_SETS)}
+
+
+def signature(config):
+    """Proof that this user's train.py wrote a run with these places, by a key in the user's cache; None without places or cache.
+
+    A run of somebody else has none, and so decides nothing about this machine.
+    """
+    named = places(config)
+    try:
+        key = cache_folder() / "key" if named else None
+        if key and not key.exists():
+            with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+        return named and hmac.new(readable(key).read_bytes(), json.dumps(named).encode(), "sha256").hexdigest() or None
+    except OSError:
+        return None
+
+
+def check_places(run, given):
+    """ValueError if a run that is somebody else's names a place that lies not beside it, and that the command line does not."""
+    own = run.file.resolve().parent
+    for key, path in places(run.config).items():
+        if key not in given and Path(path).resolve().parent != own and run.signature != signature(run.config):
+            raise ValueError(f"--resume: {run.file} names {path}, and was not written by this user here: {flag(key)} says that "
+                             f"{'it may be used' if key == 'cache' else 'it may be read'}, or names another")
+
+
+def could_be_given(action, value):
+    """Whether a setting of a run is one that its flag, an action of argparse, could have been given; None is always."""
+    if value is None:
+        return True
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    try:
+        same = (action.type or str)(str(value)) == value
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return same and (not action.choices or value in action.choices)
+
+
 def resumable(out, given):
     """The Run in a file that --resume goes on with.  ValueError if it is none, or has other settings than those given."""
     run = checkpoint.load(out)
     if run.optimizer is None or run.log is None or run.log.ndim != 2 or len(run.log) != 2:
         raise ValueError(f"--resume: {out} is not a run of train.py")
-    known = {**COMMON, **LAPTOP, "model": "dit", "size": "Ti/8"}
-    strange = [key for key, value in run.config.items() if value is not None and known.get(key) is not None
-               and not isinstance(value, (int, float) if isinstance(known[key], (int, float)) else type(known[key]))]
+    known = {action.dest: action for action in flags()._actions}
+    strange = [key for key, value in run.config.items() if key in known and not could_be_given(known[key], value)]
     if strange or run.config.get("model") not in RECIPES:
         raise ValueError(f"--resume: {out} is not a run of train.py: its {flag((strange or ['model'])[0])} cannot be that")
     clashes = [f"{flag(key)} is {run.config.get(key)} there, not {value}" for key, value in given.items()
                if key not in MAY_CHANGE and value != run.config.get(key) and not (key in MOVED and MOVED[key](run))]
     if clashes:
         raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
+    if os.environ.get("RANK", "0") == "0":               # other machines may have other keys
+        check_places(run, given)
     return run
 
 

@@ -309,7 +309,7 @@ def test_a_run_told_by_clip_keeps_what_tells_it_and_draws_the_same_wherever_clip
     run.text.path = "gone"
     checkpoint.save("moved.pt", run)
     assert np.array_equal(drawn(runs / "clip.pt"), drawn("moved.pt", "--clip", str(runs / "clip")))
-    refusal(lambda: text_reader(run, run.build()[0]), "no longer at gone", "--clip DIR")
+    refusal(lambda: text_reader(run, run.build()[0]), "gone does not lie beside", "--clip DIR")
 
 
 def test_another_clip_is_refused_when_drawing_and_when_going_on(runs, here):

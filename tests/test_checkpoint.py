@@ -22,7 +22,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from files import sole_writer
 from refusals import refusal
+from tensor_files import read, read_safetensors
 from torch.testing import assert_close
 
 import checkpoint
@@ -30,12 +32,13 @@ import ddpm
 import dit
 import models
 import sample
+import tensor_files
 import train
 import unet
 import uvit
 import vit
-from checkpoint import (Autoencoder, Clip, Data, Process, Run, load, load_network, main, plain, read, read_safetensors, save,
-                        sole_writer, summary, typed)
+from checkpoint import (Autoencoder, Clip, Data, Process, Run, load, load_network, main, plain, save,
+                        summary, typed)
 from ddpm import cosine_betas
 from dit import DiT
 from formula import fill, formula_weight, golden, golden_json
@@ -157,7 +160,7 @@ def test_saves_in_the_background_are_of_the_moment_they_began_one_at_a_time_and_
     with pytest.raises(RuntimeError, match="stopped"), checkpoint.Saves() as saves:
         saves.begin(tmp_path / "run.pt", run)
         for part in (run.model, run.ema, run.optimizer["state"]):        # training goes on
-            for tensor in checkpoint.tensors_in(part):
+            for tensor in tensor_files.tensors_in(part):
                 tensor.fill_(7)
         saves.check()                                    # does not wait
         threading.Timer(0.1, go_on.set).start()
