@@ -61,7 +61,7 @@ class Study(NamedTuple):
 
 # Runs: flags of train.py, besides --seed and --out
 
-RUNS = {"digits": "", "vae": "--model vae", "latents": "--vae {vae} --size Ti/2", "roll": "--data swissroll",
+RUNS = {"digits": "", "uvit": "--model uvit", "unet": "--model unet", "vae": "--model vae", "latents": "--vae {vae} --size Ti/2", "roll": "--data swissroll",
         **{name: f"--conditioning {name}" for name in BLOCKS if name != "adaln-zero"},                   # that of `digits`
         **{f"{prediction} {schedule} {size}": f"--prediction {prediction} --schedule {schedule} --size {size} --steps 1400"
            for prediction, schedule, size in product(PREDICTIONS, ("linear", "cosine"), ("Ti/8", "Ti/4"))},
@@ -291,8 +291,8 @@ def seen(picture):
 SCORED = {"FD": ".2f", "precision": ".3f", "recall": ".3f", "accuracy": ".1%", "unique": ".0%", "authentic": ".0%"}
 STUDIES = {
     "first": Study(
-        "A diffusion transformer learns to draw (abstract).", ("digits",), judges.digit_scores, {**SCORED, "recognised": ".1%"},
-        as_table, seen(judges.drawn_digits), "A person decides whether the strokes are whole.", 14,
+        "A diffusion transformer learns to draw (abstract).", ("digits", "uvit", "unet"), judges.digit_scores,
+        {**SCORED, "recognised": ".1%"}, as_table, seen(judges.drawn_digits), "A person decides whether the strokes are whole.", 50,
         settings=({"scale": 1.0}, {"scale": 1.5})),
     "blocks": Study(
         "adaLN-Zero is the best of four block designs (§2-8-3, §4-2).",
@@ -313,13 +313,13 @@ STUDIES = {
     "prediction": Study(
         "Predicting the noise is better than predicting the pixels (§3).",
         tuple(name for name in RUNS if name.startswith(PREDICTIONS)), judges.digit_scores, SCORED, ranking("FD"), by_run("FD"),
-        "A patch of 8x8 pixels is 64 numbers in a token of 192. Noise needs all of them, an image few. Patches of few numbers, and "
-        "latents, favour eps.", 120),
+        "A patch of 8x8 pixels is 64 numbers in a token of 192. Noise needs all of them, an image few. Patches of few numbers "
+        "favour eps, and so do latents.", 120),
     "networks": Study(
         "Transformers can take the U-Net's place, and more Gflops give better images (§1, §2-7-1, Fig. 4-3).",
         tuple(name for name in RUNS if name.startswith(("dit ", "uvit ", "unet "))), judges.digit_scores, SCORED,
-        ranking("FD", "dit Ti/4"), along("gflops", "FD", log=True), "1,400 steps are few, and the recipe is DiT's. Each network at its own best "
-        "learning rate, until its held-out loss is flat, would settle it.", 45, seeds=(0, 1)),
+        ranking("FD", "dit Ti/4"), along("gflops", "FD", log=True), "1,400 steps are few, and the recipe is DiT's. Each network "
+        "at its own best learning rate, until its held-out loss is flat, would settle it.", 45, seeds=(0, 1)),
     "restoration": Study(
         "A diffusion model fills in and enlarges images (§1-2).", ("digits",), judges.restored_share,
         {"kept": ".1%", "nearest": ".1%"}, as_table, seen(judges.restored_digits), "Other images than digits.", 8, seeds=(0,),

@@ -139,7 +139,10 @@ def test_the_flags_of_a_run_are_train_pys(tmp_path, run):
     assert args.seed == 3 and args.out == str(study.path_of(run, 3, tmp_path))
 
 
-def test_every_study_names_runs_and_judges_that_exist():
+def test_every_study_has_its_place_in_the_results_and_every_run_its_study():
+    page = study.RESULTS.read_text(encoding="utf-8")
+    for name in study.STUDIES:
+        assert page.index(f"<!-- study {name}: written by study.py -->") < page.index(f"<!-- end of study {name} -->")
     assert {run for one in study.STUDIES.values() for run in one.runs} | {"vae"} == set(study.RUNS)
 
 
