@@ -35,7 +35,7 @@ import restoration
 import shapes
 import train
 from checkpoint import load, load_autoencoder
-from cli import Parser, add_overwrite_flag, natural, one_line_errors, positive, processes, rule_of
+from cli import Parser, add_overwrite_flag, at_least, natural, one_line_errors, positive, processes, rule_of
 from features import JUDGE, default_space, full_precision, space_of
 from files import check_output, output_file
 from gflops import count, inputs_of
@@ -71,8 +71,7 @@ def quality(args):
     (images, labels), (test_images, test_labels) = (
         first_of(data.load(run.data.spec, config["image_size"], split, config["cache"], config["skip_bad"]))
         for split in ("train", "test"))
-    classes = list(range(network.num_classes))
-    scale = guidance_scale(network)
+    classes, scale = list(range(network.num_classes)), guidance_scale(network)
     drawn = draw_images(network.to(device), diffusion, range(args.n), classes, args.seed)
     neighbours = nearest(torch.cat([x.cpu() for _, x in drawn]), images)
     right = (vote(labels, neighbours) == labels_of(range(args.n), classes)).float().mean().item()
@@ -103,11 +102,10 @@ def restoration_quality(args):
 
     print(f"{len(images)} held-out digits, {args.ckpt} (step {run.step}), seed {args.seed}, ddpm, {args.steps} steps repeated "
           f"{args.repeats} times, no guidance")
-    print(f"digits kept, as {JUDGE.name} says, which recognises {kept(images):.1%} of the originals")
-    print(f"{'':28}{'label given':>12}{'without':>12}{'nearest neighbour':>20}")
-    hidden = torch.zeros(1, 1, 32, 32, device=device)
+    print(f"digits kept, as {JUDGE.name} says, which recognises {kept(images):.1%} of the originals\n"
+          f"{'':28}{'label given':>12}{'without':>12}{'nearest neighbour':>20}")
+    rows, hidden = [], torch.zeros(1, 1, 32, 32, device=device)
     hidden[..., 9:23, 9:23] = 1
-    rows = []
     for name, degrade in (("centre 14x14 filled in", restoration.masked(hidden)), ("4 times enlarged", restoration.pooled(4))):
         A, A_plus = degrade
         with_label, without = (restoration.restore(
@@ -155,8 +153,7 @@ def compare(args):
     space = space_of(default_space(dataset.spec, dataset.images.shape[1:]), device)
     reference = measure_reference(dataset, space, dataset.spec)
     ours = scores(measure_samples(held_out, None, space), reference.measured, possible(space, held_out.classes))
-    wanted = dict(steps=str(args.steps), n=str(args.n), features_sha256=space.sha256)
-    rows = list(reader)
+    wanted, rows = dict(steps=str(args.steps), n=str(args.n), features_sha256=space.sha256), list(reader)
     there = {(row["model"], row["size"], int(row["seed"])): row for row in rows if wanted.items() <= row.items()}
     for seed, (model, size) in product(range(args.seeds), COMPARED):
         if (model, size, seed) in there:
@@ -182,14 +179,14 @@ def compare(args):
     for model, size in COMPARED:
         found = [there[model, size, seed] for seed in range(args.seeds)]
         minutes = [float(row["minutes"]) for row in found if row["minutes"]]
-        line = f"{model + ' ' + size:14}{int(found[0]['parameters']) / 1e6:8.2f}{float(found[0]['gflops']):8.3f}"
-        line += f"{np.mean(minutes) if minutes else math.nan:9.1f}"
+        line = (f"{model + ' ' + size:14}{int(found[0]['parameters']) / 1e6:8.2f}{float(found[0]['gflops']):8.3f}"
+                f"{np.mean(minutes) if minutes else math.nan:9.1f}")
         for metric in ours:
             values = [float(row[metric]) for row in found]
             line += f"{f'{min(values):.3f} – {max(values):.3f}':>18}"
         print(line)
-    print(f"{f'{len(held_out):,} held-out digits':39}" + "".join(f"{value:18.3f}" for value in ours.values()))
-    print(f"two halves of the training digits: FD {reference.floor['FD']:.3f}")
+    print(f"{f'{len(held_out):,} held-out digits':39}" + "".join(f"{value:18.3f}" for value in ours.values()) +
+          f"\ntwo halves of the training digits: FD {reference.floor['FD']:.3f}")
 
 
 def points_quality(args):
@@ -204,8 +201,7 @@ def points_quality(args):
     floor = np.median([points.sliced_wasserstein(*pair) for pair in zip(real[:DATA_SETS], real[DATA_SETS:])])
     print(f"sliced Wasserstein distance of {n} points, 128 directions, median of {DATA_SETS} data sets; seed {args.seed}, dpm++ "
           f"{STEPS} steps")
-    print(f"samples of {args.ckpt} to the data   {ours:.4f}   {ours / floor:.2f} times")
-    print(f"the data to the data   {floor:.4f}")
+    print(f"samples of {args.ckpt} to the data   {ours:.4f}   {ours / floor:.2f} times\nthe data to the data   {floor:.4f}")
 
 
 def seconds_of(operation):
@@ -218,11 +214,11 @@ def seconds_of(operation):
 def ruler_rate(ruler, device, dtype):
     """FLOP/s, over half a second, of a large "product" of square matrices or a large 3 x 3 "convolution", channels last."""
     if ruler == "product":
-        side = 2048
+        side = 8192 if device.type == "cuda" else 2048   # a GPU reaches its rate on more work
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         operation, flops = lambda: a @ b, 2 * side ** 3
     else:
-        N, C, side = 8, 256, 32
+        N, C, side = 256 if device.type == "cuda" else 8, 256, 32
         images, kernels = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
                            for shape in ((N, C, side, side), (C, C, 3, 3)))
         operation, flops = lambda: F.conv2d(images, kernels, padding=1), 2 * N * 9 * C ** 2 * side ** 2
@@ -296,46 +292,53 @@ def prompt_quality(args):
         captions = shapes.captions(data.SHAPES)
         kinds |= {"two or three": [text for text in captions if text.startswith(("two", "three"))],
                   "two in a relation": [text for text in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
-    reader = text_reader(run, network)
+    reader, pictures = text_reader(run, network), []
     y_null = unconditional(network, reader, config["cfg_drop"])
-    scale = guidance_scale(network, y_null=y_null)
     print(f"{args.n} images a row of {out} (step {run.step}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
-          f"{scale:g}; right: all that the prompt names is there as it says, and nothing else")
-    pictures = []
+          f"{guidance_scale(network, y_null=y_null):g}; right: all that the prompt names is there as it says, and nothing else")
     for kind, prompts in kinds.items():
         prompts = [prompts[i % len(prompts)] for i in range(args.n)]
         contexts = read_prompts(prompts, reader, network)
         drawn = draw_images(network, diffusion, range(args.n), contexts, args.sample_seed, y_null=y_null)
         images = torch.cat([x.cpu() for _, x in drawn]).numpy()
-        wanted = [shapes.parse(prompt)[0] for prompt in prompts]
-        colour = np.mean([{thing[0] for thing in named} == {thing[0] for thing in found}
-                          for named, found in zip(wanted, shapes.look(images))])
+        colour = np.mean([{thing[0] for thing in shapes.parse(prompt)[0]} == {thing[0] for thing in found}
+                          for prompt, found in zip(prompts, shapes.look(images))])
         print(f"{kind:30}{shapes.matches(prompts, images).mean():7.1%} right, {colour:6.1%} in colour; as \"{prompts[0]}\"")
         pictures.append(images[:len(shapes.CLASSES)])
     save_image(picture, grid(np.concatenate(pictures), len(shapes.CLASSES) // 2), "prompts", **rule_of(args))
 
 
+def moment():
+    """Now: seconds on the clock, or on CUDA an event, for which nothing waits: it is recorded when the work so far is done."""
+    on_cuda = torch.cuda.is_initialized()
+    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if on_cuda else time.perf_counter()
+
+
 @contextmanager
 def stopwatch(owner, name):
-    """A list that fills, while the context lasts, with (begin, end) in seconds of each call of a method."""
+    """A list that fills, while the context lasts, with the moments (begin, end) of each call of a method."""
     original, calls = getattr(owner, name), []
 
     def timed(*args, **kwargs):
-        began = now()
+        began = moment()
         result = original(*args, **kwargs)
-        calls.append((began, now()))
+        calls.append((began, moment()))
         return result
     with patch.object(owner, name, timed):
         yield calls
 
 
+def seconds_from(first, calls):
+    """Moments (begin, end) of n calls, all over by now, as an array (n, 2) of seconds since a first moment."""
+    return np.array([[m - first if isinstance(m, float) else first.elapsed_time(m) / 1000 for m in pair] for pair in calls])
+
+
 def train_timed(args, size, steps, *more):
     """Run train.py's own loop, which saves and draws at its end only, with the flags of a measurement and more -> the network."""
-    never = str(10 ** 9)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.pt"
         train.main(["--size", size, "--batch-size", str(args.batch_size), "--steps", str(steps), "--data", args.data, "--device",
-                    args.device, "--out", str(out), "--save-every", never, "--sample-every", never, *more])
+                    args.device, "--out", str(out), "--save-every", str(10 ** 9), "--sample-every", str(10 ** 9), *more])
         return load(out).build()[0]
 
 
@@ -357,14 +360,13 @@ def latent_steps(args):
 
     def draw_kind(objective, step, images, labels):
         if kinds[step] == ENCODED:
-            mean, std = encode(autoencoder, images)
-            images = torch.from_numpy(np.stack([mean, std], axis=1))[:, None]            # (n, 1, 2, c, h, w), as cached
+            images = torch.from_numpy(np.stack(encode(autoencoder, images), axis=1))[:, None]    # (n, 1, 2, c, h, w), as cached
         return draw_batch(objective, step, images, labels)
 
     with (tempfile.TemporaryDirectory() as cache, patch.object(data.Batches, "__getitem__", read_kind),
           patch.object(Denoising, "draw", draw_kind), stopwatch(torch.optim.AdamW, "step") as calls):
         network = train_timed(args, args.size, len(kinds), "--vae", args.vae, "--cache", cache)
-    seconds = np.diff(np.array(calls)[:, 1], prepend=math.nan)           # from the end of one update to that of the next
+    seconds = np.diff(seconds_from(calls[0][0], calls)[:, 1], prepend=math.nan)      # from one update's end to the next one's
     timed = np.arange(len(kinds)) % ROUND >= UNTIMED
     a, b, c = (np.median(seconds[timed & (kinds == kind)][:args.steps]) for kind in (CACHED, RANDOM, ENCODED))
     shape = "x".join(map(str, (network.channels, *network.image_size)))
@@ -375,24 +377,22 @@ def latent_steps(args):
 
 
 def speed(args):
-    """Run train.py's own loop with a stopwatch around forward, backward and optimizer."""
-    if args.steps < 2:
-        raise ValueError("--steps: time at least 2")
+    """Time train.py's own loop: its forward pass, backward pass and optimizer."""
     size, warm, device = args.size or DEFAULT_SIZE[args.model], 3, processes(args.device)[0]
     ruler = "convolution" if args.model == "unet" else "product"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # of training's products
-    objective = Classification if args.model == "vit" else Denoising
-    with (ruled(ruler, device, dtype) as rates, stopwatch(objective, "loss") as losses,
+    with (ruled(ruler, device, dtype) as rates, stopwatch(Classification if args.model == "vit" else Denoising, "loss") as losses,
           stopwatch(torch.Tensor, "backward") as backwards, stopwatch(torch.optim.AdamW, "step") as steps):
         network = train_timed(args, size, warm + args.steps, "--model", args.model, *["--compile"] * args.compile)
-    losses, backwards, steps = (np.array(calls)[warm:] for calls in (losses, backwards, steps))      # (steps, 2)
+    losses, backwards, steps = (seconds_from(losses[0][0], calls)[warm:] for calls in (losses, backwards, steps))    # (steps, 2)
     whole = np.diff(losses[:, 0]).mean()                                             # seconds a step, all included
     inside = {name: np.diff(calls[:-1]).mean() for name, calls in (("loss", losses), ("backward", backwards), ("step", steps))}
     work = 3 * 2 * args.batch_size * count(network, *inputs_of(network))[1]          # backward: twice forward; two FLOP each
     print(f"{args.model} {size}, batch {args.batch_size}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{args.batch_size / whole:.1f} images/s, {beside_ruler(work, whole, rates, ruler)}")
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in inside.items()) +
-          f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms")
+          f", the rest of the loop {1 - sum(inside.values()) / whole:.1%} of a step's {whole * 1e3:.1f} ms; before them, the first "
+          f"{warm} steps{' and compiling' * args.compile} took {losses[0, 0]:.1f} s")
 
 
 MEASUREMENTS = {"quality": quality, "restore": restoration_quality, "swissroll": points_quality, "compare": compare,
@@ -411,8 +411,8 @@ def flags():
                         ("compare", 2000, "samples to score"), ("text", 200, "prompts of each kind"),
                         ("evaluate", 10_000, "rows on each side")):
         add(name, "--n", n, of, type=positive)
-    for name, steps, of in (("restore", restoration.STEPS, "of sampling"), ("train", 20, "to time"), ("latents", 40, "to time"),
-                            ("compare", 1400, "of training: five minutes on 2 cores"),
+    add("train latents", "--steps", 40, "to time", type=at_least(2, int))
+    for name, steps, of in (("restore", restoration.STEPS, "of sampling"), ("compare", 1400, "of training: 5 minutes on 2 cores"),
                             ("text", 6000, "of training: 12 minutes on 2 cores")):
         add(name, "--steps", steps, of, type=positive)
     add("restore", "--repeats", restoration.REPEATS, "of each step", type=positive)

@@ -17,6 +17,7 @@ import stat
 import sys
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -151,6 +152,48 @@ def save(path, run):
         raise OSError(f"cannot write {path}: {error.__context__ or error}") from None
 
 
+def snapshot(content):
+    """Nested dicts and lists with their tensors copied to the CPU's memory; from a GPU they are there once it is waited for."""
+    if isinstance(content, dict):
+        return {key: snapshot(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [snapshot(value) for value in content]
+    return content.to("cpu", non_blocking=True, copy=True) if torch.is_tensor(content) else content
+
+
+class Saves:
+    """Writes runs while training goes on, one at a time.  As a context it waits for the last, also after an error."""
+
+    def __init__(self):
+        self.thread, self.last = ThreadPoolExecutor(1), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        with self.thread:
+            self.wait()
+
+    def begin(self, path, run):
+        """Have a run written, see `save`, as it is now: its weights and moments may change once this returns."""
+        self.wait()
+        copies = {part: snapshot(getattr(run, part)) for part in ("model", "ema", "optimizer")}
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.last = self.thread.submit(save, path, replace(run, **copies))
+
+    def wait(self):
+        """Wait until what was begun is written.  OSError if it could not be."""
+        last, self.last = self.last, None
+        if last:
+            last.result()
+
+    def check(self):
+        """As `wait`, but without waiting: an error is raised once it is known."""
+        if self.last and self.last.done():
+            self.wait()
+
+
 @contextmanager
 def sole_writer(path):
     """Keep a second process from writing the same run, by a lock on an empty file beside it, which is removed at the end.
@@ -200,7 +243,8 @@ def tensors_in(content):
 def read(path):
     """The content of a .pt or .safetensors file, mapped. ValueError or OSError if it is missing, damaged, or would run code.
 
-    Checksums are compared where there are some: by the first process of a machine alone.
+    Checksums are compared where there are some: by the first process of a machine alone. The others only map the file, and
+    wait for it where processes join.
     """
     path = Path(path)
     if not path.is_file():

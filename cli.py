@@ -1,6 +1,7 @@
 """What the commands share: flags, errors in one line, devices, processes and signals."""
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -89,23 +90,77 @@ def at_least(least, kind):
 positive, natural, not_negative = at_least(1, int), at_least(0, int), at_least(0, float)
 
 
-def processes(device="auto"):
-    """Join torchrun's process group, if there is one -> device, rank, number of processes.  ValueError if there is no GPU."""
+def check_compiler(device):
+    """ValueError if torch.compile lacks what it needs on a device: its own error, at the first step, has a hundred lines."""
+    from torch._inductor import cpp_builder, exc         # here, as it takes seconds
+    from torch.utils import _triton
+    lacks = None
+    if device == "cuda" and not _triton.has_triton():
+        lacks = "Triton, which this GPU or this machine does not have: pip install triton"
+    elif device == "cuda":                               # Triton compiles what calls its kernels
+        if not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
+            lacks = "a C compiler, and there is none: install gcc, name another by CC="
+    else:
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            lacks = "a C++ compiler, and there is none: install g++, name another by CXX="
+    if lacks:
+        raise ValueError(f"--compile: PyTorch needs {lacks}, or leave --compile out")
+
+
+PRECISIONS = ("bf16", "tf32", "fp32")           # of products: bfloat16 by autocast; on CUDA, float32 with 10 bits of 23; float32
+
+
+def precision_on(device, asked=None):
+    """The precision asked for; by default bf16 on CUDA, tf32 on a GPU without it, fp32 on the CPU.  ValueError if there is none."""
+    cuda = device.type == "cuda"
+    half = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "bf16" and not half:
+        raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} does not compute in bfloat16: take tf32 or fp32")
+    if asked == "tf32" and not cuda:
+        raise ValueError("--precision tf32 is a GPU's: the CPU computes in fp32 or bf16")
+    return asked or ("fp32" if not cuda else "bf16" if half else "tf32")
+
+
+def autocast(device, precision=None):
+    """The context in which networks compute in a precision, by default the device's: products in bfloat16 if it is bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=(precision or precision_on(device)) == "bf16")
+
+
+def processes(device="auto", compiles=False, precision=None):
+    """Join torchrun's process group, if there is one -> device, rank, number of processes.
+
+    ValueError if there is no GPU, not the precision, or where the command compiles no compiler.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    if compiles:
+        check_compiler(device)
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     backend = "gloo"
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
-        torch.set_float32_matmul_precision("high")                       # TF32
         device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    device = torch.device(device)
+    found = precision_on(device, precision)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if found == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = found != "fp32"
+        if precision is None and found == "tf32" and local_rank == 0:
+            print(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: --precision is tf32", file=sys.stderr)
     if world > 1:                                        # others may wait for hours while the first decodes a data set
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    return torch.device(device), *place()
+    return device, *place()
+
+
+def gpu_memory(device):
+    """Bytes of a GPU's memory; None of the CPU."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
 def place():
@@ -144,12 +199,6 @@ def progress_bar(name, n):
     """A bar over this process's share of n images, shown by the first process on a terminal."""
     mine = share(n)
     return tqdm(total=len(mine), desc=name, unit="image", disable=mine.start > 0 or not sys.stderr.isatty())
-
-
-def ignore_signals(worker):
-    """In a worker of the DataLoader: the main process decides when to stop."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
 
 
 @contextmanager

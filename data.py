@@ -8,6 +8,7 @@ import hashlib
 import json
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ class Dataset:
 
     images (M, H, W, C) uint8; labels (M,) integers, or None without classes; classes, their names; rows (N,), which of the
     images belong to this split; captions, a list of texts for each of the M, or None. Attributes besides: channels, image_size
-    (H, W), num_classes (None without labels), in_files (whether reading takes a while).
+    (H, W), num_classes (None without labels).
     """
 
     autoencoder = None                                   # of a data set of latents, see latents.Latents
@@ -75,7 +76,6 @@ class Dataset:
         self.image_size, self.channels = tuple(images.shape[1:3]), images.shape[3]
         self.classes = None if labels is None else list(classes)
         self.num_classes = None if labels is None else len(self.classes)
-        self.in_files = type(images) is not np.ndarray                   # mapped, or drawn when asked for
 
     def __len__(self):
         return len(self.rows)
@@ -102,7 +102,6 @@ class Dataset:
         places = {text: i for i, text in enumerate(self.distinct)}
         self.context_rows = np.array([places[text] for texts in captions for text in texts])
         self.contexts = encode(self.distinct)
-        self.in_files |= isinstance(self.contexts, np.memmap)
 
     def contexts_of(self, n):
         """Contexts (n, …) of n captions of this split, the same at each call, drawn at random where there are more."""
@@ -132,7 +131,7 @@ class Points(Dataset):
         return torch.from_numpy(self.images[self.rows[indices]]).permute(0, 3, 1, 2), None
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches:
     """The batch of every step: `Batches(dataset, batch_size, seed)[step]`.
 
     Each epoch reads the whole data set in the order permutation(seed, epoch); a batch goes on into the next epoch. So the
@@ -156,6 +155,25 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         epochs = (step * self.batch_size + np.arange(self.batch_size)) // len(self.dataset)
         return self.dataset.batch(self.indices(step)[self.part], epochs[self.part])
+
+
+def ahead(read, items, device):
+    """read(item), a tuple of tensors or None, of each item in order: a thread reads the next while the caller uses the last.
+
+    For a GPU they are pinned: copied without waiting. An error of `read` reaches the caller, and the thread ends with the loop.
+    """
+    def pinned(item):
+        if device.type != "cuda":
+            return read(item)
+        with torch.cuda.device(device):                  # a thread of its own begins on the first GPU
+            return tuple(part if part is None else part.pin_memory() for part in read(item))
+
+    with ThreadPoolExecutor(1) as thread:
+        reads = (thread.submit(pinned, item) for item in items)
+        coming = next(reads, None)
+        while coming:
+            ready, coming = coming.result(), next(reads, None)
+            yield ready
 
 
 def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False):

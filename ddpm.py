@@ -148,6 +148,7 @@ class Diffusion:
         if output.shape != (len(x), halves * x.shape[1], *x.shape[2:]):
             raise ValueError(f"the network returned {tuple(output.shape)} for x of {tuple(x.shape)}, where variance "
                              f"{self.variance!r} needs {halves} x {x.shape[1]} channels")
+        output = output.to(x.dtype)                      # autocast's bfloat16 is too coarse for what follows
         return output.chunk(2, dim=1) if halves == 2 else (output, None)
 
     def p_mean_variance(self, output, xt, t, clip=False, correct=None):
@@ -194,8 +195,7 @@ class Diffusion:
         The paper's weight 0.001 of the bound's sum over 1000 steps is the weight 1 of its mean, that of one random step.
         """
         xt = self.q_sample(x0, t, eps)
-        output = model(xt, self.original(t), y).to(x0.dtype)            # autocast's bfloat16 is too coarse for log variances
-        prediction, interpolation = self.split(output, x0)
+        prediction, interpolation = self.split(model(xt, self.original(t), y), x0)
         a, s = self.at("sqrt_alpha_bar", t, x0), self.at("sqrt_one_minus_alpha_bar", t, x0)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.prediction]
         terms = {"mse": mean_flat((prediction - target) ** 2)}
@@ -269,7 +269,7 @@ def guided(model, y, y_null, scale, channels=None, interval=None):
     def model_with_guidance(x, t):
         if scale == 1 or (interval is not None and not interval[0] <= int(t[0]) <= interval[1]):
             return model(x, t, y)
-        output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))     # (2N, C or 2C, H, W)
+        output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null])).to(x.dtype)     # (2N, C or 2C, H, W)
         conditional, unconditional = output.chunk(2)
         n = x.shape[1] if channels is None else channels
         prediction = unconditional[:, :n] + scale * (conditional[:, :n] - unconditional[:, :n])

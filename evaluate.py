@@ -21,12 +21,14 @@ import numpy as np
 import torch
 
 import data
-from cli import Parser, add_overwrite_flag, first_in_turn, one_line_errors, positive, processes, rule_of
+from cli import (Parser, add_overwrite_flag, autocast, first_in_turn, one_line_errors, positive, precision_on, processes,
+                 rule_of)
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
 from files import append, check_output, header_of, sha256_of, writing
 from image_files import side_of
 from latents import embeddings
 from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module
+from models import compile_blocks
 from points import MLP
 from sampling import (add_sampling_flags, decoder, draw_once, drawable, evaluations, guidance_scale, parse_classes, pixel_shape,
                       text_reader, unconditional)
@@ -132,7 +134,7 @@ def validate(args):
             raise ValueError(f"--metrics: {metric!r} is none of {', '.join(METRICS)}; Inception's FD is FID")
     if args.features not in (None, "inception") and not Path(args.features).is_file():
         raise ValueError(f"--features {args.features}: there is no such file")
-    for name in ("vae", "clip", "classes"):
+    for name in ("vae", "clip", "classes", "compile"):
         if getattr(args, name) and not args.ckpt:
             raise ValueError(f"--{name} says how the samples of --ckpt are drawn")
     results = Path(args.results)
@@ -212,7 +214,10 @@ def score_samples(args):
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
     name = args.reference or run.data.spec
     check_saving(args, name)
-    device, rank, _ = processes(args.device)
+    device, rank, _ = processes(args.device, args.compile, precision=args.precision)
+    args.precision = precision_on(device, args.precision)
+    if how and args.precision != "fp32":                 # samples of float32 have no word for it, as ever
+        how["precision"] = args.precision
 
     real_images, fake_images = read_images(args, run)
     if fake_images:
@@ -248,8 +253,11 @@ def score_samples(args):
             save_statistics(args.save_reference, reference.measured, images, space)
         print(f"wrote {args.save_reference}: {number_of(reference.measured.n)} of {name}, features {space.name}")
     if how:
-        fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
-                                autoencoder and autoencoder.to(device), contexts, y_null)
+        if args.compile:
+            compile_blocks(network)
+        with autocast(device, args.precision):
+            fake_images = draw_once(args.ckpt, network.to(device), diffusion, n, how, names, args.cache, args.batch_size,
+                                    autoencoder and autoencoder.to(device), contexts, y_null)
         how["step"] = run.step                           # for the row alone: the cache knows the samples by the file's hash
     elif not args.samples:
         return

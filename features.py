@@ -6,7 +6,6 @@ whose scores papers print, or that of a ViT classifier of train.py, as `vit-mnis
 process measures its share.
 """
 import math
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,11 +93,12 @@ def default_space(data_spec, shape):
 
 @contextmanager
 def full_precision():
-    """float32 products in full, where CUDA would round their factors to the 10 bits of TF32."""
+    """float32 products in full, where autocast would round their factors to the 8 bits of bfloat16, or CUDA to TF32's 10."""
     old, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
     try:
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+        with (torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+              cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)):
             yield
     finally:
         torch.set_float32_matmul_precision(old)
@@ -178,18 +178,13 @@ def measure_dataset(dataset, indices, space, keep=None, bar=None):
     mine = share(len(indices))
 
     def read(start):
-        images, _ = dataset.batch(indices[start:min(start + BATCH, mine.stop)])
-        return images.pin_memory() if space.device.type == "cuda" else images
+        return dataset.batch(indices[start:min(start + BATCH, mine.stop)])
 
     def batches():
-        with ThreadPoolExecutor(1) as reader:            # reads the next batch while the network works on this one
-            reads = (reader.submit(read, start) for start in range(mine.start, mine.stop, BATCH))
-            ahead = next(reads, None)
-            while ahead:
-                images, ahead = ahead.result(), next(reads, None)
-                yield images.to(space.device, non_blocking=True)
-                if bar is not None:
-                    bar.update(len(images))
+        for images, _ in data.ahead(read, range(mine.start, mine.stop, BATCH), space.device):
+            yield images.to(space.device, non_blocking=True)
+            if bar is not None:
+                bar.update(len(images))
     measured = measure(batches(), space, None if keep is None else keep - mine.start)
     if space.knows(dataset.classes):
         measured.labels = torch.from_numpy(dataset.labels[dataset.rows[indices]].astype("int64"))

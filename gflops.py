@@ -1,25 +1,33 @@
-"""What a network costs: parameters and multiply-adds, beside the numbers that the report quotes.
+"""What a network costs: parameters, multiply-adds and the memory of training, beside the numbers that the report quotes.
 
 Report §2-7-1, §4-3, §4-10, Fig. 5-1 and 5-2. Convention, that of the papers: Gflops are the 10^9 multiply-adds of one forward
 pass for one image, in linear layers, convolutions and both products of attention; biases, norms, activations, softmax and
-resampling are not counted. Guidance doubles them. Counting runs on PyTorch's meta device, which knows shapes only, so neither
-memory nor time depends on the width of the network.
+resampling are not counted. Guidance doubles them. Training keeps 20 bytes a parameter, and what each image's forward pass saves
+for the backward pass: the activations. Counting runs on PyTorch's meta device, which knows shapes only, so neither memory nor
+time depends on the width of the network.
 
-    python gflops.py                                            every table of the report
-    python gflops.py --model uvit --size H/2 --image-size 64    one network, and the memory that training it takes
+    python gflops.py                                            every table of the report, and the memory of training
+    python gflops.py --model uvit --size H/2 --image-size 64    one network
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import functools
 import sys
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 import unet
 import vit
 from cli import Parser, natural, one_line_errors, positive
+from ddpm import Diffusion, linear_betas
 from models import MODELS, build, describe
 from text import CLIPTextEncoder
 from vae import AutoencoderKL
@@ -83,6 +91,11 @@ TABLES = {
         ("DiT-XL/2 at 512x512", [("dit", "XL/2", DIT_512)], "675", "525"),
     ],
 }
+TRAINED = [                            # name and network, of which the memory of training is printed
+    *((f"DiT-{size}", ("dit", size, DIT_256)) for size in ("L/2", "XL/2")),
+    ("U-ViT-H/2", ("uvit", "H/2", LATENT_256)), ("ADM at 64x64", ("unet", "adm-64", adm(64)))]
+BATCH, GIB, MIB = 256, 2 ** 30, 2 ** 20
+ROOM = 0.9                             # of a card's memory; its context, the kernels' own memory and gaps take the rest
 
 
 BESIDE = {                             # Fig. 5-1: what a denoiser needs beside it, and what that takes for one caption or image
@@ -129,6 +142,117 @@ def network_cost(model, size, **options):
     return count(network, *inputs_of(network))
 
 
+# Memory
+
+class OnCuda(TorchFunctionMode):
+    """Has tensors on the meta device be computed as training on CUDA computes them, for what that saves.
+
+    Attention is a fused kernel's, which saves no weights. With half, as under autocast, products are in bfloat16, and norms and
+    the cross-entropy in float32.
+    """
+
+    TYPES = {F.linear: torch.bfloat16, F.conv2d: torch.bfloat16,
+             F.layer_norm: torch.float32, F.group_norm: torch.float32, F.cross_entropy: torch.float32}
+
+    def __init__(self, half):
+        super().__init__()
+        self.half = half
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, attention = kwargs or {}, function is F.scaled_dot_product_attention
+        if self.half and (attention or function in self.TYPES):
+            dtype = self.TYPES.get(function, torch.bfloat16)
+            args = [z.to(dtype) if torch.is_tensor(z) and z.is_floating_point() else z for z in args]
+        if attention:
+            mask = kwargs["attn_mask"]
+            bias = None if mask is None else mask.to(args[0].dtype)
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, bias, torch.is_grad_enabled())[0]
+        return function(*args, **kwargs)
+
+
+def saved_bytes(network, loss, batch, half, checkpointing):
+    """Bytes that a forward pass in training saves for the backward pass on CUDA: in all, and the most in one of the blocks.
+
+    loss(model, *batch) -> a scalar; batch: tensors, of which types and shapes count, or None; half: by bf16 autocast.
+    """
+    state = {name: value.detach().to("meta").requires_grad_(value.requires_grad)
+             for name, value in (*network.named_parameters(), *network.named_buffers())}
+    kept, others, ends = {}, {id(value.untyped_storage()) for value in state.values()}, [0]
+
+    def save(z):
+        storage = z.untyped_storage()                    # views of one are saved once
+        if id(storage) not in others:
+            kept[id(storage)] = storage
+        return z
+
+    def total():
+        return sum(storage.nbytes() for storage in kept.values())
+
+    blocks = [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
+    hooks = [block.register_forward_hook(lambda *_: ends.append(total())) for block in blocks]
+    before, network.checkpointing = network.checkpointing, checkpointing
+    try:
+        with saved_tensors_hooks(save, lambda z: z), OnCuda(half):
+            loss(lambda *args, **kwargs: functional_call(network, state, args, kwargs), *batch)
+    finally:
+        network.checkpointing = before
+        for hook in hooks:
+            hook.remove()
+    return total(), max((after - before for before, after in pairwise(ends)), default=0)
+
+
+class Memory(NamedTuple):
+    """Bytes that a training step takes at its peak, when the forward pass ends."""
+
+    state: int                         # weights, gradients, Adam's two moments and the averaged weights, in float32
+    fixed: int                         # activations that do not depend on the batch: the weights in bfloat16
+    image: int                         # activations of each image
+
+    def needed(self, n):
+        """Of n images at once."""
+        return self.state + self.fixed + n * self.image
+
+
+def training_memory(network, loss, batch, half):
+    """The Memory that training a network takes, and that with --checkpointing; arguments as of `saved_bytes`.
+
+    With checkpointing the peak is in the backward pass, which has the activations of one block at a time besides.
+    """
+    def activations(n):
+        images = [None if z is None else z.new_empty((n, *z.shape[1:]), device="meta") for z in batch]
+        whole, block = saved_bytes(network, loss, images, half, False)
+        return whole, saved_bytes(network, loss, images, half, True)[0] + block
+    state = 20 * sum(value.numel() for value in network.parameters())
+    return tuple(Memory(state, 2 * one - two, two - one) for one, two in zip(activations(1), activations(2)))
+
+
+def gib(size):
+    """A number of bytes as text."""
+    return f"{size / GIB:.1f} GiB"
+
+
+def accumulation(memory, n, card):
+    """The least --accumulate with which n images a step fit a card of so many bytes; None if not even one at a time does."""
+    return next((parts for parts in range(1, n + 1) if n % parts == 0 and memory.needed(n // parts) <= ROOM * card), None)
+
+
+@functools.cache
+def network_memory(model, size, half=True, **options):
+    """As `training_memory`, of a named network; options as in `models.describe`."""
+    with torch.device("meta"):
+        network = build(describe(model, size, **options))
+    diffusion = Diffusion(linear_betas(), variance="learned" if options.get("learn_sigma") else "small")
+
+    def classification(model, x):
+        return F.cross_entropy(model(x), x.new_zeros(len(x), dtype=torch.long))
+
+    def denoising(model, x, t, y, *low):
+        return diffusion.losses(lambda *inputs: model(*inputs, *low), x, t, y, x)["loss"].mean()
+    return training_memory(network, classification if model == "vit" else denoising, inputs_of(network), half)
+
+
+# What is printed
+
 def compared(ours, published):
     """Our number, the published one, a text or None, and their difference as columns -> text, and whether it is above 0.5 %.
 
@@ -157,6 +281,17 @@ def show(tables):
             print(f"{name:27}{parameter_columns} {gflops_columns}  {''.join(remarks)}".rstrip())
 
 
+def show_memory(trained):
+    """Print what training each network of a list like TRAINED takes."""
+    print(f"\nMemory of training in bf16 on CUDA, {BATCH} images a step, GiB; --checkpointing recomputes activations\n"
+          f"{'':24}{'weights, moments':>19}{'activations':>14}{'in all':>9}{'--checkpointing':>18}{'in all':>9}")
+    for name, (model, size, options) in trained:
+        numbers = [f"{value / GIB:.1f}" for memory in network_memory(model, size, **options)
+                   for value in (memory.state, memory.needed(BATCH) - memory.state, memory.needed(BATCH))]
+        state, activations, whole, _, recomputed, less = numbers
+        print(f"{name:24}{state:>19}{activations:>14}{whole:>9}{recomputed:>18}{less:>9}")
+
+
 def show_one(args):
     """Print the cost of one network, and what training it takes."""
     options = dict(image_size=args.image_size, channels=args.channels, num_classes=args.num_classes or None,
@@ -170,9 +305,14 @@ def show_one(args):
     print(f"{description['class']} {args.size}: {arguments}")
     print(f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops (multiply-adds) an image, three times that in training"
           + ("" if args.model == "vit" else ", twice with guidance"))
-    weights = 4 * parameters / 2 ** 30
+    weights = 4 * parameters / GIB
     print(f"memory in float32: weights {weights:.2f} GiB; with gradients and Adam's two moments {4 * weights:.2f} GiB, with the "
-          f"averaged weights {5 * weights:.2f} GiB; activations come on top, with the batch")
+          f"averaged weights {5 * weights:.2f} GiB; activations come on top:")
+    for precision in ("bf16", "fp32"):
+        memories = network_memory(args.model, args.size, precision == "bf16", **options)
+        print(f"{precision} on CUDA: " + "; with --checkpointing ".join(
+            f"{memory.image / MIB:.1f} MiB an image, {memory.needed(args.batch_size) / GIB:.2f} GiB in all for {args.batch_size}"
+            for memory in memories))
 
 
 def flags():
@@ -186,6 +326,7 @@ def flags():
     parser.add_argument("--variance", choices=("fixed", "learned"), default="fixed", help="learned: put out beside the prediction")
     parser.add_argument("--conditioning", choices=dit.BLOCKS, help="of a DiT (default: adaln-zero)")
     parser.add_argument("--hybrid", action="store_true", help="of a ViT")
+    parser.add_argument("--batch-size", type=positive, default=BATCH, help=f"images a step (default: {BATCH})")
     return parser
 
 
@@ -197,6 +338,7 @@ def main(argv=None):
             raise ValueError("give both --model and --size, or neither for the report's tables")
         if args.model is None:
             show(TABLES)
+            show_memory(TRAINED)
         else:
             show_one(args)
 

@@ -26,7 +26,7 @@ class Latents(Dataset):
 
     def __init__(self, pixels, moments, autoencoder):
         super().__init__(pixels.spec, pixels.images, pixels.labels, pixels.classes, pixels.rows, pixels.captions)
-        self.pixels, self.moments, self.autoencoder, self.in_files = pixels, moments, autoencoder, True
+        self.pixels, self.moments, self.autoencoder = pixels, moments, autoencoder
         self.channels, self.image_size = moments[0].shape[1], tuple(moments[0].shape[2:])
 
     def batch(self, indices, epochs=0):
@@ -65,6 +65,8 @@ def latents(pixels, autoencoder, sha256, flip=False, cache=None):
             yield batch, [*moments, *([pixels.labels[pixels.rows[batch]]] if labels else [])]
 
     about = dict(data=fingerprint(pixels), autoencoder=sha256, rows=len(pixels), flipped=flip)
+    if torch.is_autocast_enabled(next(autoencoder.parameters()).device.type):
+        about["precision"] = "bf16"                      # those of float32 are others
     with Table("latents", about, len(pixels), columns | labels, cache) as table:
         fill(table, compute, "encoding")
         return Latents(pixels, table.arrays()[:len(columns)], autoencoder)

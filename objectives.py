@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import data
 from cascade import augmented, shrink
+from cli import autocast
 from ddpm import key_seed, keyed_generator
 from vae import kl_divergence
 
@@ -180,8 +181,8 @@ class Autoencoding:
     def loss(self, model, x, noise):
         """Losses (n,); all samples are of one group."""
         image, mean, log_variance = model(x, noise)
-        reconstruction = (image.float() - x).abs().flatten(1).mean(dim=1)
-        divergence = kl_divergence(mean.float(), log_variance.float()) / x[0].numel()
+        reconstruction = (image - x).abs().flatten(1).mean(dim=1)
+        divergence = kl_divergence(mean, log_variance) / x[0].numel()
         return reconstruction + KL_WEIGHT * divergence, torch.zeros_like(divergence, dtype=torch.long)
 
 
@@ -220,7 +221,7 @@ class State:
         if not self.taken or self.bad_steps > (MAX_BAD_STEPS - 1) * last:
             return False
         tensors = [z for network in (self.network, self.ema) for z in network.state_dict().values() if z.is_floating_point()]
-        return all(norm.isfinite() for norm in torch._foreach_norm(tensors, float("inf")))
+        return bool(torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all())
 
     def add_losses(self, losses, groups):
         """Sum losses (n,) of samples that belong to groups (n,), on the device."""
@@ -270,13 +271,12 @@ def guarded_step(optimizer, parameters, clip):
 def train_step(state, model, objective, batch, step, args, rank, world):
     """One step on this process's part of a batch: forward and backward by micro-batches, the optimizer, the average."""
     micro = len(batch[0]) // args.accumulate
-    autocast = torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.precision == "bf16")
     for i in range(args.accumulate):
         torch.manual_seed(key_seed((args.seed, step, DROPOUT, i, rank)))         # of dropout, which draws globally
         last = world == 1 or i + 1 == args.accumulate
         with contextlib.nullcontext() if last else model.no_sync():              # exchange gradients once a step
             micro_batch = [None if z is None else z[i * micro:(i + 1) * micro] for z in batch]
-            with autocast:
+            with autocast(batch[0].device, args.precision):
                 losses, groups = objective.loss(model, *micro_batch)             # of (n,) samples, and their groups (n,)
             (losses.mean() / args.accumulate).backward()
         state.add_losses(losses, groups)

@@ -118,15 +118,15 @@ class Log:
 
     def write(self, sums, step, norm):
         """Append the row of the steps since the last one; sums are those of all processes."""
-        losses, counts = sums.tolist()                   # waits for the device
-        ended, (last, since) = now(), self.since
+        (losses, counts), norm = sums.tolist(), norm.item()              # waits for these of the device, and no more
+        ended, (last, since) = time.perf_counter(), self.since
         rate = (step - last) * self.args.batch_size / (ended - since)
         self.since = step, ended
         if self.rank > 0:
             return
         mean = sum(losses) / sum(counts)
         by_group = {name: loss / count if count else math.nan for name, loss, count in zip(self.groups, losses, counts)}
-        values = {"loss": mean, **by_group, **self.scores, "grad_norm": norm.item(), "lr": learning_rate(step - 1, self.args)}
+        values = {"loss": mean, **by_group, **self.scores, "grad_norm": norm, "lr": learning_rate(step - 1, self.args)}
         row = {"step": str(step), "images": str(step * self.args.batch_size), "images_per_s": f"{rate:.1f}" if rate else "",
                **{name: f"{value:.8g}" for name, value in values.items()}}       # no rate of a row that a stop had left out
         append(self.path, ",".join(row.get(name, "") for name in self.columns) + "\n")

@@ -25,11 +25,12 @@ from PIL import Image
 
 import restoration
 from cascade import enlarge
-from cli import (Parser, add_overwrite_flag, first_in_turn, gathered, not_negative, one_line_errors, parent_of, positive,
+from cli import (Parser, add_overwrite_flag, autocast, first_in_turn, gathered, not_negative, one_line_errors, parent_of, positive,
                  processes, progress_bar, rule_of, share)
 from data import to_float, to_uint8
 from files import check_access, check_output, mark, output_file, writing
 from image_files import center_crop, open_image
+from models import compile_blocks
 from pictures import grid, points_picture, save_image, write_gif
 from points import MLP
 from sampling import (SCATTERED, add_sampling_flags, decode, decoder, draw, drawable, evaluations, guidance_scale, labels_of,
@@ -219,8 +220,10 @@ def draw_and_write(args):
                              if args.cascade else (None, None))
     n, columns = number_and_columns(args, classes, points)
 
-    device, rank, _ = processes(args.device)
+    device, rank, _ = processes(args.device, args.compile, precision=args.precision)
     network, autoencoder, upsampler = (part and part.to(device) for part in (network, autoencoder, upsampler))
+    if args.compile:
+        compile_blocks(network)
     folder = args.out if is_folder(args.out) and not latent else None
     with first_in_turn():
         if folder and rank == 0:
@@ -232,9 +235,11 @@ def draw_and_write(args):
         x = enlarge(upsampler, upsampling, x, labels_of(part, classes), args.seed, part) if upsampler else x
         return (x.flatten(1) if points else x if latent else to_uint8(x)).cpu().numpy()
 
-    images, frames = draw_share(args, network, diffusion, n, classes if contexts is None else contexts, finished, folder, columns,
-                                sampler=sampler, steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels,
-                                cfg_interval=args.cfg_interval, y_null=y_null, clip=not (on_latents or points))
+    options = dict(sampler=sampler, steps=steps, eta=args.eta, cfg_scale=scale, cfg_channels=args.cfg_channels,
+                   cfg_interval=args.cfg_interval, y_null=y_null, clip=not (on_latents or points))
+    with autocast(device, args.precision):
+        images, frames = draw_share(args, network, diffusion, n, classes if contexts is None else contexts, finished, folder,
+                                    columns, **options)
     everyones = gathered(images) if args.npz or not folder else []       # else they are on disk already
     if rank == 0:
         images = np.concatenate([batch for batches in everyones for batch in batches]) if everyones else None
@@ -334,10 +339,12 @@ def restore_images(args, task, network, diffusion, autoencoder, classes):
     scale = guidance_scale(network, 1.0 if args.cfg_scale is None else args.cfg_scale)
     n, sampler = args.n or (1 if task == "denoise" else 4), args.sampler or "ddpm"
     steps = evaluations(args.steps or min(restoration.STEPS, diffusion.T), sampler, diffusion)
-    device, _, world = processes(args.device)
+    device, _, world = processes(args.device, args.compile, precision=args.precision)
     if world > 1:
         raise ValueError(f"--{task} restores one image in one process: start it without torchrun")
     network, autoencoder = network.to(device), autoencoder and autoencoder.to(device)
+    if args.compile:
+        compile_blocks(network)
     *size, channels = pixel_shape(network, autoencoder)
     y, degrade = measured(args, task, size, channels, device)
     repeats = args.repeats or (1 if task == "denoise" or sampler == "dpm++" else restoration.REPEATS)
@@ -355,7 +362,8 @@ def restore_images(args, task, network, diffusion, autoencoder, classes):
         if autoencoder:
             return restoration.restore_latents(diffusion, network, autoencoder, known, degrade, repeats=repeats, **options)
         return restoration.restore(diffusion, network, known, degrade, repeats=repeats, clip=True, **options)
-    images = in_pieces(restored, torch.arange(n, device=device), args.batch_size or 64)
+    with autocast(device, args.precision):
+        images = in_pieces(restored, torch.arange(n, device=device), args.batch_size or 64)
     shown = torch.cat([y if degrade is None else degrade[1](y), images])
     return to_uint8(shown).cpu().numpy(), f"{how}, guidance {scale:g}"
 

@@ -14,7 +14,7 @@ import torch
 
 import ddpm
 from checkpoint import Clip, load, load_autoencoder, load_clip
-from cli import natural, not_negative, positive
+from cli import PRECISIONS, natural, not_negative, positive
 from data import Dataset, to_uint8
 from files import sha256_of
 from tables import Table, fill
@@ -282,7 +282,10 @@ def add_sampling_flags(parser):
     parser.add_argument("--sampler", choices=ddpm.SAMPLERS, help="default: dpm++")
     parser.add_argument("--steps", type=positive, help=f"evaluations along the trajectory (default: {STEPS}; 250 for ddpm)")
     parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network first: pays for many images")
     parser.add_argument("--seed", type=natural, default=0, help="default: 0")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of products, tf32 on CUDA only (default: bf16 on CUDA, fp32 on the "
+                        "CPU)")
 
 
 def load_upsampler(path, base, labelled, shape):

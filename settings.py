@@ -12,7 +12,7 @@ from pathlib import Path
 import checkpoint
 import dit
 import unet
-from cli import Parser, natural, not_negative, parent_of, positive, rule_of
+from cli import PRECISIONS, Parser, natural, not_negative, parent_of, positive, rule_of
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
 from files import check_output
 from models import TRAINABLE, check_options, describe, named
@@ -59,6 +59,11 @@ MOVED = {"vae": lambda run: run.vae and run.vae.sha256, "clip": lambda run: run.
          "data": lambda run: run.data.fingerprint}           # and what lies elsewhere now, of which a run has this hash
 
 
+def accumulation(text):
+    """argparse type: a number of micro-batches, or "auto"."""
+    return text if text == "auto" else positive(text)
+
+
 def flags():
     """The command line; what it leaves out is None, and filled in by `read_settings`."""
     def default(key):
@@ -99,12 +104,14 @@ def flags():
     add("--clip-grad", type=not_negative, help=f"largest gradient norm; 0 is none ({default('clip_grad')})")
     add("--ema", type=not_negative, help=f"decay of the averaged weights ({default('ema')})")
     add("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
-    add("--accumulate", type=positive, help="micro-batches a step, to save memory (default: 1)")
+    add("--accumulate", type=accumulation, help="micro-batches a step, to save memory; auto: as few as the GPU has room for "
+        "(default: 1)")
     add("--seed", type=natural, help="default: 0")
     add = parser.add_argument_group("precision and devices").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
-    add("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on CUDA, fp32 on the CPU")
-    add("--compile", **switch, help="torch.compile the network")
+    add("--precision", choices=PRECISIONS, help="of products; tf32 on CUDA only (default: bf16 autocast on CUDA, fp32 on the CPU)")
+    add("--compile", **switch, help="torch.compile the network: a transformer by blocks, others whole; needs a C++ compiler, "
+        "on CUDA Triton")
     add("--checkpointing", **switch, help="recompute activations: less memory, a third more work")
     add = parser.add_argument_group("saving").add_argument
     add("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")

@@ -10,6 +10,7 @@ Report §4-5, §2-4 and §2-5. The flags are settings.py's. What a step draws an
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import contextlib
+import copy
 import math
 import os
 import sys
@@ -21,16 +22,17 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import checkpoint
 import data
-from cli import first_in_turn, ignore_signals, one_line_errors, processes, stop_signals, total
+from cli import (autocast, first_in_turn, gpu_memory, one_line_errors, precision_on, processes, stop_signals,
+                 total)
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from files import check_output
+from gflops import accumulation, gib, training_memory
 from latents import embeddings, latents, measured_scale
-from models import build
+from models import build, compile_blocks
 from objectives import (MAX_BAD_STEPS, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State,
                         SuperResolution, train_step)
 from reports import (Log, accuracy_report, due, first_line, last_line, point_report, reconstruction_report, row_due, row_missing,
@@ -91,7 +93,8 @@ def load_data(args, run, device):
                               *((TEXT_DIM, TEXT_TOKENS) if args.text else ())))
     except ValueError as error:
         raise ValueError(f"{error}; of latents: an image's side is {factor} times that") from None
-    return latents(pixels, autoencoder, sha256, args.flip, args.cache)
+    with autocast(device, args.precision):
+        return latents(pixels, autoencoder, sha256, args.flip, args.cache)
 
 
 def encode_captions(args, dataset, run, device):
@@ -177,31 +180,23 @@ def build_scores(args, dataset, objective, device):
 
 def wrapped(network, args, device, world):
     """The network compiled, and shared by processes, as the flags say."""
-    model = torch.compile(network) if args.compile else network
+    if args.compile:
+        compile_blocks(network)
     if world == 1:
-        return model
+        return network
     with warnings.catch_warnings():                      # torch 2.13 has another name for broadcast_buffers, 2.11 this one only
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
-
-
-def batch_loader(training):
-    """The batches of all steps that are left, this process's part of each."""
-    args, dataset, cuda = training.args, training.dataset, training.device.type == "cuda"
-    batches = data.Batches(dataset, args.batch_size, args.seed, training.part)
-    workers = 2 if cuda and dataset.in_files else 0      # what is in memory needs none
-    return DataLoader(batches, batch_size=None, sampler=range(training.start, args.steps), pin_memory=cuda, num_workers=workers,
-                      worker_init_fn=ignore_signals,
-                      multiprocessing_context="fork" if workers else None)           # pickling a memory map would read it all
+        return DistributedDataParallel(network, [device] if device.type == "cuda" else None, broadcast_buffers=False,
+                                       gradient_as_bucket_view=True)                     # else gradients are held twice
 
 
 class Training:
     """A run in memory: its data, network, objective, report, scores and state; from the start, or from where a Run stopped."""
 
     def __init__(self, args, run, device, rank, world):
-        if args.batch_size % (world * args.accumulate):
-            raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {args.accumulate} "
-                             "micro-batches")
+        parts = 1 if args.accumulate == "auto" else args.accumulate
+        if args.batch_size % (world * parts):
+            raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x {parts} micro-batches")
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.out, self.start, self.saved = Path(args.out), run.step if run else 0, run and run.step
         self.part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
@@ -215,11 +210,40 @@ class Training:
         self.objective, self.report, columns = build_objective(args, self.dataset, network, random, reader)
         self.scores, more = build_scores(args, self.dataset, self.objective, device) if args.eval_every else (None, ())
         self.clip = reader.record() if reader else None
+        args.accumulate = self.fitting_accumulation(network, parts)
         self.state, self.unfinished = State(network, args, self.objective.groups, device), False
         if run:
             self.resume(run)
         self.log = Log(self.out.with_suffix(".csv"), args, self.objective.groups, columns + more, self.start, rank)
-        self.model = wrapped(network, args, device, world)
+        self.model, self.saves = wrapped(network, args, device, world), checkpoint.Saves()
+
+    def fitting_accumulation(self, network, parts):
+        """--accumulate: the parts asked for, after a line if they take more memory than the GPU has, or of auto as few as fit.
+
+        ValueError if not even one image fits.
+        """
+        card = gpu_memory(self.device)
+        if card is None:
+            return parts
+        args, objective = self.args, copy.deepcopy(self.objective)       # whose tables move to the meta device
+        batch = self.objective.draw(0, *data.Batches(self.dataset, args.batch_size, args.seed, self.part)[0])
+        plain, recomputed = training_memory(network, lambda model, *inputs: objective.loss(model, *inputs)[0].mean(), batch,
+                                            args.precision == "bf16")
+        memory, n = recomputed if args.checkpointing else plain, len(batch[0])
+        fits = accumulation(memory, n, card)
+        if fits is None:
+            remedy = ("take a smaller --size" if args.checkpointing or accumulation(recomputed, n, card) is None else
+                      f"--checkpointing takes {gib(recomputed.needed(1))}")
+            raise ValueError(f"training takes {gib(memory.needed(1))} by count for one image at a time, and this GPU has "
+                             f"{gib(card)}: {remedy}")
+        chosen = fits if args.accumulate == "auto" else parts
+        room = f"a step takes {gib(memory.needed(n // chosen))} by count, and this GPU has {gib(card)}"
+        if self.rank == 0 and chosen < fits:
+            say(f"WARNING: {room}: --accumulate {fits} takes {gib(memory.needed(n // fits))}, --checkpointing "
+                f"{gib(recomputed.needed(n // chosen))}")
+        elif self.rank == 0:
+            say(f"--accumulate {chosen}: {room}")
+        return chosen
 
     def resume(self, run):
         """Go on from a Run, which is emptied: it takes as much memory as the network and its optimizer."""
@@ -232,7 +256,7 @@ class Training:
         run.model = run.ema = run.optimizer = None
 
     def save(self, step, last):
-        """Write run.pt, on the first process, unless it would replace a better one: then that stays, and this is said.
+        """Have run.pt written, by the first process, unless it would replace a better one: then that stays, and this is said.
 
         last: whether training ends here.
         """
@@ -254,15 +278,17 @@ class Training:
         process = args.schedule and checkpoint.Process(args.schedule, self.objective.diffusion.T, args.prediction, args.variance)
         about = checkpoint.Data(args.data, dataset.classes, dataset.num_classes, dataset.channels, list(dataset.image_size),
                                 len(dataset), self.fingerprint)
-        checkpoint.save(self.out, checkpoint.Run(
+        self.saves.begin(self.out, checkpoint.Run(
             version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=self.described,
             diffusion=process, data=about, vae=autoencoder, text=self.clip, model=state.network.state_dict(),
             ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(), bad_steps=int(state.bad_steps), log=sums,
             norm=state.norm.item()))
+        if first:                                        # no log has rows of a run that is not there
+            self.saves.wait()
 
     def write_row(self, step, diverged=False):
         """Write the log's row of a step, with the picture and the scores that are due there."""
-        with self.log.paused():
+        with self.log.paused(), autocast(self.device, self.args.precision):
             if self.rank == 0 and due(step, self.args, self.args.sample_every) and not diverged:
                 self.log.scores |= self.report(self.state.ema, self.out.with_suffix(".png"))
             if due(step, self.args, self.args.eval_every) and not diverged:
@@ -273,14 +299,16 @@ class Training:
     def run(self):
         """The loop over the steps -> the last one done, and whether a signal stopped it."""
         args, state, done, stopping = self.args, self.state, self.start, False
-        with stop_signals() as stop, self.log.bar:
+        steps, batches = range(self.start, args.steps), data.Batches(self.dataset, args.batch_size, args.seed, self.part)
+        with stop_signals() as stop, self.log.bar, self.saves:
             if self.unfinished:
                 self.write_row(self.start)
-            for step, (images, labels) in zip(range(self.start, args.steps), batch_loader(self)):
+            for step, (images, labels) in zip(steps, data.ahead(batches.__getitem__, steps, self.device)):
                 batch = self.objective.draw(step, images, labels)
                 train_step(state, self.model, self.objective, batch, step, args, self.rank, self.world)
                 done, row = step + 1, row_due(step + 1, args)
                 self.log.advance(done)
+                self.saves.check()
                 stopping, diverged = self.world == 1 and bool(stop), False
                 if row:                                  # the only steps that wait for the device
                     stopping = total(torch.tensor(float(bool(stop)), device=self.device), self.world) > 0    # all agree
@@ -290,7 +318,7 @@ class Training:
                 if saves and not diverged:
                     with self.log.paused():
                         self.save(done, stopping or done == args.steps)          # before pictures and scores, which may fail
-                if row and self.saved is not None:       # no log has rows of a run that is not there
+                if row and self.saved is not None:
                     self.write_row(done, diverged)
                 if diverged:
                     raise ValueError(f"{int(state.bad_steps)} steps in a row had a NaN or infinite gradient, and none was taken: "
@@ -315,11 +343,11 @@ def main(argv=None):
     """The command: validate the flags, join the processes, train."""
     with one_line_errors("train.py"):
         args, run = read_settings(argv)
-        if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
-            raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
-        device, rank, world = processes(args.device)
-        args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+        device, rank, world = processes(args.device, args.compile, precision=args.precision)
+        args.precision = precision_on(device, args.precision)
         with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
+            if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
+                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
             train(args, run, device, rank, world)
 
 

@@ -182,12 +182,13 @@ class AutoencoderKL(nn.Module):
         """Mean and log variance of q(z | x), each (N, c, h, w), of images x (N, C, H, W); ValueError if x does not fit."""
         x = checked_map(x, self.channels, "images")
         divided(x.shape[2:], self.factor, "the autoencoder's factor")
-        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        moments = self.quant_conv(self.encoder(x)).to(x.dtype)               # autocast puts out bfloat16
+        mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)             # CompVis's limits: the variance is 1e-13 … 5e8
 
     def decode(self, z):
         """The images (N, C, H, W) of latents z (N, c, h, w); ValueError if z does not fit."""
-        return self.decoder(self.post_quant_conv(checked_map(z, self.latent_channels, "latents")))
+        return self.decoder(self.post_quant_conv(checked_map(z, self.latent_channels, "latents"))).to(z.dtype)
 
     def forward(self, x, noise):
         """Images x, encoded, sampled with standard normal noise like their latents and decoded -> image, mean, log variance."""

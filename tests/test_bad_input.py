@@ -18,9 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from PIL import Image
+from torch.utils import _triton
 
 import checkpoint
+import cli
 import data
 import dit
 import features
@@ -29,6 +32,8 @@ import models
 import text
 import train
 import uvit
+from cli import check_compiler
+from refusals import refusal
 
 ROOT = Path(__file__).parents[1]
 JUDGE = str(features.JUDGE)
@@ -281,7 +286,7 @@ CASES = [
     ("samples into a folder that does not exist", nothing, f"{SAMPLE} --out no/samples.png", "does not exist"),
     ("a trajectory into a folder that does not exist", nothing, f"{SAMPLE} --trajectory no/way.gif", "does not exist"),
     ("quality of a run without labels", unlabelled_run, "bench.py quality", "class-conditional"),
-    ("timing a single step", nothing, "bench.py train --steps 1", "at least 2"),
+    ("timing a single step", nothing, "bench.py train --steps 1", "from 2 on"),
     ("samples of a classifier", classifiers_run, "sample.py --ckpt vit.pt", "a ViT, which classifies"),
     ("released weights that read text without CLIP", released_text_network, "sample.py --ckpt released.pt --prompt cat",
      "--clip DIR names"),
@@ -433,6 +438,61 @@ def test_skip_bad_goes_on_and_counts(here, capfd):
     trained("--data", "photos", "--image-size", "32", "--skip-bad")
     said = capfd.readouterr()
     assert "left out 1 of 7" in said.out + said.err and Path("new.pt").exists()
+
+
+@pytest.mark.parametrize("command", [TRAIN, "sample.py --ckpt run.pt --out new.png", "evaluate.py --ckpt run.pt",
+                                     "sample.py --ckpt run.pt --upscale image.png --factor 2 --out new.png"])
+def test_compile_without_a_compiler_is_one_line_before_the_work(here, capfd, command):
+    image("image.png", (16, 16))
+    before, (program, *argv) = contents(), command.split()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(SystemExit) as stop:
+        importlib.import_module(program.removesuffix(".py")).main([*argv, "--compile", "--device", "cpu"])
+    refused(stop.value.code, capfd.readouterr().err, "--compile: PyTorch needs a C++ compiler, and there is none: install g++")
+    assert contents() == before
+
+
+def test_compile_on_a_gpu_without_triton_or_its_compiler_is_refused(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    for there, said in ((False, "pip install triton"), (True, "install gcc")):
+        monkeypatch.setattr(_triton, "has_triton", lambda: there)
+        refusal(lambda: check_compiler("cuda"), "--compile: PyTorch needs", said)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """One GPU, as far as PyTorch is asked about it: a function that says whether it computes in bfloat16."""
+    def give(half):
+        for name, answer in dict(is_available=True, device_count=1, set_device=None, get_device_name="Card 1",
+                                 is_bf16_supported=half).items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    with features.full_precision():                      # which puts back what a command sets
+        yield give
+
+
+@pytest.mark.parametrize("half, rank, command, words", [
+    (False, "0", f"{TRAIN} --device cuda --precision bf16", "Card 1 does not compute in bfloat16: take tf32 or fp32"),
+    (False, "0", f"{SAMPLE} --device cuda --precision bf16", "Card 1 does not compute in bfloat16: take tf32 or fp32"),
+    (True, "1", f"{TRAIN} --device cuda", "process 1 has no GPU: this machine has 1"),
+    (True, "0", f"{TRAIN} --precision tf32", "--precision tf32 is a GPU's")])
+def test_what_the_gpu_lacks_gets_one_line(here, capfd, monkeypatch, gpu, half, rank, command, words):
+    gpu(half)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    program, *argv = command.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(program.removesuffix(".py")).main(argv)
+    refused(stop.value.code, capfd.readouterr().err, words)
+
+
+@pytest.mark.parametrize("half, asked, found", [(True, None, "bf16"), (False, None, "tf32"), (True, "tf32", "tf32"),
+                                                (True, "fp32", "fp32")])
+def test_a_gpu_computes_in_the_precision_asked_for_or_in_its_best(gpu, capfd, half, asked, found):
+    gpu(half)
+    device, *_ = cli.processes("cuda", precision=asked)
+    assert cli.precision_on(device, asked) == found
+    assert torch.get_float32_matmul_precision() == ("highest" if found == "fp32" else "high")
+    assert torch.backends.cudnn.allow_tf32 == (found != "fp32")
+    assert capfd.readouterr().err.count("Card 1 does not compute in bfloat16: --precision is tf32") == (not half)
 
 
 def test_a_second_run_on_the_same_file_is_refused(here, capfd):

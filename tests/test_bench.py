@@ -120,7 +120,34 @@ def test_the_training_loop_is_timed_as_it_is_and_left_as_it_was(tmp_path, capsys
                 str(tmp_path / "images.npz")])
     said = capsys.readouterr().out
     assert f"of a large {ruler}'s 3" in said and "backward" in said and "rest of the loop" in said
+    assert "before them, the first 3 steps took" in said
     assert measured() == before and rulers == [ruler] * 2
+
+
+def test_on_a_gpu_calls_are_timed_by_events_for_which_nothing_waits(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def elapsed_time(self, later):
+            return later.milliseconds - self.milliseconds
+
+    class Stream:
+        clock = iter((100.0, 350.0, 400.0, 1100.0))
+
+        def record_event(self, event):
+            event.milliseconds = next(self.clock)
+            return event
+
+    class Worker:
+        def work(self, x):
+            return 2 * x
+    for name, replaced in dict(is_initialized=lambda: True, Event=Event, current_stream=Stream,
+                               synchronize=lambda: pytest.fail("waits")).items():
+        monkeypatch.setattr(torch.cuda, name, replaced)
+    with bench.stopwatch(Worker, "work") as calls:
+        assert [Worker().work(x) for x in (1, 2)] == [2, 4]
+    assert bench.seconds_from(calls[0][0], calls).tolist() == [[0.0, 0.25], [0.3, 1.0]]
 
 
 def test_restoration_prints_shares_beside_simpler_methods_and_shows_a_row_of_digits(tiny_run, tmp_path, capsys):

@@ -12,6 +12,7 @@ import pickle
 import resource
 import signal
 import struct
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -141,6 +142,40 @@ def test_a_classifiers_run_loads_builds_and_is_described_without_a_diffusion(tmp
     assert diffusion is None and isinstance(network, ViT) and identical(dict(network.state_dict()), dict(run.ema))
     said = "\n".join(summary(path))
     assert "a run at step 1" in said and "ViT" in said and "num_classes=5" in said and "diffusion" not in said
+
+
+def test_saves_in_the_background_are_of_the_moment_they_began_one_at_a_time_and_all_done_however_it_ends(tmp_path, monkeypatch):
+    go_on, writing, run, honest = threading.Event(), [], a_run(), checkpoint.save
+    expected = a_run()
+
+    def held(path, run):
+        writing.append(run.step)
+        assert go_on.wait(60)
+        honest(path, run)
+        writing.remove(run.step)
+    monkeypatch.setattr(checkpoint, "save", held)
+    with pytest.raises(RuntimeError, match="stopped"), checkpoint.Saves() as saves:
+        saves.begin(tmp_path / "run.pt", run)
+        for part in (run.model, run.ema, run.optimizer["state"]):        # training goes on
+            for tensor in checkpoint.tensors_in(part):
+                tensor.fill_(7)
+        saves.check()                                    # does not wait
+        threading.Timer(0.1, go_on.set).start()
+        saves.begin(tmp_path / "next.pt", replace(run, step=2))          # waits for the first
+        assert 1 not in writing and identical(load(tmp_path / "run.pt"), expected)
+        raise RuntimeError("stopped")
+    assert not writing and load(tmp_path / "next.pt").step == 2 and saves.thread._shutdown
+
+
+@pytest.mark.parametrize("noticed", ["begin", "check", "wait", "__exit__"])
+def test_a_save_that_failed_in_the_background_is_an_error_of_the_next_call(tmp_path, noticed):
+    saves, path = checkpoint.Saves(), tmp_path / "gone" / "run.pt"
+    saves.begin(path, a_run())
+    while not saves.last.done():
+        time.sleep(0.01)
+    more = (path, a_run()) if noticed == "begin" else ()
+    refusal(lambda: getattr(saves, noticed)(*more), f"cannot write {path}", kind=OSError)
+    saves.__exit__()
 
 
 def test_saving_again_replaces_the_run_and_leaves_one_file(tmp_path):

@@ -27,7 +27,7 @@ from PIL import Image
 import data
 import tables
 import image_files
-from data import Batches, Dataset, augment, load, to_float, to_uint8
+from data import Batches, Dataset, ahead, augment, load, to_float, to_uint8
 from image_files import center_crop, open_image
 from refusals import refusal
 from test_files import forked
@@ -172,6 +172,25 @@ def test_the_parts_of_all_processes_make_the_whole_batch(world):
         images, labels = (torch.cat(pieces) for pieces in zip(*(Batches(dataset, N, 5, part)[step] for part in parts)))
         whole = Batches(dataset, N, 5)[step]
         assert images.equal(whole[0]) and labels.equal(whole[1])
+
+
+def test_what_is_read_ahead_comes_in_order_while_the_next_is_read_and_an_error_in_its_place():
+    reading, threads = threading.Semaphore(0), set()
+
+    def read(item):
+        reading.release()
+        threads.add(threading.current_thread())
+        return 12 // (3 - item), None
+    read_ahead, seen = ahead(read, range(9), torch.device("cpu")), []
+    with pytest.raises(ZeroDivisionError):
+        for number, _ in read_ahead:
+            seen.append(number)
+            assert all(reading.acquire(timeout=10) for _ in range(1 + (len(seen) == 1)))         # the next is being read
+    assert seen == [4, 6, 12] and len(threads) == 1 and not threads.pop().is_alive()
+    unfinished = ahead(read, range(3), torch.device("cpu"))
+    next(unfinished)
+    unfinished.close()                                   # as at a signal
+    assert not threads.pop().is_alive()
 
 
 def test_a_batch_holds_the_images_of_its_split_beside_their_labels():
@@ -429,8 +448,7 @@ def test_a_killed_decode_goes_on_where_it_was(tmp_path, monkeypatch, level):
 
 def test_decoded_images_are_memory_mapped_and_not_writable(tmp_path):
     dataset = load_folder(photos(tmp_path / "photos", [1, 2, 3]))
-    assert isinstance(dataset.images, np.memmap) and dataset.in_files and not dataset.images.flags.writeable
-    assert not load().in_files
+    assert isinstance(dataset.images, np.memmap) and not dataset.images.flags.writeable
 
 
 def replace(path, side, time):
@@ -687,7 +705,8 @@ def test_large_images_of_an_npz_stay_in_the_file(tmp_path, monkeypatch, shape):
     loaded = load(str(tmp_path / "large.npz"), split="all")
     monkeypatch.setattr(data, "MAPPED", 100)
     mapped = load(str(tmp_path / "large.npz"), split="all")
-    assert mapped.in_files and not loaded.in_files and np.array_equal(mapped.images, loaded.images)
+    assert isinstance(mapped.images, np.memmap) and type(loaded.images) is np.ndarray
+    assert np.array_equal(mapped.images, loaded.images)
     assert mapped.labels.tolist() == list(range(9))
 
 
@@ -696,7 +715,7 @@ def test_large_images_that_are_compressed_are_read_into_memory(tmp_path, monkeyp
     np.savez_compressed(tmp_path / "large.npz", arr_0=images)
     monkeypatch.setattr(data, "MAPPED", 100)
     loaded = load(str(tmp_path / "large.npz"), split="all")
-    assert not loaded.in_files and np.array_equal(loaded.images, images)
+    assert type(loaded.images) is np.ndarray and np.array_equal(loaded.images, images)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY\x01\x00", b"PK\x03\x04" + bytes(50), b"\x80\x04N."])

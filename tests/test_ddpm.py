@@ -1110,6 +1110,18 @@ def test_guidance_of_scale_one_is_no_guidance():
     assert model.calls == [(5, 3)]
 
 
+def test_what_autocast_rounds_is_guided_and_split_in_the_type_of_the_images():
+    def rounded(x, t, y):
+        return labelled_output(x, t, y).bfloat16()
+    x, y, t = normal(3, 2, 1, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 5, 9])
+    null = torch.full_like(y, NULL)
+    found = guided(rounded, y, null, 3.0)(x, t)
+    assert_close(found, guided(lambda *z: rounded(*z).to(x.dtype), y, null, 3.0)(x, t), **EXACT)
+    process = Diffusion(linear_betas(10), variance="learned")
+    assert all(part.dtype == x.dtype for part in process.split(rounded(x, t, y), x))
+    assert sample(process, rounded, x.shape, y, noise=x, steps=3).dtype == x.dtype
+
+
 def test_guidance_of_scale_zero_ignores_the_condition():
     x, y, t = normal(3, 2, 1, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 5, 9])
     null = torch.full_like(y, NULL)

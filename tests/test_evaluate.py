@@ -203,7 +203,8 @@ def test_released_weights_with_classes_but_no_names_are_scored(here, capsys):
 
 
 def test_samples_drawn_otherwise_are_other_samples(here):
-    changes = [[], ["--seed", "1"], ["--cfg-scale", "1"], ["--steps", "3"], ["--sampler", "ddim"], ["--classes", "3"]]
+    changes = [[], ["--seed", "1"], ["--cfg-scale", "1"], ["--steps", "3"], ["--sampler", "ddim"], ["--classes", "3"],
+               ["--precision", "bf16"]]
     for count, argv in enumerate(changes, 1):
         evaluated(*DRAW, "--n", "4", "--metrics", "IS", *argv)
         assert len(list(Path("cache").glob("run-samples-*/images.npy"))) == count, argv

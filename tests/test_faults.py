@@ -340,6 +340,13 @@ def test_one_flipped_bit_in_the_tensors_of_a_run_is_noticed(here, flips):
     assert checkpoint.load("run.pt").step == 2
 
 
+def test_one_process_of_a_machine_compares_checksums_and_the_others_map_the_file(here, monkeypatch):
+    flip("run.pt", next(places("run.pt")).start, 0)
+    refusal(lambda: checkpoint.load("run.pt"), "run.pt", "damaged")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert checkpoint.load("run.pt").step == 2           # the first process ends the command
+
+
 @many_bits
 def test_one_flipped_bit_in_a_cache_is_noticed_and_the_row_alone_is_computed_again(here, monkeypatch, flips):
     def loaded():

@@ -134,6 +134,8 @@ def test_full_precision_is_for_the_measurement_only():
     try:
         with features.full_precision():
             assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        with torch.autocast("cpu", torch.bfloat16), features.full_precision():
+            assert not torch.is_autocast_enabled("cpu")
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -5,6 +5,7 @@ counted by hand as well, and how the cost grows with depth, batch, patch and sid
 """
 import copy
 import io
+import math
 import re
 import subprocess
 import sys
@@ -21,7 +22,9 @@ import uvit
 import vit
 from dit import BLOCKS, SIZES, DiT
 from formula import golden_json
-from gflops import DIT_256, TABLES, compared, network_cost, count, inputs_of, main, show
+from ddpm import Diffusion, linear_betas
+from gflops import (DIT_256, TABLES, TRAINED, Memory, accumulation, compared, count, inputs_of, main, network_cost, network_memory,
+                    saved_bytes, show, training_memory)
 from unet import ADM, RonnebergerUNet, SuperResUNet, UNet
 from uvit import UViT
 from vit import Attention, ViT
@@ -51,6 +54,11 @@ def built(name, device="meta", **changes):
     network, arguments = NETWORKS[name]
     with torch.device(device):
         return network(**arguments | changes)
+
+
+def dit_matrices(D):
+    """The shapes of the matrices of a block."""
+    return (D, 3 * D), (D, D), (D, 4 * D), (4 * D, D), (D, 6 * D)
 
 
 def multiply_adds(network):
@@ -227,6 +235,76 @@ def test_a_network_with_weights_costs_what_its_shapes_do(name, checkpointing):
     assert count(network, *inputs) == count(built(name), *inputs_of(built(name)))
 
 
+# Memory of training
+
+def noise_loss(learned=False):
+    """A loss of a denoiser as in training."""
+    diffusion = Diffusion(linear_betas(), variance="learned" if learned else "small")
+    return lambda model, x, t, y, *low: diffusion.losses(lambda *z: model(*z, *low), x, t, y, x)["loss"].mean()
+
+
+def class_loss(model, x):
+    return nn.functional.cross_entropy(model(x).float(), torch.zeros(len(x), dtype=torch.long, device=x.device))
+
+
+def seen_by_hooks(network, loss, n, half=False):
+    """Bytes that n images have autograd save on the CPU: unique storages, parameters and buffers excepted."""
+    inputs = [None if z is None else torch.zeros(n, *z.shape[1:], dtype=z.dtype) for z in inputs_of(network)]
+    own, kept = {z.data_ptr() for z in (*network.parameters(), *network.buffers())}, {}
+
+    def pack(z):
+        kept[z.untyped_storage().data_ptr()] = z.untyped_storage()
+        return z
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss(network, *inputs)
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+
+
+LARGER = dict(image_size=(16, 16), dim=64)                               # so that a few bytes of a kernel's do not count
+
+
+# In bfloat16 only the networks whose norms see float32 alone: others' are in bfloat16 on the CPU, in float32 on CUDA
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name, half", [*((name, False) for name in NETWORKS), ("dit-adaln-zero", True), ("dit-adaln", True)])
+def test_activations_are_what_autograd_saves(name, half, checkpointing):
+    network = built(name, "cpu", **LARGER)
+    network.checkpointing = checkpointing
+    losses = [class_loss if name.startswith("vit") else noise_loss(learned=name.startswith("dit")) for _ in range(2)]
+    batch = [None if z is None else z.new_empty((3, *z.shape[1:])) for z in inputs_of(network)]
+    found, _ = saved_bytes(network, losses[0], batch, half, checkpointing)
+    assert found == pytest.approx(seen_by_hooks(network, losses[1], 3, half), rel=0.05)
+
+
+def test_training_keeps_what_does_not_depend_on_the_batch_and_the_activations_of_each_image():
+    network = built("dit-adaln-zero", **LARGER)
+    batch, loss = inputs_of(network), noise_loss(learned=True)
+    for memory, checkpointing in zip(training_memory(network, loss, batch, True), (False, True)):
+        images = [z.new_empty((7, *z.shape[1:])) for z in batch]
+        saved, _ = saved_bytes(network, loss, images, True, checkpointing)
+        block = saved_bytes(network, loss, images, True, False)[1] if checkpointing else 0
+        assert memory.needed(7) == memory.state + saved + block
+        assert memory.state == 20 * sum(value.numel() for value in network.parameters())
+
+
+@pytest.mark.parametrize("size", ["B/4", "S/2"])
+def test_a_dits_activations_in_bf16_are_48_bytes_a_token_and_width_in_each_block(size):
+    # float32: the input of both norms and what they put out, 16; bfloat16: what enters qkv and fc1, 4; q, k, v, 6; the output of
+    # attention and both of the branches, 6; before and behind the GELU, 16
+    memory, _ = network_memory("dit", size, **DIT_256)
+    shape, tokens = SIZES[size.split("/")[0]], (32 // int(size[-1])) ** 2
+    assert memory.image == pytest.approx(48 * tokens * shape["dim"] * shape["depth"], rel=0.06)
+    weights = 2 * sum(math.prod(shape) for shape in dit_matrices(shape["dim"])) * shape["depth"]
+    assert memory.fixed == pytest.approx(weights, rel=0.05)
+
+
+@given(st.integers(0, 100), st.integers(0, 20), st.integers(1, 30), st.integers(1, 24), st.integers(1, 1000))
+def test_the_least_accumulation_that_fits_is_found(state, fixed, image, n, card):
+    memory = Memory(state, fixed, image)
+    found, fitting = accumulation(memory, n, card), [n // k for k in range(1, n + 1) if n % k == 0 and
+                                                     state + fixed + k * image <= 0.9 * card]
+    assert found == (min(fitting) if fitting else None)
+
+
 # Ours beside theirs
 
 @pytest.mark.parametrize("ours, published, said, far", [
@@ -264,7 +342,7 @@ def test_a_difference_without_a_reason_is_called_not_explained(capsys):
 def parsed(text):
     """{title: {name: (million parameters, published, Gflops, published, remark)}} of the printed tables; numbers as text."""
     tables = {}
-    for part in text.strip().split("\n\n"):
+    for part in text.strip().split("\n\n")[:-1]:                        # the last one is of memory
         title, header, *lines = part.splitlines()
         assert header.split() == ["M", "parameters", "published", "Gflops", "published"]
         columns = re.compile(r"(.{27})(.{10}) (.{9}) .{11} (.{10}) (.{9}) .{11}(.*)")
@@ -274,11 +352,17 @@ def parsed(text):
 
 
 @pytest.fixture(scope="module")
-def printed():
-    """The tables as the command prints them, by their titles."""
+def printed_text():
+    """What the command prints."""
     with redirect_stdout(io.StringIO()) as out:
         assert main([]) is None                                          # exit status 0
-    return parsed(out.getvalue())
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def printed(printed_text):
+    """The tables as the command prints them, by their titles."""
+    return parsed(printed_text)
 
 
 def test_the_command_prints_every_row_of_every_table(printed):
@@ -297,6 +381,17 @@ def test_the_dit_table_has_our_counts_beside_the_papers(printed):
         golden = TRANSFORMERS["dit_block_designs_derived"][name.replace("-", "_")]
         _, _, ours, published, _ = tables[1][f"DiT-XL/2 {name}"]
         assert (ours, published) == (f"{golden['gmacs']:.2f}", f"{golden['paper_gflops']}")
+
+
+def test_the_table_of_memory_has_what_was_counted_on_fake_cuda_tensors(printed_text):
+    title, header, *lines = printed_text.strip().split("\n\n")[-1].splitlines()
+    rows = {line[:24].strip(): [float(number) for number in line[24:].split()] for line in lines}
+    assert "bf16" in title and "256 images" in title and len(rows) == len(TRAINED)
+    for state, activations, whole, recomputed, less in rows.values():
+        assert whole == pytest.approx(state + activations, abs=0.11) and less == pytest.approx(state + recomputed, abs=0.11)
+    for name, (whole, less) in {"DiT-XL/2": (109, 21 + 3.4), "DiT-L/2": (82, None), "U-ViT-H/2": (89, None)}.items():
+        assert rows[name][2] == pytest.approx(whole, abs=1)              # GiB; and one block of XL/2 is recomputed at a time
+        assert less is None or rows[name][4] == pytest.approx(less, abs=1)
 
 
 def test_text_encoder_and_autoencoder_have_the_sizes_of_the_figure(printed):

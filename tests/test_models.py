@@ -10,7 +10,7 @@ import torch
 
 import bench
 import gflops
-from models import MODELS, NETWORKS, TRAINABLE, build, check_options, describe, named
+from models import MODELS, NETWORKS, TRAINABLE, build, check_options, compile_blocks, describe, named
 from refusals import refusal
 
 NAMES = [(model, size if model == "unet" else f"{size}/4") for model, (_, sizes) in MODELS.items() for size in sizes]
@@ -196,6 +196,32 @@ def test_an_autoencoders_description_survives_the_disk_and_is_of_no_image_size_o
     network, other = on_meta(description), on_meta(again)
     assert type(network).__name__ == "AutoencoderKL" and network.channels == channels and network.factor == {"Ti": 4, "SD": 8}[size]
     assert again == description and str(network) == str(other) and shapes(network) == shapes(other)
+
+
+# Compiled
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model, size, graphs", [("dit", "Ti/4", 1), ("uvit", "Ti/4", 2), ("vit", "Ti/4", 1), ("mlp", "Ti", 1)])
+def test_blocks_of_a_kind_are_compiled_once_and_keep_names_and_outputs(monkeypatch, model, size, graphs, checkpointing):
+    compiled, network = [], build(describe(model, size, 8, 1, 3))
+    for parameter in network.parameters():
+        parameter.data += 0.1                            # a fresh DiT puts out 0
+    inputs = [torch.ones_like(z, device="cpu") for z in gflops.inputs_of(network) if z is not None]
+    average, names = copy.deepcopy(network), list(network.state_dict())
+    network.checkpointing = checkpointing
+
+    def counting(graph, example):
+        compiled.append(graph)
+        return graph
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counting))
+    compile_blocks(network)
+    for _ in range(2):
+        out = network(*inputs)
+        out.square().mean().backward()
+    assert len(compiled) == graphs and list(network.state_dict()) == names
+    torch.testing.assert_close(out, average(*inputs), rtol=0, atol=0)
+    assert len(compiled) == graphs, "the average was compiled, too"
 
 
 @pytest.mark.parametrize("command, argv", [(bench, ["train"]), (gflops, [])])

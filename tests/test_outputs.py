@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import stat
+import time
 import zipfile
 from pathlib import Path
 
@@ -379,8 +380,10 @@ def test_the_log_of_a_run_that_is_gone_is_refused_and_one_without_rows_replaced(
 
 
 def test_no_log_has_a_row_of_a_run_that_is_not_there(folder, monkeypatch):
-    write, there = reports.Log.write, []
+    write, save, there = reports.Log.write, checkpoint.save, []
     monkeypatch.setattr(reports.Log, "write", lambda log, *row: (there.append(Path("new.pt").exists()), write(log, *row)))
+    monkeypatch.setattr(checkpoint, "save", lambda path, run: (time.sleep(0.2), save(path, run)))        # in the background
+    monkeypatch.setattr(train, "sample_report", lambda *_: {})
     train.main([*TINY, "--out", "new.pt", "--sample-every", "1", "--save-every", "100"])
     assert there == [True, True]
 

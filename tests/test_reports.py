@@ -71,7 +71,7 @@ def test_rates_and_minutes_left_are_those_of_steps_without_pictures_scores_and_s
         state.taken += 1                                 # else there is nothing to save
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(train, "train_step", lasting(6, step))
-    monkeypatch.setattr(checkpoint, "save", lasting(500, checkpoint.save))
+    monkeypatch.setattr(checkpoint.Saves, "begin", lasting(500, checkpoint.Saves.begin))
     monkeypatch.setattr(train, "sample_report", lasting(7000, lambda *_: {}))
     monkeypatch.setattr(train, "sample_scores", lasting(90_000, lambda *_: {}))
     images, labels = data.load().batch(np.arange(60))

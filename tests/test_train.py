@@ -256,18 +256,22 @@ def test_two_processes_train_stop_and_resume_as_one_process_trains(tmp_path, mon
     monkeypatch.setattr(reports, "LOG_EVERY", 2)
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     argv = ["--steps", "6", "--save-every", "3", "--sample-every", "1000", "--warmup", "0", "--lr", "0.001"]
-    one, two = trained(tmp_path / "one.pt", *argv), tmp_path / "two.pt"
+    one, two, alone = trained(tmp_path / "one.pt", *argv), tmp_path / "two.pt", tmp_path / "alone.pt"
     launched("3", *TINY, *argv)                          # saved after three steps: the losses of the third are of both processes
     assert checkpoint.load(two).step == 3
+    for ending in (".pt", ".csv"):
+        shutil.copy(two.with_suffix(ending), alone.with_suffix(ending))
+    train.main(["--resume", "--out", str(alone)])        # by another number of processes
     done = launched("none", "--resume", "--accumulate", "2")
     assert done.returncode == 0, done.stderr
-    rows = [[{name: float(value) for name, value in row.items()} for row in rows_of(run)] for run in (one, two)]
-    assert [row["step"] for row in rows[0]] == [2, 4, 6] and len(rows[1]) == 3
-    # sums of float32 in other orders, of which Adam makes steps: losses, and norms of the exchanged gradient, within a thousandth
-    assert all(a == pytest.approx(b, rel=1e-3, nan_ok=True) for a, b in zip(*rows))
-    first, second = (checkpoint.load(run).model for run in (one, two))
-    # matrices only: the keys' biases have no gradient but rounding, which Adam scales up to full steps
-    assert all((first[name] - second[name]).norm() <= 1e-3 * first[name].norm() for name in first if first[name].ndim > 1)
+    rows, *others = ([{name: float(value) for name, value in row.items()} for row in rows_of(run)] for run in (one, two, alone))
+    weights, *their_weights = (checkpoint.load(run).model for run in (one, two, alone))
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for other, theirs in zip(others, their_weights):
+        # sums of float32 in other orders, of which Adam makes steps: losses, and norms of the gradient, within a thousandth
+        assert all(a == pytest.approx(b, rel=1e-3, nan_ok=True) for a, b in zip(rows, other, strict=True))
+        # matrices only: the keys' biases have no gradient but rounding, which Adam scales up to full steps
+        assert all((value - theirs[name]).norm() <= 1e-3 * value.norm() for name, value in weights.items() if value.ndim > 1)
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +376,53 @@ def test_rectangles_without_labels_train_and_sample(tmp_path):
 def test_without_dropped_labels_there_is_no_null_class(tmp_path):
     run = checkpoint.load(trained(tmp_path / "run.pt", "--steps", "1", "--cfg-drop", "0"))
     assert len(run.model["y_embedder.embedding_table.weight"]) == 10 and run.build()[0].null_label is None
+
+
+# A GPU's memory
+
+@pytest.fixture
+def card(monkeypatch):
+    """A function that gives the CPU the memory of a GPU, in MiB; and no picture, which would take longer than training."""
+    monkeypatch.setattr(train, "sample_report", lambda *_: {})
+    return lambda size: monkeypatch.setattr(train, "gpu_memory", lambda device: size * 2 ** 20)
+
+
+# By count SMALLER takes 4.1 MiB in 4 x 4 patches for one image, 6.2 for four, 9 for eight; in 2 x 2 patches 6.1 for one, and with
+# --checkpointing 5
+def test_auto_accumulates_as_little_as_fits_and_the_run_keeps_the_number(tmp_path, card, capsys):
+    argv = ["--size", "Ti/4", "--steps", "3"]
+    whole = trained(tmp_path / "whole.pt", *argv, "--accumulate", "auto")    # on the CPU: 1
+    assert checkpoint.load(whole).config["accumulate"] == 1
+    card(8.5)
+    auto, two = (trained(tmp_path / f"{name}.pt", *argv, "--accumulate", name) for name in ("auto", "2"))
+    assert checkpoint.load(auto).config["accumulate"] == 2
+    assert_same_run(auto, two)
+    said = capsys.readouterr().out
+    assert said.count("--accumulate 2: a step takes 0.0 GiB by count, and this GPU has 0.0 GiB") == 2 and "WARNING" not in said
+    trained(tmp_path / "one.pt", *argv)
+    assert "WARNING: a step takes" in (said := capsys.readouterr().out) and "--accumulate 2 takes" in said
+
+
+@pytest.mark.parametrize("size, argv, remedy", [(6.2, [], "--checkpointing takes"), (6.2, ["--checkpointing"], None),
+                                                (3, [], "take a smaller --size"), (3, ["--checkpointing"], "take a smaller --size")])
+def test_what_does_not_fit_image_by_image_is_refused_with_what_would(tmp_path, card, capsys, size, argv, remedy):
+    card(size)
+    argv = ["--size", "Ti/2", "--steps", "1", "--accumulate", "auto", *argv]
+    if remedy is None:
+        assert trained(tmp_path / "run.pt", *argv).exists()
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            trained(tmp_path / "run.pt", *argv)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1 and "by count for one image at a time" in error and remedy in error
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pictures_and_scores_are_drawn_in_the_precision_of_training(tmp_path, monkeypatch, precision):
+    seen = []
+    monkeypatch.setattr(train, "sample_report", lambda *_: seen.append(torch.is_autocast_enabled("cpu")) or {})
+    trained(tmp_path / "run.pt", "--steps", "1", "--precision", precision)
+    assert seen == [precision == "bf16"] and checkpoint.load(tmp_path / "run.pt").config["precision"] == precision
 
 
 @pytest.mark.gpu
