@@ -31,6 +31,7 @@ import cascade                                           # noqa: E402
 import checkpoint                                        # noqa: E402
 import data                                              # noqa: E402
 import ddpm                                              # noqa: E402
+import dit                                               # noqa: E402
 import features                                          # noqa: E402
 import inception                                         # noqa: E402
 import latents                                           # noqa: E402
@@ -164,15 +165,15 @@ kernels.impl("silu_backward", lambda *_: None, "CUDA")                   # else 
 # Training: the second step of the loop, since the first moves tables and makes AdamW's moments
 
 STEP = {                                                 # train.py's flags
-    **{f"dit {name}": f"--size Ti/16 --conditioning {name}" for name in ("adaln", "cross-attention", "in-context")},
+    **{f"dit {name}": f"--size Nano/16 --conditioning {name}" for name in ("adaln", "cross-attention", "in-context")},
     "dit adaln-zero": "--size Ti/8",
-    "dit learned variance, flips, shifts, two micro-batches, checkpointing":
-        "--size Ti/16 --variance learned --flip --shift 2 --accumulate 2 --checkpointing",
-    "dit latents": f"--size Ti/4 --flip --vae {__file__}",
-    "dit text": "--size Ti/16 --data shapes:one --text",
+    "dit flips, shifts, two micro-batches, checkpointing":
+        "--size Nano/16 --flip --shift 2 --accumulate 2 --checkpointing",
+    "dit latents": f"--size Nano/4 --flip --vae {__file__}",
+    "dit text": "--size Nano/16 --variance small --data shapes:one --text",
     "uvit": "--model uvit --size Nano/16",
     "uvit text": "--model uvit --size Nano/16 --data shapes:one --text",
-    "unet": "--model unet --size Nano",
+    "unet": "--model unet --size Nano",                  # here with dropout
     "upsampler": "--model unet --size Ti-up",
     "vae": "--model vae --size Ti",
     "vit": "--model vit --size Nano/16",
@@ -197,19 +198,21 @@ def training_step(argv):
         args, _ = settings.read_settings([*argv, "--out", f"{folder}/run.pt", "--cache", folder])
         args.precision = "bf16"
         training = train.Training(args, None, CUDA, 0, 1)
-        batches = data.Batches(training.dataset, args.batch_size, args.seed)
-
-        def two(_):
-            for step in range(2):
-                WATCH.on, WATCH.batch = step > 0, batches[step]
-                yield WATCH.batch
-            WATCH.on, WATCH.batch = False, ()
-        train.batch_loader = two
+        data.ahead = two_batches
         training.run()
 
 
+def two_batches(read, steps, device):
+    """data.ahead, of two steps, without its thread."""
+    for step in steps[:2]:
+        WATCH.on, WATCH.batch = step > 0, read(step)
+        yield WATCH.batch
+    WATCH.on, WATCH.batch = False, ()
+
+
 metrics.finite_rows, metrics.check_covariance = (lambda rows, *_: rows), lambda *_: None          # they read what is not there
-unet.SIZES["Nano"]["dropout"] = 0.1
+dit.SIZES["Nano"] = dict(dim=192, depth=2, heads=4)
+unet.SIZES["Nano"]["dropout"], train.gpu_memory = 0.1, lambda device: None
 data.load, data.SHAPES, train.load_data, cascade.STEPS = functools.cache(data.load), 100, small_data, 3
 
 
@@ -231,14 +234,14 @@ def autoencoder():
 
 def drawing(sampler):
     """Draw with guidance, three steps."""
-    model, diffusion = network("dit", "Ti/16", learn_sigma=True), process("eps", "learned")
+    model, diffusion = network("dit", "Nano/16", learn_sigma=True), process("eps", "learned")
 
     return lambda: list(sampling.draw_images(model, diffusion, range(6), list(range(10)), batch_size=4, sampler=sampler, steps=3,
                                              eta=float(sampler == "ddim")))
 
 
 def drawing_latents():
-    model, decoder, diffusion = network("dit", "Ti/2", 8, 4), autoencoder(), process()
+    model, decoder, diffusion = network("dit", "Nano/2", 8, 4), autoencoder(), process()
     return lambda: list(sampling.draw_images(model, diffusion, range(4), list(range(10)), autoencoder=decoder, steps=3))
 
 
@@ -249,7 +252,7 @@ def drawing_points():
 
 def restoring():
     """Fill in, enlarge, denoise."""
-    model, diffusion = network("dit", "Ti/16"), process()
+    model, diffusion = network("dit", "Nano/16"), process()
     x, y = torch.zeros(4, 1, 32, 32, device=CUDA), torch.zeros(4, dtype=torch.long, device=CUDA)
 
     def work():
@@ -260,7 +263,7 @@ def restoring():
 
 
 def restoring_latents():
-    model, decoder, diffusion = network("dit", "Ti/2", 8, 4), autoencoder(), process()
+    model, decoder, diffusion = network("dit", "Nano/2", 8, 4), autoencoder(), process()
     degrade, x = restoration.pooled(4), torch.zeros(4, 1, 32, 32, device=CUDA)
     y = torch.zeros(4, dtype=torch.long, device=CUDA)
     return lambda: restoration.restore_latents(diffusion, model, decoder, degrade[0](x), degrade, y, steps=2, seeds=range(4))

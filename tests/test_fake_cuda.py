@@ -13,7 +13,7 @@ import torch
 TESTS = Path(__file__).parent
 LIBRARIES = Path(torch.__file__).parent / "lib"
 STEPS = ("dit adaln-zero", "dit adaln", "dit cross-attention", "dit in-context",
-         "dit learned variance, flips, shifts, two micro-batches, checkpointing", "dit latents", "dit text", "uvit", "uvit text", "unet",
+         "dit flips, shifts, two micro-batches, checkpointing", "dit latents", "dit text", "uvit", "uvit text", "unet",
          "upsampler", "vae", "vit", "vit hybrid", "points")
 DRAWN = ("drawn by ddpm", "drawn by ddim", "drawn by dpm++", "latents drawn and decoded", "points drawn", "restored",
          "latents restored", "a cascade", "images encoded")
