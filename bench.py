@@ -12,7 +12,6 @@
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
-import csv
 import math
 import resource
 import sys
@@ -37,7 +36,7 @@ import train
 from checkpoint import load, load_autoencoder
 from cli import Parser, add_overwrite_flag, at_least, natural, one_line_errors, positive, processes, rule_of
 from features import JUDGE, default_space, full_precision, space_of
-from files import check_output, output_file
+from files import check_output, csv_rows, output_file, read_text
 from gflops import count, inputs_of
 from latents import encode
 from metrics import Statistics, distance, nearest, precision_recall, psnr, unique_share, vote
@@ -146,14 +145,14 @@ def compare(args):
     folder.mkdir(exist_ok=True)
     table = folder / "compare.csv"
     check_output(table, "comparison")
-    reader = csv.DictReader(table.read_text().splitlines() if table.exists() else [])
-    if other := [name for name in reader.fieldnames or () if name not in ROW]:
+    columns, rows = csv_rows(read_text(table), table) if table.exists() else ((), [])
+    if other := [name for name in columns if name not in ROW]:
         raise ValueError(f"{table} has a column {other[0]}, which would be lost: move it away, or choose another --out")
     dataset, held_out = (data.load(split=split) for split in ("train", "test"))
     space = space_of(default_space(dataset.spec, dataset.images.shape[1:]), device)
     reference = measure_reference(dataset, space, dataset.spec)
     ours = scores(measure_samples(held_out, None, space), reference.measured, possible(space, held_out.classes))
-    wanted, rows = dict(steps=str(args.steps), n=str(args.n), features_sha256=space.sha256), list(reader)
+    wanted = dict(steps=str(args.steps), n=str(args.n), features_sha256=space.sha256)
     there = {(row["model"], row["size"], int(row["seed"])): row for row in rows if wanted.items() <= row.items()}
     for seed, (model, size) in product(range(args.seeds), COMPARED):
         if (model, size, seed) in there:

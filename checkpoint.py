@@ -7,6 +7,7 @@ Nothing else is ever unpickled: files are read with weights_only=True. Released 
     python checkpoint.py run.pt --slim shared.pt
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
+import argparse
 import fcntl
 import json
 import math
@@ -30,7 +31,7 @@ import models
 import text
 from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
 from ddpm import SCHEDULES, Diffusion
-from files import atomic_file, check_output, sha256_of, writing
+from files import atomic_file, check_output, read_text, sha256_of, writing
 from models import clip_encoder, released_autoencoder, released_run
 
 VERSION = 1
@@ -258,13 +259,17 @@ def read(path):
             record = damaged(path) if archive and os.environ.get("LOCAL_RANK", "0") == "0" else None
             if record:
                 raise ValueError(f"the checksum of its record {record} is wrong")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            with torch.serialization.safe_globals([argparse.Namespace]):             # training code's flags, which run nothing
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
             if not archive and not all(tensor.isfinite().all() for tensor in tensors_in(content)):       # without checksums
                 raise ValueError("it holds numbers that are NaN or infinite")
             return content
         except (MemoryError, PermissionError):
             raise
         except Exception as error:                       # torch raises anything at all on a damaged file
+            if found := re.search(r"Unsupported global: GLOBAL ([\w.]{1,100})", str(error)):
+                raise ValueError(f"{path} holds Python objects, as {found[1]}, which could run code and are not loaded: save the "
+                                 "network's state_dict(), or of released weights use the .safetensors file") from None
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off{reason}, or holds Python objects, "
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
@@ -293,6 +298,9 @@ def read_safetensors(path):
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)           # read when touched, writable without the file
         tensors, place = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is of {str(entry['dtype'])[:20]}, and such numbers, as of quantised weights, are not "
+                                 "read: take a file of F32, F16 or BF16")
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if len(shape) > 64 or any(type(number) is not int or not 0 <= number <= size for number in (*shape, begin, end)):
                 raise ValueError(f"{name} has an impossible shape or place")         # before the sides are multiplied
@@ -305,7 +313,7 @@ def read_safetensors(path):
             tensors[name], place = flat.to(dtype).reshape(shape), end
         return tensors
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
+        raise ValueError(f"cannot read the safetensors file {path}: {error}") from None
 
 
 def load(path, config=None):
@@ -316,7 +324,11 @@ def load(path, config=None):
     content = read(path)
     try:
         if not (isinstance(content, dict) and "version" in content and "network" in content):
-            return typed(Run, {"version": VERSION, **released_run(content, config)})
+            released = released_run(content, config)
+            if released["places"][1:] and os.environ.get("RANK", "0") == "0":
+                first, *others = (place.strip(".") or "its top level" for place in released["places"])
+                print(f"{path} holds several sets of weights: {first} is taken, not {', '.join(others)}", file=sys.stderr)
+            return typed(Run, {"version": VERSION, **released})
         if content["version"] != VERSION:
             raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
         return typed(Run, content)
@@ -347,7 +359,7 @@ def load_autoencoder(path):
             network, _ = run.build()
             network.scale = run.vae.scale
         else:
-            run, network = None, released_autoencoder(content.get("state_dict", content) if isinstance(content, dict) else content)
+            run, network = None, released_autoencoder(content)
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from None
     small = run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED
@@ -374,7 +386,7 @@ def load_clip(path):
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
     settings = folder / "config.json"                    # where it is there: OpenCLIP's shapes do not show their exact GELU
-    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', settings.read_text("utf-8", "replace")):
+    if settings.is_file() and re.search(r'"hidden_act":\s*"gelu"', read_text(settings)):
         raise ValueError(f"{settings} asks for an exact GELU: only OpenAI's CLIP, with its quick GELU, is known here")
     files = (folder / "vocab.json", folder / "merges.txt")
     tokenizer = text.Tokenizer(*(files if files[0].is_file() else (None, folder / text.MERGES_FILE)), length=encoder.length)

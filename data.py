@@ -7,7 +7,6 @@ Image files are image_files.py's.
 import hashlib
 import json
 import tarfile
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 import shapes
+from arrays import read_npz
 from files import cache_folder, download
 from image_files import center_crop, coco, image_folder
 from points import POINTS, swiss_roll
@@ -26,8 +26,6 @@ CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 CIFAR10_FOLDER = "cifar-10-batches-bin"                                  # in the archive
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPES = 10_000                  # images of `shapes`
-MAPPED = 2 ** 30                 # bytes of an .npz's images above which they stay in the file
-MAX_CLASSES = 100_000            # ImageNet-21k has 21,841: a label beyond is no class, and its table would fill the memory
 
 
 def to_float(images):
@@ -68,6 +66,8 @@ class Dataset:
 
     autoencoder = None                                   # of a data set of latents, see latents.Latents
     checksums = None                                     # (M,) of images that were decoded from files
+    pixel_range = "uint8"                                # what the pixels were before, in words
+    left_out = ()                                        # what of the data was not read, in words
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
         self.spec, self.images, self.labels, self.captions = spec, images, labels, captions
@@ -200,7 +200,9 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif name == "cifar10":
         return _resized(_cifar10(argument or None, split, cache), image_size)
     elif spec.endswith(".npz"):
-        dataset = _resized(_npz(spec), image_size)
+        images, labels, classes, pixel_range, left_out = read_npz(spec)
+        dataset = _resized(Dataset(spec, images, labels, classes), image_size)
+        dataset.pixel_range, dataset.left_out = pixel_range, left_out
     elif name == "coco" and Path(argument).is_dir():
         images, rows, checksums, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
         dataset = Dataset(spec, images, rows=rows, captions=captions)
@@ -231,61 +233,6 @@ def _mnist(image_size):
     if image_size != 28:
         images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     return _resized(Dataset("mnist", images, labels, [str(digit) for digit in range(10)]), image_size)
-
-
-def _npz(path):
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip archive of arrays, or was cut off")
-        with np.load(path, allow_pickle=False) as archive:
-            image_key, label_key = ("arr_0", "arr_1") if "arr_0" in archive else ("images", "labels")
-            if image_key not in archive:
-                raise ValueError(f"it has neither arr_0 nor images, but {', '.join(archive.files) or 'nothing'}")
-            entry = archive.zip.getinfo(f"{image_key}.npy")
-            large = entry.file_size > MAPPED and entry.compress_type == zipfile.ZIP_STORED
-            images = _mapped(path, entry) if large else archive[image_key]
-            labels = archive[label_key] if label_key in archive else None
-        return Dataset(path, *_images_and_labels(images, labels))
-    except Exception as error:                           # zipfile and numpy raise anything at all on a damaged file
-        raise ValueError(f"cannot use {path}: {error}") from None
-
-
-def _mapped(path, entry):
-    """An uncompressed array of an .npz, mapped from where it lies in the file: 50,000 images of 256 pixels are 10 GB."""
-    with zipfile.ZipFile(path) as archive, archive.open(entry) as member, open(path, "rb") as file:
-        version = np.lib.format.read_magic(member)
-        shape, column_order, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                                      else np.lib.format.read_array_header_2_0)(member)
-        if dtype.hasobject or column_order:
-            raise ValueError(f"its {entry.filename} is no plain array of rows")
-        file.seek(entry.header_offset + 26)              # the lengths of name and extra field end the 30 bytes before them
-        start = entry.header_offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
-        return np.memmap(path, dtype, "r", start + member.tell(), shape)
-
-
-def _images_and_labels(images, labels):
-    """Arrays of a file as (images uint8 NHWC, labels, class names). ValueError if they are something else."""
-    if images.ndim == 3:
-        images = images[..., None]                                       # NHW: grey
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise ValueError(f"images of shape {images.shape} are neither NHW nor NHWC with 1 or 3 channels")
-    if np.issubdtype(images.dtype, np.floating):
-        if not np.isfinite(images).all():
-            raise ValueError(f"{(~np.isfinite(images)).sum()} pixels are NaN or infinite")
-        if abs(images).max() > 1:
-            raise ValueError(f"float pixels must lie in [-1, 1], these reach from {images.min():g} to {images.max():g}")
-        images = (127.5 * images + 128).clip(0, 255).astype(np.uint8)
-    if images.dtype != np.uint8:
-        raise ValueError(f"pixels must be uint8, or floats in [-1, 1], not {images.dtype}")
-    if labels is None:
-        return images, None, None
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} images but labels of shape {labels.shape}")
-    if not np.issubdtype(labels.dtype, np.integer) or not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
-        raise ValueError(f"labels must be whole numbers from 0 to at most {MAX_CLASSES - 1}")
-    return images, labels, [str(label) for label in range(int(labels.max()) + 1)]
 
 
 def _cifar10(folder, split, cache):

@@ -36,7 +36,11 @@ class Space(NamedTuple):
 
     def knows(self, classes):
         """Whether the space's network tells these classes, by their names, apart."""
-        return classes is not None and self.classes is not None and list(classes) == self.classes[:len(classes)]
+        return classes is not None and self.classes is not None and {*classes} <= {*self.classes}
+
+    def numbers(self, labels, classes):
+        """Labels (n,), numbers of classes that it knows, as its own numbers of these."""
+        return torch.tensor([self.classes.index(name) for name in classes])[torch.as_tensor(labels).long()]
 
     def title(self, metric):
         """What a score is called here: FID, sFID, IS … of Inception, and FD[vit-mnist], IS[vit-mnist] … of another space."""
@@ -187,7 +191,7 @@ def measure_dataset(dataset, indices, space, keep=None, bar=None):
                 bar.update(len(images))
     measured = measure(batches(), space, None if keep is None else keep - mine.start)
     if space.knows(dataset.classes):
-        measured.labels = torch.from_numpy(dataset.labels[dataset.rows[indices]].astype("int64"))
+        measured.labels = space.numbers(dataset.labels[dataset.rows[indices]], dataset.classes)
     return measured
 
 

@@ -2,12 +2,15 @@
 
 A command replaces a file only if this project wrote it for the same purpose, see `check_output`.
 """
+import codecs
 import csv
 import errno
 import fcntl
 import hashlib
 import http.client
+import io
 import os
+import re
 import secrets
 import urllib.request
 import warnings
@@ -28,6 +31,52 @@ ROOM, RIGHTS = "make room on the disk, or choose a place on another one", "choos
 REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
             errno.EROFS: RIGHTS, errno.ENOENT: "make its folder", errno.EEXIST: "choose another name",
             errno.ENOTDIR: "choose another folder", errno.EIO: "look at the disk"}       # of what a disk answers that takes no file
+
+
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}              # byte-order marks; UTF-16's is how UTF-32's begins
+DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+(?:[eE][-+]?\d+)?)")
+
+
+def decoded_text(raw, path, errors="strict"):
+    """The text in the bytes of a file that a user brings, its lines ended by "\n": in UTF-8, or as a byte-order mark says.
+
+    ValueError, naming the path, if it is in another encoding: Latin-1, Windows-1252 and their like cannot be told apart. With
+    errors="replace" what cannot be read becomes U+FFFD.
+    """
+    encoding = next((encoding for mark, encoding in MARKS.items() if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(encoding, errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in {encoding.upper()}, which its byte {error.start + 1} is not: an editor, or "
+                         "iconv, saves it as UTF-8") from None
+    if "\0" in text and errors == "strict":              # every other byte of UTF-16
+        raise ValueError(f"{path} is not a text in UTF-8, as it holds zero bytes: if it is UTF-16, save it as UTF-8")
+    return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path, errors="strict"):
+    """The text of a user's file, see `decoded_text`; OSError if it cannot be read."""
+    return decoded_text(Path(path).read_bytes(), path, errors)
+
+
+def csv_rows(text, path, restval=None):
+    """The columns of a table and its rows, dicts of text, as a program or a spreadsheet wrote it.
+
+    Cells stand between commas, semicolons or tabs; beside semicolons or tabs numbers may have decimal commas. Rows of empty cells
+    are left out. A row that is short has restval in the cells that it lacks, one that is long has the key None. ValueError if it
+    is no CSV file.
+    """
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), restval=restval, delimiter=delimiter)
+    try:
+        rows = [row for row in reader if any(row.values())]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
+    if delimiter != ",":
+        rows = [{name: DECIMAL_COMMA.sub(r"\1.\2", cell) if isinstance(cell, str) and DECIMAL_COMMA.fullmatch(cell) else cell
+                 for name, cell in row.items()} for row in rows]
+    return tuple(reader.fieldnames or ()), rows
 
 
 def cache_folder(cache=None):

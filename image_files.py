@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from files import read_text
 from tables import Table, fill
 
 FOR_A_WORKER = 256               # image files that are worth another process, which takes a second to start
@@ -109,11 +110,13 @@ def captions_beside(files, skip_bad):
 
     ValueError if some images have none, or some .txt no image; with skip_bad they are left out.
     """
-    texts = {path: path.with_suffix(".txt") for path in files}
-    kept = [path for path in files if texts[path].is_file()]
+    beside = {text.with_suffix(""): text for folder in {path.parent for path in files} for text in folder.iterdir()
+              if text.suffix.lower() == ".txt" and text.is_file()}
+    texts = {path: beside.get(path.with_suffix("")) for path in files}
+    kept = [path for path in files if texts[path]]
     if not kept:
         return files, None
-    lone = sorted({text for folder in {path.parent for path in files} for text in folder.glob("*.txt")} - {*texts.values()})
+    lone = sorted({*beside.values()} - {*texts.values()})
     missing = sorted({*files} - {*kept})
     if missing or lone:
         message = (f"{len(missing)} of {len(files)} images have no caption: the first, {missing[0]}, needs {missing[0].stem}.txt"
@@ -121,13 +124,7 @@ def captions_beside(files, skip_bad):
         if not skip_bad:
             raise ValueError(f"{message} (--skip-bad goes on without)")
         tqdm.write(f"left out: {message}")
-    captions = []
-    for path in kept:
-        try:
-            captions.append([line.strip() for line in texts[path].read_text("utf-8").splitlines() if line.strip()] or [""])
-        except ValueError as error:
-            raise ValueError(f"{texts[path]} is not a text in UTF-8: {error}") from None
-    return kept, captions
+    return kept, [[line.strip() for line in read_text(texts[path]).split("\n") if line.strip()] or [""] for path in kept]
 
 
 def coco_captions(annotations, skip_bad):
@@ -137,7 +134,7 @@ def coco_captions(annotations, skip_bad):
     the other. ValueError, with their number, if some are missing; with skip_bad they are left out.
     """
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = json.loads(read_text(annotations))
         names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
         captions = {key: [] for key in names}
         for annotation in content["annotations"]:

@@ -13,6 +13,7 @@ import torch
 
 from data import Dataset, fingerprint, to_float
 from tables import Table, fill
+from text import normalise
 from vae import in_pieces, sample_latent
 
 BATCH = 64                             # images at once
@@ -86,7 +87,7 @@ def embeddings(captions, encoder, tokenizer, cache=None):
             ids = tokenizer.tokenize([captions[row] for row in batch])                   # (n, L)
             yield batch, [encoder(ids.to(device)).half().cpu().numpy()]                  # (n, L, D)
 
-    words = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+    words = hashlib.sha256(json.dumps([*map(normalise, captions)]).encode()).hexdigest()
     about = dict(captions=words, encoder=encoder.origin["sha256"], rows=len(captions))
     columns = {"context": ((tokenizer.length, encoder.dim), np.float16)}
     with Table("contexts", about, len(captions), columns, cache) as table:

@@ -33,6 +33,7 @@ TRAINABLE = {
 NETWORKS = {network.__name__: network for network in (*(network for network, _ in TRAINABLE.values()), unet.SuperResUNet)}
 HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, dit.SIZES, uvit.SIZES) for size in sizes.values()}
 LDM_PREFIX = "model.diffusion_model."
+AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?)(?![a-z])", re.I)       # in names of what training code wraps its state dicts in
 IMAGENET_CLASSES = 1000
 SD_SCALE, COCO_SCALE = 0.18215, 0.2301           # of Stable Diffusion's latents in most releases, and in U-ViT's on MS-COCO
 
@@ -116,15 +117,43 @@ def compile_blocks(network):
 
 # Official releases
 
+def named_tensors(content):
+    """The tensors in nested dicts by their names, joined by dots: {"ema": {"module.x": …}} -> {"ema.module.x": …}."""
+    found, parts, seen = {}, [("", content)] * isinstance(content, dict), set()
+    for prefix, part in parts:                           # which grows
+        if id(part) not in seen and len(prefix) < 200:   # a dict may hold itself
+            seen.add(id(part))
+            found |= {f"{prefix}{name}": value for name, value in part.items() if torch.is_tensor(value)}
+            parts += [(f"{prefix}{name}.", value) for name, value in part.items() if isinstance(value, dict)]
+    return found
+
+
+def places_of(marker, tensors):
+    """What stands before a name in names of tensors, as "" or "model.module.": the averaged weights' first, a list."""
+    places = [name.removesuffix(marker) for name in tensors if f".{name}".endswith(f".{marker}")]
+    return sorted(places, key=lambda place: AVERAGED.search(place) is None)
+
+
+def state_at(place, tensors):
+    """The state dict of the tensors whose names begin with a place.  ValueError if they are quantised."""
+    state = {name.removeprefix(place): value for name, value in tensors.items() if name.startswith(place)}
+    small = next((name for name, value in state.items() if value.dtype.itemsize == 1), None)
+    if small:
+        raise ValueError(f"its {place}{small} has numbers of 8 bits, {state[small].dtype}: take a file of float16, bfloat16 or "
+                         "float32")
+    return state
+
+
 def counted(state, stem):
     """The length of a ModuleList of the name stem: how many different numbers stand behind it."""
     return len({name[len(stem) + 1:].split(".")[0] for name in state if name.startswith(f"{stem}.")})
 
 
-def label_arguments(state, table, config):
-    """num_classes and null_class, from the rows of a label table, or from its lack."""
+def label_arguments(state, table, config, null=True):
+    """num_classes and null_class, from the rows of a label table, or from its lack.  null: whether the last row is the null class,
+    but of a table of ImageNet's classes alone."""
     rows = len(state.get(table, ()))
-    num_classes = config.get("num_classes", rows if rows in (0, IMAGENET_CLASSES) else rows - 1) or None
+    num_classes = config.get("num_classes", rows - 1 if null and rows not in (0, IMAGENET_CLASSES) else rows) or None
     return dict(num_classes=num_classes, null_class=num_classes is not None and rows > num_classes)
 
 
@@ -174,27 +203,31 @@ def infer_vit(state, config):
 
 
 NAMED = {                                                # class: two names that tell its state dict, and what infers its arguments
-    "DiT": ({"x_embedder.proj.weight", "final_layer.linear.weight"}, infer_dit),
-    "UViT": ({"decoder_pred.weight", "mid_block.norm1.weight"}, infer_uvit),
-    "ViT": ({"cls_token", "head.weight"}, infer_vit),
+    "DiT": (("x_embedder.proj.weight", "final_layer.linear.weight"), infer_dit),
+    "UViT": (("decoder_pred.weight", "mid_block.norm1.weight"), infer_uvit),
+    "ViT": (("cls_token", "head.weight"), infer_vit),
 }
+UNET_NAMES = ("input_blocks.0.0.weight", "out.2.weight")
 
 
 def infer(state, config=None):
     """The description of a network from its official state dict -> {"class", "arguments"}.
 
     config overrides arguments, as dict(heads=4); for a U-Net it may be the name of a configuration of unet.SIZES. A label table
-    of 1000 rows is ImageNet's without a null class; else the last row is the null class. ValueError if the names are of no
-    network that is known here.
+    of 1000 rows is ImageNet's without a null class; else the last row is the null class, but of U-Nets, which OpenAI trained
+    without. ValueError if the names are of no network that is known here.
     """
     name, config = (config, {}) if isinstance(config, str) else (None, config or {})
-    if {"input_blocks.0.0.weight", "out.2.weight"} <= state.keys():
-        return infer_unet(state, name, {**label_arguments(state, "label_emb.weight", config), **config})
+    if {*UNET_NAMES} <= state.keys():
+        return infer_unet(state, name, {**label_arguments(state, "label_emb.weight", config, null=False), **config})
     if name is not None:
         raise ValueError(f"it is not the U-Net {name}: its tensors have other names")
     for kind, (names, arguments) in NAMED.items():
-        if names <= state.keys():
+        if {*names} <= state.keys():
             return {"class": kind, "arguments": {**arguments(state, config), **config}}
+    if any(name.startswith(("transformer_blocks.", "down_blocks.")) for name in state):
+        raise ValueError("its tensors have the names of the diffusers library, in which only autoencoders are read here: take the "
+                         "file that the network's authors released")
     raise ValueError("its tensors have the names of no network known here: it is neither a run of train.py nor a released DiT, "
                      "U-ViT, ViT or U-Net")
 
@@ -258,29 +291,37 @@ def released_scale(network):
     return COCO_SCALE if kind == "UViT" and "context_dim" in arguments else SD_SCALE
 
 
+def released_state(content):
+    """The state dict of a released network, from whatever training code wrapped around it, and the places where one lies, of which
+    it is taken from the first: the averaged weights' where there are some."""
+    tensors = named_tensors(content)
+    markers = (*(names[0] for names, _ in NAMED.values()), UNET_NAMES[0])
+    places = next(filter(None, (places_of(marker, tensors) for marker in markers)), [""])
+    state = state_at(places[0], tensors)
+    if places[0].endswith(LDM_PREFIX):                   # the averaged weights, if there, have names without dots
+        averaged = state_at(f"{places[0].removesuffix(LDM_PREFIX)}model_ema.diffusion_model", tensors)
+        state = {name: averaged.get(name.replace(".", ""), value) for name, value in state.items()}
+    return state, places
+
+
 def released_run(content, config=None):
-    """What a run.pt would hold of released weights, but its version.  ValueError if the content of their file is none of a
-    network known here; config: see `infer`."""
-    if isinstance(content, dict):                        # training code wraps its state dicts
-        content = next((content[key] for key in ("ema", "state_dict", "model") if isinstance(content.get(key), dict)), content)
-        if any(key.startswith(LDM_PREFIX) for key in content if isinstance(key, str)):
-            def average(key):
-                return "model_ema." + key.removeprefix("model.").replace(".", "")
-            content = {key.removeprefix(LDM_PREFIX): content.get(average(key), value)    # the averaged weights, if there
-                       for key, value in content.items() if key.startswith(LDM_PREFIX)}
-    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
-        raise ValueError("it holds no state dict")
-    network = infer(content, config)
+    """What a run.pt would hold of released weights, but its version, and the "places" of their file in which such lie.
+
+    ValueError if the content of their file is none of a network known here; config: see `infer`.
+    """
+    state, places = released_state(content)
+    network = infer(state, config)
     scale = released_scale(network)
     data = dict(spec=None, classes=None, **{key: network["arguments"][key] for key in ("num_classes", "channels", "image_size")})
     return dict(step=None, config={}, network=network, diffusion=released_process(network), data=data,
-                vae=None if scale is None else dict(scale=scale), model=content, ema=content)
+                vae=None if scale is None else dict(scale=scale), model=state, ema=state, places=places)
 
 
 def clip_encoder(tensors):
     """The text.CLIPTextEncoder in a dict of tensors, which may also hold the rest of CLIP; its sizes follow from their shapes."""
-    prefix = next((name for name in tensors if name.endswith(text.TABLE)), text.TABLE).removesuffix(text.TABLE)
-    state = {text.PREFIX + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    tensors = named_tensors(tensors)
+    place = next(iter(places_of(text.TABLE, tensors)), "")
+    state = {text.PREFIX + name: value for name, value in state_at(place, tensors).items()}
     (vocab, dim), length = state[text.PREFIX + text.TABLE].shape, len(state[f"{text.PREFIX}embeddings.position_embedding.weight"])
     hidden = len(state[f"{text.PREFIX}encoder.layers.0.mlp.fc1.weight"])
     depth = counted(state, f"{text.PREFIX}encoder.layers")
@@ -316,9 +357,9 @@ def compvis_names(state):
     Within a whole Stable Diffusion checkpoint its names begin with first_stage_model. or vae.; the rest is left out. Attention's
     weights may be matrices (D, D), as in newer files, and become kernels (D, D, 1, 1).
     """
-    prefix = next((prefix for prefix in ("first_stage_model.", "vae.") if any(name.startswith(prefix) for name in state)), "")
-    state = {name.removeprefix(prefix): value for name, value in state.items()
-             if name.startswith(tuple(prefix + part for part in AUTOENCODER_PARTS))}
+    tensors = named_tensors(state)
+    place = next(iter(places_of("decoder.conv_in.weight", tensors)), "")
+    state = {name: value for name, value in state_at(place, tensors).items() if name.startswith(AUTOENCODER_PARTS)}
     levels, renamed = counted(state, "decoder.up_blocks"), {}
     for name, value in state.items():
         for pattern, ours in DIFFUSERS_NAMES:

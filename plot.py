@@ -11,7 +11,6 @@ Report Fig. 1-2 and Eq. 2-3 (schedules and noise), Fig. 2-1 (a swiss roll, there
     python plot.py swissroll --ckpt run.pt --gif way.gif     Fig. 2-1 of a run of `train.py --data swissroll`
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
-import csv
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 import data
 import ddpm
 from cli import Parser, add_overwrite_flag, natural, one_line_errors, processes, rule_of
-from files import check_output
+from files import check_output, csv_rows, read_text
 from pictures import COLOURS, WINDOW, Chart, faint, points_panel, save_image, spread, table, write_gif
 from sampling import decode, decoder, draw, drawable
 from points import MLP, swiss_roll
@@ -39,12 +38,7 @@ def read_rows(path, *needed):
     """The rows of a CSV file, dicts of text, "" where a row is short.  ValueError or OSError if there are none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file, and a command is one of {', '.join(COMMANDS)}")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, restval="")
-            rows, columns = list(reader), reader.fieldnames or ()
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV file: {error}") from None
+    columns, rows = csv_rows(read_text(path), path, restval="")
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]}; it has {', '.join(columns) or 'none'}")

@@ -6,6 +6,7 @@ device's memory does not hold them.
 """
 import contextlib
 import csv
+import io
 import itertools
 import math
 import sys
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 import data
 from cascade import enlarge, shrink
-from files import append, output_file
+from files import append, csv_rows, output_file, read_text
 from objectives import learning_rate
 from pictures import grid, points_picture, save_image
 from points import sliced_wasserstein
@@ -51,17 +52,13 @@ def row_due(step, args):
 def read_log(path, step):
     """The columns of a log; its rows up to a step, as what follows is redone; and whether all its lines are rows.
 
-    A kill may have cut the last line off, before its end. A spreadsheet may have saved the log, with a byte-order mark, with
-    semicolons and perhaps decimal commas.
+    A kill may have cut the last line off, before its end. A spreadsheet may have saved the log, see `files.csv_rows`.
     """
-    text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
-    lines = text.splitlines()
-    if lines and ";" in lines[0]:
-        lines = [line.replace(",", ".").replace(";", ",") for line in lines]
-    reader = csv.DictReader(lines)
-    found = [None not in (*row, *row.values()) and row.get("step", "").isdigit() and row for row in reader]
+    text = read_text(path, "replace") if path.exists() else ""
+    columns, rows = csv_rows(text, path)
+    found = [None not in (*row, *row.values()) and row.get("step", "").isdecimal() and row for row in rows]
     kept = sorted((row for row in found if row and int(row["step"]) <= step), key=lambda row: int(row["step"]))
-    return tuple(reader.fieldnames or ()), kept, all(found if text.endswith("\n") else found[:-1])
+    return columns, kept, all(found if text.endswith("\n") else found[:-1])
 
 
 def kept_beside(path):
@@ -104,9 +101,10 @@ class Log:
             say(f"{path} is not as this run wrote it: it is kept as {kept_beside(path)}, with all that could not be read")
             columns, rows = (columns, rows) if columns[:3] == self.columns[:3] else ((), [])
         self.columns += tuple(name for name in columns if name not in self.columns)      # scores given up since
-        lines = [self.columns, *([row.get(name, "") for name in self.columns] for row in rows)]
+        table = csv.writer(lines := io.StringIO(), lineterminator="\n")
+        table.writerows([self.columns, *([row.get(name, "") for name in self.columns] for row in rows)])
         with output_file(path, "log" if start else "new log") as file:
-            file.write("".join(",".join(line) + "\n" for line in lines).encode())
+            file.write(lines.getvalue().encode())
 
     @contextlib.contextmanager
     def paused(self):

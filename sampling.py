@@ -2,7 +2,8 @@
 
 Report §4-5 (inference), §2-5 (latents are decoded), §4-1 (a text is encoded), §3 (guidance). sample.py is the command; pictures
 of runs, evaluate.py and bench.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
-size or the number of processes.
+size or the number of processes: to rounding, which in float32 is at most one grey level. Who calls chooses the precision, by
+`cli.autocast`.
 """
 import sys
 from dataclasses import replace

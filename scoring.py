@@ -167,7 +167,8 @@ def score_network(network, diffusion, real, space, n, classes=None, seed=0, scal
     fake = measure((images for _, images in drawn), space)
     if not fake.n:
         return {}
-    fake.labels = labels_of(range(n), numbers)
+    if space.knows(classes):
+        fake.labels = space.numbers(labels_of(range(n), numbers), classes)
     return scores(fake, real, possible(space, classes) if wanted is None else wanted)
 
 

@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from files import decoded_text, read_text
 from vit import attention
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ATOM = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")          # words, whatever follows them
 MERGES_FILE, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2        # CLIP's, the first of five times as many there
+LARGEST = 2 ** 24                 # bytes of merges; CLIP's are a fifth of that
 PREFIX, TABLE = "text_model.", "embeddings.token_embedding.weight"           # of names in state dicts
 
 # A visible character for each byte, in the order of CLIP's ids: visible ones stand for themselves, the others for U+0100 on.
@@ -31,10 +33,24 @@ CHARACTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} 
 BYTES = {character: byte for byte, character in CHARACTERS.items()}
 
 
+# What OpenAI's cleaning, by the library ftfy, makes of single characters: quotes straight, ligatures and full width as letters,
+# controls away. Most are Unicode's own compatible characters.
+COMPATIBLE = [*range(0x132, 0x134), *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), *range(0xFF01, 0xFFEF)]
+CONTROLS = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
+CLEAN = {i: unicodedata.normalize("NFKC", chr(i)) for i in COMPATIBLE} | dict.fromkeys(CONTROLS, "")
+CLEAN |= str.maketrans({"\u0149": "'n", "\ufb05": "\u017ft", **dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"),
+                        **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')})
+
+
 def normalise(text):
-    """What CLIP reads of a caption: HTML entities resolved (twice), Unicode's NFC, single spaces, lower case."""
-    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)))
-    return " ".join(text.split()).lower()
+    """What CLIP reads of a caption: characters as in CLEAN, Unicode's NFC, HTML entities resolved, single spaces, lower case.
+
+    ftfy also guesses at texts that were decoded wrongly (as "cafÃ©") and takes codes of terminals out: that is not done here.
+    """
+    while "<" not in text and (plain := html.unescape(text)) != text:    # what looks like HTML is left to the last line
+        text = plain
+    text = unicodedata.normalize("NFC", text.translate(CLEAN))
+    return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
 def kind(character):
@@ -75,8 +91,9 @@ def read_merges(path):
     if not path.is_file():
         raise FileNotFoundError(f"no merges {path}: CLIP's vocabulary is vocab.json and merges.txt, or {MERGES_FILE}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            pairs = [tuple(line.split()) for line in itertools.islice(file, 1, 1 + MERGES) if line.strip()]
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            lines = decoded_text(file.read(LARGEST), path).split("\n")
+        pairs = [tuple(line.split()) for line in lines[1:1 + MERGES] if line.strip()]
         if {*map(len, pairs)} != {2}:
             raise ValueError("after its first, a line is a pair")
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
@@ -87,7 +104,7 @@ def read_merges(path):
 def read_vocabulary(path, pieces):
     """The id of each piece, from vocab.json.  ValueError or OSError if it is damaged, or not of exactly these pieces."""
     try:
-        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+        ids = json.loads(read_text(path))
         fits = ids.keys() == {*pieces} and {*ids.values()} == {*range(len(ids))}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a vocabulary: {error}") from None

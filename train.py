@@ -53,7 +53,9 @@ def check_data(args, run, pixels):
         if os.environ.get("RANK", "0") == "0":
             say(f"{args.out} is older than fingerprints of data: whether {args.data} still holds the same is not known")
     elif known.fingerprint != data.fingerprint(pixels):
-        differ = (f"its classes were {known.classes} and are {pixels.classes}" if known.classes != pixels.classes else
+        before, after = known.classes or [], pixels.classes or []
+        gone, new = (", ".join(sorted({*names} - {*others})[:5]) or "none" for names, others in ((before, after), (after, before)))
+        differ = (f"its classes differ, or their order: gone are {gone}, new are {new}" if before != after else
                   f"it had {known.images:,} images to train on and has {len(pixels):,}" if known.images != len(pixels) else
                   "it holds other images, labels or captions, or in another order")
         raise ValueError(f"--resume: {args.data} is not what the run in {args.out} was trained on: {differ}")
@@ -239,8 +241,7 @@ class Training:
         chosen = fits if args.accumulate == "auto" else parts
         room = f"a step takes {gib(memory.needed(n // chosen))} by count, and this GPU has {gib(card)}"
         if self.rank == 0 and chosen < fits:
-            say(f"WARNING: {room}: --accumulate {fits} takes {gib(memory.needed(n // fits))}, --checkpointing "
-                f"{gib(recomputed.needed(n // chosen))}")
+            say(f"WARNING: {room}: --accumulate {fits} takes {gib(memory.needed(n // fits))}")
         elif self.rank == 0:
             say(f"--accumulate {chosen}: {room}")
         return chosen
@@ -347,7 +348,7 @@ def main(argv=None):
         args.precision = precision_on(device, args.precision)
         with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
             if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
-                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps} already: --steps sets a later end")
+                raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps}: --steps sets a later end")
             train(args, run, device, rank, world)
 
 

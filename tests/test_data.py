@@ -24,6 +24,7 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import Image
 
+import arrays
 import data
 import tables
 import image_files
@@ -598,32 +599,12 @@ def test_a_picture_just_beyond_pillows_limit_is_refused_too(tmp_path, monkeypatc
     refusal(lambda: open_image(solid(tmp_path / "large.png", 1)), "large.png")
 
 
-# .npz files
+# .npz files; what their arrays may hold is in test_cases_arrays.py
 
 def npz(folder, **arrays):
     path = folder / "images.npz"
     np.savez(path, **arrays)
     return str(path)
-
-
-@pytest.mark.parametrize("image_key, label_key", [("arr_0", "arr_1"), ("images", "labels")])
-def test_both_layouts_of_npz_load(tmp_path, image_key, label_key):
-    images, labels = noise(5, 4, 6, 3), np.array([2, 0, 2, 1, 0])
-    dataset = load(npz(tmp_path, **{image_key: images, label_key: labels}))
-    np.testing.assert_array_equal(dataset.images, images)
-    np.testing.assert_array_equal(dataset.labels, labels)
-    assert dataset.classes == ["0", "1", "2"] and dataset.image_size == (4, 6) and dataset.channels == 3
-
-
-def test_an_npz_without_labels_has_no_classes(tmp_path):
-    dataset = load(npz(tmp_path, arr_0=noise(5, 4, 4, 3)))
-    assert dataset.labels is None and dataset.num_classes is None
-
-
-def test_an_npz_without_a_channel_axis_is_grey(tmp_path):
-    dataset = load(npz(tmp_path, images=noise(5, 4, 6)))
-    assert dataset.channels == 1
-    np.testing.assert_array_equal(dataset.images[..., 0], noise(5, 4, 6))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -642,36 +623,7 @@ def test_an_npz_is_scaled_to_another_image_size(tmp_path, channels):
     np.testing.assert_array_equal(dataset.labels, range(5))
 
 
-def spoiled(value):
-    images = np.zeros((5, 4, 4), np.float32)
-    images[3, 2, 1] = value
-    return images
-
-
 GOOD = noise(5, 4, 4)
-BAD_ARRAYS = {
-    "infinite": (dict(images=spoiled(np.inf)), "1 pixels are NaN or infinite"),
-    "too small": (dict(images=spoiled(-1.5)), "from -1.5 to 0"),
-    "signed pixels": (dict(images=GOOD.astype(np.int64)), "int64"),
-    "text": (dict(images=np.full((5, 4, 4), "a")), "<U1"),
-    "alpha": (dict(images=noise(5, 4, 4, 4)), "(5, 4, 4, 4)"),
-    "channels first": (dict(images=noise(5, 3, 8, 8)), "(5, 3, 8, 8)"),
-    "one image": (dict(images=noise(8, 8)), "(8, 8)"),
-    "video": (dict(images=noise(2, 5, 4, 4, 3)), "(2, 5, 4, 4, 3)"),
-    "no images": (dict(images=noise(0, 4, 4)), "(0, 4, 4, 1)"),
-    "no pixels": (dict(images=noise(5, 0, 4)), "(5, 0, 4, 1)"),
-    "other names": (dict(x=GOOD, y=np.arange(5)), "neither arr_0 nor images, but x, y"),
-    "one-hot labels": (dict(images=GOOD, labels=np.eye(5, dtype=int)), "(5, 5)"),
-    "fractional labels": (dict(images=GOOD, labels=np.arange(5) / 2), "whole numbers"),
-    "labels that are no classes": (dict(images=GOOD, labels=np.full(5, 2 ** 62)), "99999"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ARRAYS)
-def test_an_npz_of_something_else_is_refused(tmp_path, case):
-    arrays, reason = BAD_ARRAYS[case]
-    path = npz(tmp_path, **arrays)
-    refusal(lambda: load(path), path, reason)
 
 
 class Payload:
@@ -703,7 +655,7 @@ def test_large_images_of_an_npz_stay_in_the_file(tmp_path, monkeypatch, shape):
     images = noise(*shape)
     np.savez(tmp_path / "large.npz", arr_1=np.arange(9), arr_0=images)
     loaded = load(str(tmp_path / "large.npz"), split="all")
-    monkeypatch.setattr(data, "MAPPED", 100)
+    monkeypatch.setattr(arrays, "MAPPED", 100)
     mapped = load(str(tmp_path / "large.npz"), split="all")
     assert isinstance(mapped.images, np.memmap) and type(loaded.images) is np.ndarray
     assert np.array_equal(mapped.images, loaded.images)
@@ -713,7 +665,7 @@ def test_large_images_of_an_npz_stay_in_the_file(tmp_path, monkeypatch, shape):
 def test_large_images_that_are_compressed_are_read_into_memory(tmp_path, monkeypatch):
     images = noise(9, 4, 4, 3)
     np.savez_compressed(tmp_path / "large.npz", arr_0=images)
-    monkeypatch.setattr(data, "MAPPED", 100)
+    monkeypatch.setattr(arrays, "MAPPED", 100)
     loaded = load(str(tmp_path / "large.npz"), split="all")
     assert type(loaded.images) is np.ndarray and np.array_equal(loaded.images, images)
 
