@@ -119,7 +119,7 @@ def nudged(described):
 
 
 @pytest.mark.parametrize("name", DRAWING)
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 0.05)])       # of the output's deviation, the largest
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 0.15)])       # of the output's deviation, the largest
 def test_a_network_puts_out_what_it_does_on_the_cpu(name, precision, tolerance):
     network, x = nudged(DRAWING[name]), torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     t, y = torch.tensor([0, 10, 500, 999]), torch.tensor([0, 3, 9, 10])
@@ -131,7 +131,7 @@ def test_a_network_puts_out_what_it_does_on_the_cpu(name, precision, tolerance):
     assert_close(found, expected, rtol=0, atol=tolerance * expected.std().item())
 
 
-def test_statistics_of_features_are_the_cpus():
+def test_statistics_of_features_are_those_of_the_cpu():
     images, _ = data.load().batch(list(range(200)))
     here, there = (features.measure(images.to(device).split(64), features.vit_space(features.JUDGE, torch.device(device)))
                    for device in ("cpu", DEVICE))
