@@ -4,9 +4,10 @@ Pixels become bytes: floats of [-1, 1], [0, 1] or 0 … 255, integers of 8 or 16
 the classes that occur, and what they were their names. What fits several meanings is refused.
 """
 import zipfile
-from pathlib import Path
 
 import numpy as np
+
+from files import open_npz, readable
 
 MAPPED = 2 ** 30                 # bytes of an .npz's images above which they stay in the file
 MAX_CLASSES = 100_000            # ImageNet-21k has 21,841: more are no classes, and their table would fill the memory
@@ -29,12 +30,9 @@ def read_npz(path):
 
     ValueError or OSError, naming the path, if it is damaged or holds something else.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist")
+    readable(path)
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip archive of arrays, or was cut off")
-        with np.load(path, allow_pickle=False) as archive:
+        with open_npz(path) as archive:
             keys = [[key for key in names if key in archive] for names in (("arr_0", "images"), ("arr_1", "labels"))]
             if len(keys[0]) != 1 or len(keys[1]) > 1:
                 raise ValueError("the images must be its arr_0 or images, and their labels, if any, its arr_1 or labels, as "

@@ -45,7 +45,7 @@ from objectives import Classification, Denoising
 from pictures import grid, save_image
 from reports import now
 from sampling import (SCATTERED, STEPS, draw_images, draw_points, drawable, guidance_scale, labels_of, read_prompts, text_reader,
-                      unconditional)
+                      training_data, unconditional)
 from scoring import METRICS, measure_reference, measure_samples, possible, score_network, scores
 from settings import DEFAULT_SIZE
 
@@ -66,9 +66,9 @@ def quality(args):
     run, network, diffusion = drawable(args.ckpt)
     if network.num_classes is None or run.vae or not run.data.spec:
         raise ValueError(f"{args.ckpt}: quality needs a class-conditional run of train.py on pixels")
-    device, config = processes(args.device)[0], run.config
+    device, config, spec = processes(args.device)[0], run.config, training_data(run)
     (images, labels), (test_images, test_labels) = (
-        first_of(data.load(run.data.spec, config["image_size"], split, config["cache"], config["skip_bad"]))
+        first_of(data.load(spec, config.get("image_size"), split, skip_bad=bool(config.get("skip_bad"))))
         for split in ("train", "test"))
     classes, scale = list(range(network.num_classes)), guidance_scale(network)
     drawn = draw_images(network.to(device), diffusion, range(args.n), classes, args.seed)
@@ -281,9 +281,10 @@ def prompt_quality(args):
                               "--device", args.device])
     run, network, diffusion = drawable(out)
     config = run.config
-    if (config["model"], config["data"], config["seed"]) != (args.model, args.data, args.seed):
-        raise ValueError(f"{out} is a run of --model {config['model']} --data {config['data']} --seed {config['seed']}: ask for "
-                         "that, or make another with --out NAME.pt")
+    model, spec, seed = (config.get(key) for key in ("model", "data", "seed"))
+    if (model, spec, seed) != (args.model, args.data, args.seed):
+        raise ValueError(f"{out} is a run of --model {model} --data {spec} --seed {seed}: ask for that, or make another with --out "
+                         "NAME.pt")
     network = network.to(processes(args.device)[0])
     kinds = {"one object, colour and shape": [f"a {name}" for name in shapes.CLASSES],
              "one object, with its size": [f"a {size} {name}" for size in shapes.SIZES for name in shapes.CLASSES]}
@@ -292,7 +293,7 @@ def prompt_quality(args):
         kinds |= {"two or three": [text for text in captions if text.startswith(("two", "three"))],
                   "two in a relation": [text for text in captions if any(f" {word} a " in text for word in shapes.RELATIONS)]}
     reader, pictures = text_reader(run, network), []
-    y_null = unconditional(network, reader, config["cfg_drop"])
+    y_null = unconditional(network, reader, config.get("cfg_drop"))
     print(f"{args.n} images a row of {out} (step {run.step}), seed {args.sample_seed}, dpm++ {STEPS} steps, guidance "
           f"{guidance_scale(network, y_null=y_null):g}; right: all that the prompt names is there as it says, and nothing else")
     for kind, prompts in kinds.items():

@@ -7,19 +7,11 @@ Nothing else is ever unpickled: files are read with weights_only=True. Released 
     python checkpoint.py run.pt --slim shared.pt
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
-import argparse
-import fcntl
-import json
 import math
-import mmap
 import os
 import re
-import stat
 import sys
-import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -31,14 +23,15 @@ import models
 import text
 from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
 from ddpm import SCHEDULES, Diffusion
-from files import atomic_file, check_output, read_text, sha256_of, writing
+from files import atomic_file, check_output, read_text, sha256_of
 from models import clip_encoder, released_autoencoder, released_run
+from tensor_files import read
 
 VERSION = 1
 EMBEDDED = 32 * 2 ** 20                          # bytes of an autoencoder's weights below which a run carries them
 CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin")                # Hugging Face's names for them
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+MOST_STEPS = 10_000                              # of a diffusion process; published ones have 4,000
+MISFIT = (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)         # of what a file says, when it is used
 
 
 @dataclass
@@ -64,6 +57,7 @@ class Data:
     image_size: int | tuple | list               # likewise
     images: int | None = None                    # how many it trains on
     fingerprint: str | None = None               # of these images, see `data.fingerprint`
+    summary: str | None = None                   # what they were read as, see `data.Dataset.summary`
 
 
 @dataclass
@@ -104,20 +98,27 @@ class Run:
     bad_steps: int = 0                           # steps in a row, up to this one, whose gradient was not finite
     log: torch.Tensor | None = None              # (2, G), losses since the last row of the log, and how many, by group
     norm: float = math.nan                       # of the last gradient
+    signature: str | None = None                 # of the places that config names, see `settings.signature`
+
+    file = None                                  # the path that it was read from
 
     def build(self, weights="ema"):
         """The network, in eval mode, and the Diffusion or None; weights: "ema" or "model".  ValueError if they do not fit."""
         try:
-            network = models.build(self.network)
-            network.load_state_dict(getattr(self, weights), strict=True)
+            network = models.build_with(self.network, getattr(self, weights))
+            classes, known = getattr(network, "num_classes", None), self.data.classes
+            if known and classes is not None and classes != len(known):
+                raise ValueError(f"it names {len(known)} classes, and its network knows {classes}")
             diffusion, process = None, self.diffusion
             if process is not None:
+                if not 0 < process.T <= MOST_STEPS:
+                    raise ValueError(f"a process of {process.T} steps, which has from 1 to {MOST_STEPS:,}")
                 betas = SCHEDULES[process.schedule](process.T, *process.range)
                 scale, offset = process.time
                 diffusion = Diffusion(betas, process.prediction, process.variance, np.arange(len(betas)) * scale + offset)
-        except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        except (ValueError, *MISFIT) as error:
             raise ValueError(f"the checkpoint does not describe its network: {' '.join(str(error).split())[:300]}") from None
-        return network.eval(), diffusion
+        return network, diffusion
 
 
 def plain(record):
@@ -137,11 +138,30 @@ def typed(kind, content):
             value = typed(record, value)
         if not isinstance(value, field.type):
             raise ValueError(f"its {field.name} is a {type(value).__name__}")
+        if isinstance(value, int) and not 0 <= value < 2 ** 63:
+            raise ValueError(f"its {field.name} is {str(value)[:50]}")
         values[field.name] = value
     try:
         return kind(**values)
     except TypeError as error:                           # names what is missing
         raise ValueError(f"it lacks {str(error).partition(': ')[2]}") from None
+
+
+def check_plain(run):
+    """ValueError on what no run of train.py has where it has plain values, or on numbers that mean nothing."""
+    def of(kind, values):
+        return all(isinstance(value, kind) for value in values)
+
+    data, process, scale = run.data, run.diffusion, run.vae.scale if run.vae else 1
+    for name, fits in (
+            ("config", of(str, run.config) and of((str, int, float, type(None)), run.config.values())),
+            ("classes", of(str, data.classes or ())),
+            ("image_size", isinstance(data.image_size, int) or len(data.image_size) == 2 and of(int, data.image_size)),
+            ("range", process is None or len(process.range) <= 2 and of((int, float), process.range)),
+            ("time", process is None or len(process.time) == 2 and of((int, float), process.time)),
+            ("scale", 0 < scale < math.inf)):
+        if not fits:
+            raise ValueError(f"its {name} is none")
 
 
 def save(path, run):
@@ -195,127 +215,6 @@ class Saves:
             self.wait()
 
 
-@contextmanager
-def sole_writer(path):
-    """Keep a second process from writing the same run, by a lock on an empty file beside it, which is removed at the end.
-
-    ValueError if one does already, or if something else has the lock's name.
-    """
-    run = Path(os.path.realpath(path))
-    lock = run.with_name(f".{run.name}.lock")
-    with writing(lock):
-        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "rb")
-    with file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size:
-            raise ValueError(f"{lock} is not empty, and no lock of train.py: move it away")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
-            sole = os.path.samestat(found, os.stat(lock))                # and nobody removed it meanwhile
-        except (BlockingIOError, FileNotFoundError):
-            sole = False
-        except OSError as error:                         # the disk has no locks
-            print(f"warning: {path} is written without a lock, which its disk does not have: {error.strerror}", file=sys.stderr)
-            sole = True
-        if not sole:
-            raise ValueError(f"{path} is being written by another run: choose another --out") from None
-        try:
-            yield
-        finally:
-            if not os.fstat(file.fileno()).st_size:
-                lock.unlink(missing_ok=True)
-
-
-def damaged(path):
-    """The name of a record in a zip archive whose checksum is wrong, or None: torch writes checksums and does not read them.
-
-    A compressed record is damaged, too: torch writes none, and would map its bytes as they are.
-    """
-    with zipfile.ZipFile(path) as archive:
-        return next((entry.filename for entry in archive.infolist() if entry.compress_type), None) or archive.testzip()
-
-
-def tensors_in(content):
-    """The tensors of nested dicts and lists."""
-    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return [content] if torch.is_tensor(content) else [tensor for part in parts for tensor in tensors_in(part)]
-
-
-def read(path):
-    """The content of a .pt or .safetensors file, mapped. ValueError or OSError if it is missing, damaged, or would run code.
-
-    Checksums are compared where there are some: by the first process of a machine alone. The others only map the file, and
-    wait for it where processes join.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: there is no such file")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                  # of what is then refused
-        try:
-            archive = zipfile.is_zipfile(path)           # older files of torch are none, and cannot be mapped
-            record = damaged(path) if archive and os.environ.get("LOCAL_RANK", "0") == "0" else None
-            if record:
-                raise ValueError(f"the checksum of its record {record} is wrong")
-            with torch.serialization.safe_globals([argparse.Namespace]):             # training code's flags, which run nothing
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-            if not archive and not all(tensor.isfinite().all() for tensor in tensors_in(content)):       # without checksums
-                raise ValueError("it holds numbers that are NaN or infinite")
-            return content
-        except (MemoryError, PermissionError):
-            raise
-        except Exception as error:                       # torch raises anything at all on a damaged file
-            if found := re.search(r"Unsupported global: GLOBAL ([\w.]{1,100})", str(error)):
-                raise ValueError(f"{path} holds Python objects, as {found[1]}, which could run code and are not loaded: save the "
-                                 "network's state_dict(), or of released weights use the .safetensors file") from None
-            reason = f" ({error})" if isinstance(error, ValueError) else ""
-            raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off{reason}, or holds Python objects, "
-                             "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
-
-
-def unique(pairs):
-    """A JSON object's pairs as a dict.  ValueError on a name that stands twice."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name appears twice")
-    return dict(pairs)
-
-
-def read_safetensors(path):
-    """Tensors by name, mapped from the file.  Layout: 8 bytes of header length, a JSON header, the raw tensors.
-
-    ValueError unless the tensors follow one another without a gap to the end of the file, each as long as its shape says.
-    """
-    size = Path(path).stat().st_size
-    try:
-        with open(path, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            if not 8 <= start <= size:
-                raise ValueError("it ends before its header does")
-            header = json.loads(file.read(start - 8), object_pairs_hook=unique)
-            header.pop("__metadata__", None)
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)           # read when touched, writable without the file
-        tensors, place = {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is of {str(entry['dtype'])[:20]}, and such numbers, as of quantised weights, are not "
-                                 "read: take a file of F32, F16 or BF16")
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if len(shape) > 64 or any(type(number) is not int or not 0 <= number <= size for number in (*shape, begin, end)):
-                raise ValueError(f"{name} has an impossible shape or place")         # before the sides are multiplied
-            count = math.prod(shape)
-            if begin != place or end - begin != count * dtype.itemsize or start + end > size:
-                raise ValueError(f"{name}, bytes {begin} to {end}, leaves a gap, overlaps, or is not of its shape {shape}")
-            flat = torch.frombuffer(content, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
-            if not flat.isfinite().all():                # there is no checksum
-                raise ValueError(f"{name} holds numbers that are NaN or infinite")
-            tensors[name], place = flat.to(dtype).reshape(shape), end
-        return tensors
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError, RuntimeError) as error:
-        raise ValueError(f"cannot read the safetensors file {path}: {error}") from None
-
-
 def load(path, config=None):
     """The Run in a run.pt, or one made up around official weights (then without optimizer; config: see `models.infer`).
 
@@ -328,11 +227,14 @@ def load(path, config=None):
             if released["places"][1:] and os.environ.get("RANK", "0") == "0":
                 first, *others = (place.strip(".") or "its top level" for place in released["places"])
                 print(f"{path} holds several sets of weights: {first} is taken, not {', '.join(others)}", file=sys.stderr)
-            return typed(Run, {"version": VERSION, **released})
+            content = {"version": VERSION, **released}
         if content["version"] != VERSION:
-            raise ValueError(f"it has format version {content['version']}, this code reads {VERSION}")
-        return typed(Run, content)
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"it has format version {str(content['version'])[:50]}, this code reads {VERSION}")
+        run = typed(Run, content)
+        check_plain(run)
+        run.file = Path(path)
+        return run
+    except (ValueError, *MISFIT) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {path}: {reason}") from None
 
@@ -360,7 +262,7 @@ def load_autoencoder(path):
             network.scale = run.vae.scale
         else:
             run, network = None, released_autoencoder(content)
-    except ValueError as error:
+    except (ValueError, *MISFIT) as error:
         raise ValueError(f"cannot use {path}: {error}") from None
     small = run and sum(value.nbytes for value in network.state_dict().values()) < EMBEDDED
     network.origin = Autoencoder(network.scale, str(Path(path).resolve()), sha256_of(path),
@@ -382,7 +284,7 @@ def load_clip(path):
     tensors = read(path)
     try:
         encoder = clip_encoder(tensors)
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (ValueError, *MISFIT) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds no text encoder of CLIP: {reason}") from None
     settings = folder / "config.json"                    # where it is there: OpenCLIP's shapes do not show their exact GELU
@@ -403,17 +305,19 @@ def summary(path):
 
     run = load(path)
     try:
+        models.check_description(run.network)
         rows = {
             "network": f"{run.network['class']} {listed(run.network['arguments'])}",
             "parameters": f"{sum(value.numel() for value in run.model.values()):,}",
             "diffusion": listed({field.name: value for field in fields(Process) if run.diffusion
                                  and (value := getattr(run.diffusion, field.name)) != field.default}),
-            "data": listed(plain(run.data)),
+            "data": listed({**plain(run.data), "summary": None}),
+            "found": run.data.summary,
             "latents": f"of an autoencoder, scaled by {run.vae.scale}" if run.vae else "",
             "flags": " ".join(f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
                               for key, value in run.config.items() if value is not None and value is not False),
         }
-    except (KeyError, AttributeError, TypeError) as error:
+    except (ValueError, *MISFIT) as error:
         raise ValueError(f"{path} does not describe its network: {error}") from None
     title = f"{path}: " + ("official weights" if run.step is None else f"a run at step {run.step}")
     return [title, *(f"{name:10} {value}" for name, value in rows.items() if value)]

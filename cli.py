@@ -1,11 +1,14 @@
 """What the commands share: flags, errors in one line, devices, processes and signals."""
 import argparse
+import json
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr and exit status 2."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 class Terminated(BaseException):
@@ -40,14 +43,32 @@ def message_of(error):
         return "out of memory on the device: lower --batch-size, or raise train.py's --accumulate", 2
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
         return f"this machine's memory is full: lower --batch-size, --n or --image-size ({error or 'MemoryError'})", 2
+    if isinstance(error, RuntimeError) and re.search("by peer|remote process exited", str(error)):
+        return "another process ended, which says why", 2
     if isinstance(error, (ValueError, OSError)):         # with which this code answers what a user can cause
         return str(error), 2
     return {KeyboardInterrupt: ("stopped by Ctrl-C", 130), Terminated: ("stopped by SIGTERM", 143)}.get(type(error), (None, 0))
 
 
+def say_last(line):
+    """Print the line of an error on stderr; under torchrun the first process of a machine does.
+
+    After it torchrun prints sixty lines of its own, which end with what a process left in a file: the line, once more.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not report or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    if report:
+        with suppress(OSError):
+            Path(report).write_text(json.dumps(dict(message=line, timestamp=int(time.time()))))
+
+
 @contextmanager
 def one_line_errors(command):
     """Turn what a user can cause into one line on stderr and an exit status, see `message_of`; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):              # a file's name may hold bytes that are no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     in_main, old = threading.current_thread() is threading.main_thread(), {}
     if in_main:
         old[signal.SIGTERM] = signal.signal(signal.SIGTERM, raise_terminated)
@@ -59,7 +80,7 @@ def one_line_errors(command):
         message, status = message_of(error)
         if message is None:
             raise
-        print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+        say_last(f"{command}: {' '.join(message.split())}")
         sys.exit(status)
     else:
         if dist.is_initialized() and dist.get_rank() > 0:
@@ -79,10 +100,10 @@ def add_overwrite_flag(parser):
 
 
 def at_least(least, kind):
-    """An argparse type: a finite number of a kind, int or float, from `least` on."""
+    """An argparse type: a finite number of a kind, int of 64 bits or float, from `least` on."""
     def number(text):
-        if not least <= kind(text) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {least} on")
+        if not least <= kind(text) < (2 ** 63 if kind is int else float("inf")):
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {least} on, or is too large")
         return kind(text)
     return number
 

@@ -48,7 +48,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from cli import Parser, add_overwrite_flag, one_line_errors, rule_of
-from files import atomic_file, output_file
+from files import atomic_file, output_file, readable
 from mathml import equation, error
 
 PAGE, STYLE = (Path(__file__).parent / "assets" / name for name in ("companion.html", "companion.css"))
@@ -350,7 +350,7 @@ def main(argv=None):
         report = Path(args.report)
         root = report.absolute().parent
         try:
-            text = report.read_text(encoding="utf-8")
+            text = readable(report).read_text(encoding="utf-8")
             made = synced(text, root) if args.sync else page(text, root, Path(args.out).absolute().parent)
         except ValueError as reason:
             raise ValueError(f"{report.name}, {reason}") from None

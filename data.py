@@ -2,12 +2,14 @@
 
 Report §4-5 (training data). Files and caches hold uint8 NHWC, the networks see float32 NCHW in [-1, 1]; every level survives
 the round trip. A tenth of any data set without a test split of its own is held out, the same tenth for every command.
-Image files are image_files.py's.
+Folders of images are folders.py's.
 """
 import hashlib
+import io
 import json
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,12 @@ from PIL import Image
 
 import shapes
 from arrays import read_npz
-from files import cache_folder, download
-from image_files import center_crop, coco, image_folder
+from files import cache_folder, download, readable, unpacked
+from folders import coco, image_folder
+from image_files import center_crop, decoded
 from points import POINTS, swiss_roll
 
+OWN_SETS = ("mnist", "shapes", "shapes:one", "swissroll", "cifar10")        # never a file or folder: ./mnist is one
 ASSETS = Path(__file__).parent / "assets"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -56,6 +60,12 @@ def augment(x, flip=None, offset=None):
     return x
 
 
+def shortened(texts):
+    """The first five of a list of texts, none of them long, in words."""
+    texts = [f'"{text}"' if "," in text else text for text in texts]
+    return ", ".join(text if len(text) <= 50 else f"{text[:49]}…" for text in texts[:5]) + ", …" * (len(texts) > 5)
+
+
 class Dataset:
     """Images and labels, in memory or memory-mapped.
 
@@ -67,7 +77,7 @@ class Dataset:
     autoencoder = None                                   # of a data set of latents, see latents.Latents
     checksums = None                                     # (M,) of images that were decoded from files
     pixel_range = "uint8"                                # what the pixels were before, in words
-    left_out = ()                                        # what of the data was not read, in words
+    held_out, left_out = "nothing", ()                   # in words: what of the data the test split is; what was not read
 
     def __init__(self, spec, images, labels=None, classes=None, rows=None, captions=None):
         self.spec, self.images, self.labels, self.captions = spec, images, labels, captions
@@ -79,6 +89,26 @@ class Dataset:
 
     def __len__(self):
         return len(self.rows)
+
+    @cached_property
+    def summary(self):
+        """What the data was read as, in a line: images, size, channels, range, classes, captions, split, and what is left out."""
+        part = self.images if type(self.images) is np.ndarray else self.images[self.spread(256)]
+        height, width = self.image_size
+        colour = {1: "grey", 3: "colour"}[self.channels]
+        levels = f"levels {part.min()} to {part.max()}" + f" ({self.pixel_range})" * (self.pixel_range != "uint8")
+        classes, captions = "no classes", "no captions"
+        if self.classes:
+            classes = f"{self.num_classes:,} class{'es' * (self.num_classes > 1)}: {shortened(self.classes)}"
+        if self.captions:
+            captions = f"captions, such as {shortened(self.captions[self.rows[0]][:1])}"
+        line = (f"{self.spec}: {len(self):,} image{'s' * (len(self) != 1)}, {width}x{height} pixels, {colour}, {levels}; {classes}; "
+                f"{captions}; held out: {self.held_out}; left out: {'; '.join(self.left_out) or 'nothing'}")
+        return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+    def spread(self, n):
+        """The rows of up to n images of this split, evenly spread."""
+        return self.rows[np.linspace(0, len(self) - 1, min(n, len(self)), dtype=int)]
 
     def batch(self, indices, epochs=0):
         """Images (n, H, W, C) uint8, and conditions as `condition` says, as tensors, for indices (n,) in 0 .. len - 1."""
@@ -116,7 +146,7 @@ def fingerprint(dataset):
     """
     images = dataset.images if type(dataset.images) is np.ndarray else dataset.checksums
     if images is None:
-        images = dataset.images[dataset.rows[np.linspace(0, len(dataset) - 1, min(1000, len(dataset)), dtype=int)]]
+        images = dataset.images[dataset.spread(1000)]
     digest = hashlib.sha256(json.dumps([list(dataset.images.shape), dataset.classes, dataset.captions]).encode())
     for array in (dataset.rows, images, *([] if dataset.labels is None else [dataset.labels[dataset.rows]])):
         digest.update(np.ascontiguousarray(array))
@@ -125,6 +155,11 @@ def fingerprint(dataset):
 
 class Points(Dataset):
     """Points in the plane as images of one pixel, a channel a coordinate: images (M, 1, 1, 2) float32, without labels."""
+
+    @property
+    def summary(self):
+        """What the data is, in a line."""
+        return f"{self.spec}: {len(self):,} points in the plane; held out: {self.held_out}"
 
     def batch(self, indices, epochs=0):
         """Points (n, 2, 1, 1) float32, as the networks see them, and no labels."""
@@ -178,14 +213,14 @@ def ahead(read, items, device):
 
 def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False):
     """Load "mnist", "shapes" (10,000 images), "shapes:one" (one object each), "swissroll", "cifar10", "cifar10:DIR", "coco:DIR", a
-    folder of images (class sub-folders, or flat and then without labels; perhaps with a .txt of captions beside each) or an .npz
-    file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
+    folder of images, see folders.py, or an .npz file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
 
     image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train", "test" or "all".
     cache: folder of caches and downloads. skip_bad: leave out files that cannot be read, instead of stopping at the first.
     ValueError or OSError, in one line, on anything that cannot be used.
     """
     name, _, argument = spec.partition(":")
+    own_split = None                                     # in words, where the data has one
     if spec == "mnist":
         dataset = _mnist(image_size)
     elif spec in ("shapes", "shapes:one"):
@@ -198,32 +233,35 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
             raise ValueError("--image-size: swissroll holds points, which have none")
         dataset = Points(spec, swiss_roll(POINTS).reshape(-1, 1, 1, 2).numpy())
     elif name == "cifar10":
-        return _resized(_cifar10(argument or None, split, cache), image_size)
+        dataset, own_split = _resized(_cifar10(argument or None, split, cache), image_size), "its test batch"
     elif spec.endswith(".npz"):
         images, labels, classes, pixel_range, left_out = read_npz(spec)
         dataset = _resized(Dataset(spec, images, labels, classes), image_size)
         dataset.pixel_range, dataset.left_out = pixel_range, left_out
-    elif name == "coco" and Path(argument).is_dir():
-        images, rows, checksums, captions, own_split = coco(Path(argument), split, image_size, cache, skip_bad)
-        dataset = Dataset(spec, images, rows=rows, captions=captions)
-        dataset.checksums = checksums
-        if own_split:
-            return dataset
+    elif name == "coco" and argument and Path(argument).is_dir():
+        dataset, own_split = _of_files(spec, coco(Path(argument), split, skip_bad), image_size, cache, skip_bad)
     elif Path(spec).is_dir():
-        images, rows, checksums, labels, classes, captions = image_folder(Path(spec), image_size, cache, skip_bad)
-        dataset = Dataset(str(Path(spec)), images, labels, classes, rows, captions)
-        dataset.checksums = checksums
+        dataset, own_split = _of_files(spec, image_folder(Path(spec), split, skip_bad), image_size, cache, skip_bad)
     else:
         raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, an "
                          "existing folder, nor an .npz file")
-    if split == "all":
-        return dataset
-    order = np.random.default_rng(0).permutation(len(dataset))           # the same tenth is held out, whoever asks
-    held_out = max(1, len(dataset) // 10)
-    dataset.rows = dataset.rows[np.sort(order[:held_out] if split == "test" else order[held_out:])]
-    if not len(dataset):
-        raise ValueError(f"{spec} holds too few images: one is held out, and none is left to train on")
+    if split != "all" and not own_split:
+        order = np.random.default_rng(0).permutation(len(dataset))       # the same tenth is held out, whoever asks
+        count = max(1, len(dataset) // 10)
+        dataset.rows = dataset.rows[np.sort(order[:count] if split == "test" else order[count:])]
+        own_split = f"a tenth, {count:,}"
+        if not len(dataset):
+            raise ValueError(f"{spec} holds too few images: one is held out, and none is left to train on")
+    dataset.held_out = {"train": own_split, "test": "these", "all": "nothing"}[split]
     return dataset
+
+
+def _of_files(spec, files, image_size, cache, skip_bad):
+    """The Dataset of image files, `folders.Files`, and their own split."""
+    images, rows, checksums, bad = decoded(files.name, files.folder, files.paths, image_size, cache, skip_bad)
+    dataset = Dataset(spec, images, files.labels, files.classes, rows, files.captions)
+    dataset.checksums, dataset.left_out = checksums, files.left_out + bad
+    return dataset, files.own_split
 
 
 def _mnist(image_size):
@@ -246,9 +284,9 @@ def _cifar10(folder, split, cache):
     places = [place for place in (Path(folder), Path(folder, CIFAR10_FOLDER)) if all((place / name).exists() for name in names)]
     try:
         if places:
-            parts = [(places[0] / name).read_bytes() for name in names]
+            parts = [readable(places[0] / name).read_bytes() for name in names]
         elif archive.exists():
-            with tarfile.open(archive, "r:gz") as tar:                   # members are read, never extracted to disk
+            with tarfile.open(fileobj=io.BytesIO(unpacked(archive))) as tar:         # members are read, never extracted to disk
                 parts = [tar.extractfile(f"{CIFAR10_FOLDER}/{name}").read() for name in names]
         else:
             raise ValueError(f"it has neither {names[0]} nor {archive.name}")

@@ -24,14 +24,15 @@ import data
 from cli import (Parser, add_overwrite_flag, autocast, first_in_turn, one_line_errors, positive, precision_on, processes,
                  rule_of)
 from features import default_space, measure, read_tables, save_statistics, space_named_in, space_of
-from files import append, check_output, header_of, sha256_of, writing
-from image_files import side_of
+from files import append, check_output, header_of, readable, sha256_of, writing
+from folders import side_of
+from image_files import MAX_PIXELS_HELP, allow_pixels
 from latents import embeddings
 from metrics import frechet_distance, inception_score, precision_recall      # noqa: F401  public names of this module
 from models import compile_blocks
 from points import MLP
 from sampling import (add_sampling_flags, decoder, draw_once, drawable, evaluations, guidance_scale, parse_classes, pixel_shape,
-                      text_reader, unconditional)
+                      text_reader, training_data, unconditional)
 from scoring import METRICS, REFERENCE_IMAGES, lacks, measure_reference, measure_samples, possible, scores, warn_of_few
 
 FULL, QUICK = 50_000, 2_000            # samples of a run: what papers take for FID; enough for the 64 features of the judge
@@ -43,7 +44,7 @@ COLUMNS = ("samples", "step", "n", "reference", "reference_n", "features", "feat
 
 def in_files(spec):
     """Whether a --samples or --reference is a folder or an .npz, whose images count all, and no data set by name."""
-    return spec.endswith(".npz") or Path(spec).is_dir()
+    return spec.endswith(".npz") or spec not in data.OWN_SETS and Path(spec).is_dir()
 
 
 def images_of(spec, split, args):
@@ -52,7 +53,7 @@ def images_of(spec, split, args):
     if tables and not tables["images"]:
         return None
     with first_in_turn():
-        side = args.image_size or (side_of(spec) if Path(spec).is_dir() else None)
+        side = args.image_size or (side_of(spec) if in_files(spec) and not spec.endswith(".npz") else None)
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
@@ -64,9 +65,9 @@ def read_images(args, run):
     if args.reference:
         real = images_of(args.reference, "train", args)
     else:
-        config = run.config
+        side, skip_bad = args.image_size or run.config.get("image_size"), bool(run.config.get("skip_bad"))
         with first_in_turn():
-            real = data.load(run.data.spec, config["image_size"], "train", args.cache or config["cache"], config["skip_bad"])
+            real = data.load(training_data(run), side, "train", args.cache, skip_bad)
     if args.save_reference and real is None:
         raise ValueError(f"--save-reference: {args.reference} holds no images, which the file should show")
     fake = images_of(args.samples, "test", args) if args.samples else None
@@ -110,6 +111,7 @@ def flags():
     parser.add_argument("--n", type=positive, help=f"samples (default: all of --samples; of a run {FULL} for Inception, else "
                         f"{QUICK})")
     parser.add_argument("--image-size", type=positive, help="crop and scale the images to this side (default: as they are)")
+    parser.add_argument("--max-pixels", type=positive, help=MAX_PIXELS_HELP)
     parser.add_argument("--save-reference", metavar="FILE", help="write the reference, measured, as an .npz in ADM's layout")
     add_overwrite_flag(parser)
     parser.add_argument("--results", default="results.csv", help="a row is added to this file (default: results.csv)")
@@ -132,8 +134,8 @@ def validate(args):
     for metric in wanted:
         if metric not in METRICS:
             raise ValueError(f"--metrics: {metric!r} is none of {', '.join(METRICS)}; Inception's FD is FID")
-    if args.features not in (None, "inception") and not Path(args.features).is_file():
-        raise ValueError(f"--features {args.features}: there is no such file")
+    if args.features not in (None, "inception"):
+        readable(args.features)
     for name in ("vae", "clip", "classes", "compile"):
         if getattr(args, name) and not args.ckpt:
             raise ValueError(f"--{name} says how the samples of --ckpt are drawn")
@@ -178,12 +180,12 @@ def report(args, found, reference, fake, space, how):
     print(f"reference   {number_of(real.n)} of {reference.name}{training}")
     print(f"features    {space.name}, weights {space.sha256[:8]}\n")
     for metric, value in found.items():
-        line = f"{space.title(metric):24}" + (f"{value:10.3f}" if metric in ("IS", "FD", "sFD") else f"{value:10.4f}")
+        line = f"{space.title(metric):24}" + (f"{value:z10.3f}" if metric in ("IS", "FD", "sFD") else f"{value:10.4f}")
         if metric in ("precision", "recall"):
             line += f"   {number_of(len(real.rows))} real images"
         if metric in reference.floor:
             half = number_of(len(reference.order) // 2)
-            line += f"   two halves of the reference, {half} images each: {reference.floor[metric]:.3f}"
+            line += f"   two halves of the reference, {half} images each: {reference.floor[metric]:z.3f}"
         print(line)
     writer = csv.DictWriter(rows := io.StringIO(), COLUMNS, extrasaction="ignore")       # of what only tells samples apart
     if not (there := Path(args.results)).exists() or not there.stat().st_size:
@@ -212,6 +214,7 @@ def score_samples(args):
         how = dict(vae=args.vae and sha256_of(args.vae), classes=parse_classes(args.classes, names, network.num_classes),
                    cfg_scale=guidance_scale(network, args.cfg_scale, y_null), sampler=sampler,
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
+    allow_pixels(args.max_pixels or run and run.config.get("max_pixels"))
     name = args.reference or run.data.spec
     check_saving(args, name)
     device, rank, _ = processes(args.device, args.compile, precision=args.precision)
@@ -220,6 +223,9 @@ def score_samples(args):
         how["precision"] = args.precision
 
     real_images, fake_images = read_images(args, run)
+    for images in (real_images, fake_images) if rank == 0 else ():
+        if images:
+            print(images.summary)
     if fake_images:
         names, shape = fake_images.classes, fake_images.images.shape[1:]
     if real_images and shape and tuple(real_images.image_size) != tuple(shape[:2]):

@@ -16,10 +16,11 @@ import torch
 
 import data
 import inception
-from checkpoint import load, read
+from checkpoint import load
 from cli import gathered, place, share
-from files import atomic_file, sha256_of
+from files import atomic_file, open_npz, readable, sha256_of
 from metrics import Statistics
+from tensor_files import read
 
 JUDGE = data.ASSETS / "vit-mnist.pt"   # a ViT that knows the embedded digits: scores without a download
 BATCH = 64                             # images at once
@@ -203,10 +204,11 @@ def read_tables(path):
     Inception by PyTorch's resize. None if there is no mu, or the path, perhaps None, is not that of an .npz. ValueError if the
     file is damaged or its tables do not fit.
     """
-    if not str(path).endswith(".npz") or not Path(path).is_file():
+    if not str(path).endswith(".npz") or not Path(path).exists():
         return None
+    readable(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open_npz(path) as archive:
             if "mu" not in archive:
                 return None
             found = {key: torch.from_numpy(archive[key].astype(np.float64)) for key in ("mu", "sigma", "mu_s", "sigma_s")

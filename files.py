@@ -6,12 +6,15 @@ import codecs
 import csv
 import errno
 import fcntl
+import gzip
 import hashlib
 import http.client
 import io
 import os
 import re
 import secrets
+import stat
+import sys
 import urllib.request
 import warnings
 import zipfile
@@ -31,6 +34,46 @@ ROOM, RIGHTS = "make room on the disk, or choose a place on another one", "choos
 REMEDIES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
             errno.EROFS: RIGHTS, errno.ENOENT: "make its folder", errno.EEXIST: "choose another name",
             errno.ENOTDIR: "choose another folder", errno.EIO: "look at the disk"}       # of what a disk answers that takes no file
+UNPACKED, RATIO = 2 ** 27, 64                    # bytes that a compressed file may become, or times its own
+
+
+# What a command may read
+
+def readable(path):
+    """The path of a file to read.  OSError if there is none, or what may never end: a pipe, a socket, a device."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if not path.is_file():
+        raise OSError(f"{path} is a {'folder' if path.is_dir() else 'pipe, a socket or a device'}: a regular file is needed")
+    return path
+
+
+def check_unpacked(path, size):
+    """ValueError if a compressed file becomes more bytes than one of its size may; a hostile one becomes a thousandfold."""
+    limit = max(UNPACKED, RATIO * os.path.getsize(path))
+    if size > limit:
+        raise ValueError(f"it becomes more than {limit:,} bytes, {RATIO} times its own or {UNPACKED:,}: where this is meant, leave "
+                         "it uncompressed")
+
+
+def open_npz(path):
+    """An .npz, whose arrays NumPy reads when they are asked for.  ValueError or OSError if it is none, or as `check_unpacked`."""
+    if not zipfile.is_zipfile(readable(path)):
+        raise ValueError("it is no zip archive of arrays, or was cut off")
+    with zipfile.ZipFile(path) as archive:
+        check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))       # of which no entry gives more
+    return np.load(path, allow_pickle=False)
+
+
+def unpacked(path):
+    """The bytes in a .gz.  ValueError, OSError, EOFError or zlib.error if it is damaged, or as `check_unpacked`."""
+    content = bytearray()
+    with gzip.open(readable(path)) as file:
+        while piece := file.read(2 ** 20):
+            content += piece
+            check_unpacked(path, len(content))
+    return bytes(content)
 
 
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
@@ -57,7 +100,7 @@ def decoded_text(raw, path, errors="strict"):
 
 def read_text(path, errors="strict"):
     """The text of a user's file, see `decoded_text`; OSError if it cannot be read."""
-    return decoded_text(Path(path).read_bytes(), path, errors)
+    return decoded_text(readable(path).read_bytes(), path, errors)
 
 
 def csv_rows(text, path, restval=None):
@@ -79,11 +122,15 @@ def csv_rows(text, path, restval=None):
     return tuple(reader.fieldnames or ()), rows
 
 
+# What is written, and where
+
 def cache_folder(cache=None):
-    """The folder of caches and downloads, made if it does not exist: `cache`, or the user's."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-transformers"
-    folder = Path(cache) if cache else user
-    with writing(f"the cache {folder}, which --cache names"):
+    """The folder of caches and downloads, made if it does not exist: `cache`, or the user's.  OSError if it cannot be had."""
+    try:
+        folder = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion-transformers"))
+    except RuntimeError:                                 # of a user whom the machine does not know, as in a container
+        raise OSError("there is no home for the cache: --cache DIR names a folder for it") from None
+    with writing(f"the cache {folder}, in whose place --cache DIR names another"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -154,10 +201,41 @@ def atomic_file(path, check=lambda: None):
             raise
 
 
+@contextmanager
+def sole_writer(path):
+    """Keep a second process from writing the same run, by a lock on an empty file beside it, which is removed at the end.
+
+    ValueError if one does already, or if something else has the lock's name.
+    """
+    run = Path(os.path.realpath(path))
+    lock = run.with_name(f".{run.name}.lock")
+    with writing(lock):
+        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "rb")
+    with file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size:
+            raise ValueError(f"{lock} is not empty, and no lock of train.py: move it away")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel lets go of it however the process ends
+            sole = os.path.samestat(found, os.stat(lock))                # and nobody removed it meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            sole = False
+        except OSError as error:                         # the disk has no locks
+            print(f"warning: {path} is written without a lock, which its disk does not have: {error.strerror}", file=sys.stderr)
+            sole = True
+        if not sole:
+            raise ValueError(f"{path} is being written by another run: choose another --out") from None
+        try:
+            yield
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                lock.unlink(missing_ok=True)
+
+
 def append(path, rows):
     """Add rows, a text, to a table: after an error of the disk or a signal none of them is in it."""
     with writing(path), open(path, "ab+", buffering=0) as file:
-        size, left = file.tell(), rows.encode()
+        size, left = file.tell(), rows.encode("utf-8", "surrogateescape")
         if size and os.pread(file.fileno(), 1, size - 1) != b"\n":       # an editor left out the last one
             left = b"\n" + left
         try:
@@ -209,7 +287,7 @@ def own_gif(path, purpose):
 
 def own_samples(path, purpose):
     """Whether an .npz is marked; earlier versions' hold images whose labels take turns, and nothing else."""
-    with np.load(path, allow_pickle=False) as archive:
+    with open_npz(path) as archive:
         if archive.zip.comment or set(archive.files) != {"arr_0", "arr_1"}:
             return archive.zip.comment == mark(purpose).encode()
         labels = archive["arr_1"]
@@ -219,7 +297,7 @@ def own_samples(path, purpose):
 
 def own_reference(path, purpose):
     """Whether an .npz holds what features.save_statistics writes, of evaluate.py and not of the cache."""
-    with np.load(path, allow_pickle=False) as archive:
+    with open_npz(path) as archive:
         return {"mu", "sigma", "features", "features_sha256"} <= set(archive.files) and "rows" not in archive
 
 
@@ -320,7 +398,8 @@ def holds_run(path):
     """Whether a file, whatever its name, is a checkpoint with AdamW's moments, which can be trained on."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/data.pkl") and b"exp_avg" in archive.read(name) for name in archive.namelist())
+            return any(entry.filename.endswith("/data.pkl") and not entry.compress_type and b"exp_avg" in archive.read(entry)
+                       for entry in archive.infolist())
     except Exception:                                    # see above
         return False
 
@@ -334,7 +413,7 @@ def output_file(path, purpose, inputs=(), overwrite=None):
 
 def sha256_of(path):
     """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open(readable(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,9 +1,10 @@
-"""Image files: one, a folder of them with class sub-folders or a .txt of captions beside each, or MS-COCO.
+"""Image files: one as a viewer shows it, and lists of them, decoded once into a table of uint8.
 
-They are decoded once, centre-cropped as in ADM (Dhariwal & Nichol 2021), into a table of uint8, and have three channels unless all
-are grey. Captions are read each time.
+They are centre-cropped as in ADM (Dhariwal & Nichol 2021), and have three channels unless all are grey. Which files of a folder
+count, and what belongs to them, is folders.py's.
 """
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,22 +13,28 @@ import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache, partial
 from glob import escape
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import Image, ImageCms, ImageFile
 
-from files import read_text
+from files import readable
 from tables import Table, fill
 
+MAX_PIXELS = 10 ** 8             # of a file, unless --max-pixels allows more: they take 800 MB while they are converted
+UNREAD = {"EPS", "PDF", "PALM", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}   # EPS would run Ghostscript, others Pillow cannot read
+MAX_PIXELS_HELP = f"refuse image files of more pixels (default: {MAX_PIXELS:,})"
+STRIP = 2 ** 22                  # pixels that are converted at once
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}                 # by EXIF's orientation
 FOR_A_WORKER = 256               # image files that are worth another process, which takes a second to start
 BAD = 255                        # in place of the number of channels
+VERSION = 2                      # of the pixels that a file becomes: tables of another one are decoded anew
 
 
 def center_crop(image, size):
@@ -40,33 +47,159 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def open_image(path):
-    """Open an image file as Pillow "L" (grey) or "RGB": upright by its EXIF tag, transparency over white, 16 bits as 8.
+# One file
 
-    ValueError, naming the file, if it cannot be decoded or has more pixels than Pillow deems safe.
+def allow_pixels(count):
+    """From now on take image files of up to so many pixels, or MAX_PIXELS."""
+    Image.MAX_IMAGE_PIXELS = count or MAX_PIXELS
+
+
+allow_pixels(MAX_PIXELS)
+
+
+@cache
+def endings():
+    """The endings of the image files that can be read."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind not in UNREAD}
+
+
+@cache
+def formats():
+    """Their names in Pillow."""
+    Image.init()
+    return sorted({*Image.OPEN} - UNREAD)
+
+
+@contextmanager
+def opened(path):
+    """A Pillow image of a file, of which the header is read.  ValueError, naming the file, if that or what is done with it fails.
+
+    What is broken beside the pixels, as a text or a checksum of one, does not count.
     """
     try:
-        with warnings.catch_warnings():
+        with open(readable(path), "rb") as file, warnings.catch_warnings():        # Pillow maps a TIFF with a name, and turns it wrongly
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            Image.init()
-            opened = Image.open(path, formats=sorted(set(Image.OPEN) - {"EPS"}))     # EPS would run Ghostscript on it
-        with opened:                                     # an animation would stay open
-            image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):                                   # 16-bit grey, which Pillow would clip, not scale
-            return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers, whose range is not known")
-        if image.has_transparency_data:
-            grey = image.mode in ("LA", "La", "L", "1")
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("L" if grey else "RGB")
-        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                image = Image.open(file, formats=formats())
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False  # of pixels none may lack
+            yield image
     except FileNotFoundError:
         raise
     except Exception as error:                           # decoders raise anything at all on a damaged file
-        raise ValueError(f"cannot read the image {path}: {error}") from None
+        bomb = isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError))
+        remedy = "; --max-pixels allows more" * bomb
+        raise ValueError(f"cannot read the image {path}: {str(error) or type(error).__name__}{remedy}") from None
 
+
+def open_image(path, background="white"):
+    """Open an image file as a viewer shows it, as Pillow "L" (grey) or "RGB": upright, in sRGB, transparency over a background,
+    of an animation the first picture.
+
+    ValueError, naming the file, if it cannot be decoded, has more pixels than are allowed, or pixels of an unknown range.
+    """
+    with opened(path) as image:
+        scale_transparent_colour(image)
+        after = image.load_end
+
+        def load_end():                                  # reads what comes after the pixels
+            with suppress(Exception):
+                after()
+        image.load_end = load_end
+        image.load()
+        rows, shown = max(1, STRIP // image.width), None
+        for top in range(0, image.height, rows):
+            part = image.crop((0, top, image.width, min(top + rows, image.height)))
+            part = as_shown(part, image, background)
+            shown = shown or Image.new(part.mode, image.size)
+            shown.paste(part, (0, top))
+        try:
+            turn = UPRIGHT.get(image.getexif().get(0x0112))
+        except Exception:                                # a broken EXIF
+            turn = None
+        return shown if turn is None else shown.transpose(turn)
+
+
+def scale_transparent_colour(image):
+    """Give the transparent colour of a PNG, which counts in the file's depth, in that of Pillow's pixels; before they are read.
+
+    ValueError on one of 16 bits a channel, of which Pillow's pixels keep eight.
+    """
+    colour, raw = image.info.get("transparency"), image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if colour is not None and raw in ("L;2", "L;4"):
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw]
+    if colour is not None and raw == "RGB;16B":
+        raise ValueError("it has 16 bits and a transparent colour: save it with an alpha channel")
+
+
+def as_shown(image, file, background):
+    """A Pillow image, a part of a file's, as "L" or "RGB": see `open_image`."""
+    signed = 2 in getattr(file, "tag_v2", {}).get(339, ())               # the kind of numbers in a TIFF
+    if signed or image.mode == "I" and file.format not in ("PNG", "PPM"):
+        raise ValueError("its pixels are whole numbers of 32 bits or with a sign, whose range is not known")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = eight_bits(image, file)
+    mode, alpha = "L" if image.mode in ("1", "L", "LA", "La") else "RGB", None
+    if image.has_transparency_data:
+        image = image.convert(f"{mode}A")
+        alpha = image.getchannel("A")
+    if image.mode != "CMYK":
+        image = image.convert(mode)
+    transform = to_srgb(file.info.get("icc_profile"), image.mode)
+    if transform:
+        image = ImageCms.applyTransform(image, transform)
+    image = image.convert(mode)
+    return Image.composite(image, Image.new(mode, image.size, background), alpha) if alpha else image
+
+
+def eight_bits(image, file):
+    """A grey image of more than 8 bits, a part of a file's, as "L" or "LA".  ValueError on floats beyond black and white."""
+    pixels, tags = np.asarray(image), getattr(file, "tag_v2", {})        # of a TIFF
+    if image.mode == "F":
+        if not 0 <= pixels.min() <= pixels.max() <= 1:
+            raise ValueError(f"its pixels are floating-point numbers from {pixels.min():g} to {pixels.max():g}: black must be 0 "
+                             "and white 1")
+        levels = np.rint(255 * pixels)
+    else:
+        levels = pixels >> tags.get(258, (16,))[0] - 8   # bits of a sample: 12 or 16
+    levels = 255 - levels if tags.get(262) == 0 else levels              # white is zero
+    grey, transparent = Image.fromarray(levels.astype(np.uint8)), image.info.get("transparency")
+    if transparent is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(255 * (pixels != transparent).astype(np.uint8))))
+
+
+@lru_cache(8)
+def to_srgb(profile, mode):
+    """The transform from the pixels of a mode to sRGB, by their colour profile, bytes or None.
+
+    None where there is nothing to do: without a profile, with a broken one, one of other pixels, or sRGB's own.
+    """
+    if profile is None:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:                                    # the pixels are sound
+        return None
+    if mode in ("L", "RGB"):                             # sRGB's own would move some by a level, for rounding
+        levels = np.arange(0, 256, 17, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+        sent = Image.fromarray(colours if mode == "RGB" else levels[None])
+        moved = np.asarray(ImageCms.applyTransform(sent, transform).convert(mode)).astype(int) - np.asarray(sent)
+        return transform if abs(moved).max() > 2 else None
+    return transform
+
+
+def is_grey(pixels):
+    """Whether pixels (..., C) uint8 have equal channels, but for the level by which lossy formats part them."""
+    first, *others = np.moveaxis(pixels, -1, 0)
+    return all((np.maximum(first, other) - np.minimum(first, other) <= 1).all() for other in others)
+
+
+# Lists of files
 
 def _decode(path, size):
     """A file as (size, size, 1 or 3) uint8; or, if it is bad, the message, which crosses processes better than errors do."""
@@ -79,115 +212,9 @@ def _decode(path, size):
     return np.asarray(center_crop(image, size)).reshape(size, size, -1)
 
 
-def _image_files(folder):
-    known = set(Image.registered_extensions()) - {".pdf", ".palm", ".eps", ".ps"}       # written only, or refused
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    if not files:
-        raise ValueError(f"{folder} holds no image")
-    return files
-
-
-def side_of(folder):
-    """The pixel side of a folder's images.  ValueError if they are not squares of one size."""
-    found = {}                                           # each size, and the first image that has it
-    for path in _image_files(Path(folder)):
-        try:
-            with Image.open(path) as image:              # reads no further than its header
-                width, height = image.size
-        except Exception as error:                       # decoders raise anything at all on a damaged file
-            raise ValueError(f"cannot read the image {path}: {error}") from None
-        found.setdefault((width, height), path.name)
-        if len(found) > 1 or width != height:
-            raise ValueError(f"the images of {folder} are not squares of one size: "
-                             + ", ".join(f"{name} has {width}x{height} pixels" for (width, height), name in found.items())
-                             + "; --image-size crops and scales them to one")
-    return width
-
-
-def captions_beside(files, skip_bad):
-    """Captions of image files, the lines of the .txt beside each -> files, captions; None where there is no such .txt at all.
-
-    ValueError if some images have none, or some .txt no image; with skip_bad they are left out.
-    """
-    beside = {text.with_suffix(""): text for folder in {path.parent for path in files} for text in folder.iterdir()
-              if text.suffix.lower() == ".txt" and text.is_file()}
-    texts = {path: beside.get(path.with_suffix("")) for path in files}
-    kept = [path for path in files if texts[path]]
-    if not kept:
-        return files, None
-    lone = sorted({*beside.values()} - {*texts.values()})
-    missing = sorted({*files} - {*kept})
-    if missing or lone:
-        message = (f"{len(missing)} of {len(files)} images have no caption: the first, {missing[0]}, needs {missing[0].stem}.txt"
-                   if missing else f"{len(lone)} caption files have no image, the first is {lone[0]}")
-        if not skip_bad:
-            raise ValueError(f"{message} (--skip-bad goes on without)")
-        tqdm.write(f"left out: {message}")
-    return kept, [[line.strip() for line in read_text(texts[path]).split("\n") if line.strip()] or [""] for path in kept]
-
-
-def coco_captions(annotations, skip_bad):
-    """Image files and their captions, of a captions_*.json of MS-COCO.
-
-    The images lie beside the json or its folder, or there in a folder of its name, as train2014, in "images", or in both, one in
-    the other. ValueError, with their number, if some are missing; with skip_bad they are left out.
-    """
-    try:
-        content = json.loads(read_text(annotations))
-        names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
-        captions = {key: [] for key in names}
-        for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{annotations} holds no captions of MS-COCO: {reason}") from None
-    root, part = annotations.parent, annotations.stem.partition("_")[2]
-    root = root.parent if root.name == "annotations" else root
-    folders = [folder for folder in (root / part, root / "images" / part, root / "images", root) if folder.is_dir()]
-    found = {key: next((folder / name for folder in folders if (folder / name).is_file()), None) for key, name in names.items()}
-    missing = [names[key] for key, path in found.items() if path is None]
-    if missing:
-        message = f"{len(missing)} of {len(names)} images of {annotations.name} are missing, the first is {part}/{missing[0]}"
-        if not skip_bad or len(missing) == len(names):
-            raise ValueError(f"{message}, in {root}" + (" (--skip-bad goes on without)" if len(missing) < len(names) else ""))
-        tqdm.write(f"left out: {message}")
-    kept = sorted((path, captions[key]) for key, path in found.items() if path is not None and captions[key])
-    if not kept:
-        raise ValueError(f"{annotations} has no captioned image")
-    return [path for path, _ in kept], [texts for _, texts in kept]
-
-
-def coco(folder, split, size, cache, skip_bad):
-    """Images of MS-COCO in a folder, which of them are good, their checksums, captions, and whether it has a test split of its
-    own, captions_val*.json beside a captions_train*.json. ValueError if there is no captions_*.json."""
-    found = sorted(path for place in (folder, folder / "annotations") for path in place.glob("captions_*.json"))
-    train, val = ([path for path in found if path.stem.startswith(f"captions_{part}")] for part in ("train", "val"))
-    if not found or len(train) > 1 or len(val) > 1 or len(found) > 1 and not (train and val):
-        raise ValueError(f"coco:{folder} needs one captions_train*.json and one captions_val*.json, or one captions_*.json: it has "
-                         f"{', '.join(path.name for path in found) or 'none'}")
-    own = bool(train and val)
-    chosen = {"train": train, "test": val, "all": found}[split] if own else found
-    files, captions = (sum(parts, []) for parts in zip(*(coco_captions(path, skip_bad) for path in chosen)))
-    where = folder.resolve() / "+".join(path.stem for path in chosen)
-    return *decoded(where, folder, files, size, cache, skip_bad), captions, own
-
-
-def image_folder(folder, size, cache, skip_bad):
-    """Images of a folder, which of them are good, their checksums, labels, class names and captions; labels and names are None
-    without class sub-folders, captions without .txt files."""
-    files, captions = captions_beside(_image_files(folder), skip_bad)
-    tops = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in files]
-    if None in tops and len(set(tops)) > 1:
-        raise ValueError(f"{folder} holds images beside class sub-folders: move {files[tops.index(None)].name} into one")
-    classes = None if tops[0] is None else sorted(set(tops))
-    labels = None if classes is None else np.array([classes.index(top) for top in tops])
-    return *decoded(folder.resolve(), folder, files, size, cache, skip_bad), labels, classes, captions
-
-
 def decoded(name, folder, files, size, cache, skip_bad):
-    """Image files, decoded and cropped once -> uint8 (M, size, size, 1 or 3); the rows (N,) of the good ones, with skip_bad; and
-    checksums (M,).
+    """Image files, decoded and cropped once -> uint8 (M, size, size, 1 or 3); the rows (N,) of the good ones, with skip_bad;
+    checksums (M,); and a list that says in words what is left out.
 
     name: a path that tells this list of files of the folder from others. What a killed call decoded is there already; a list
     whose files changed is decoded anew. ValueError at a bad file, or if all are.
@@ -195,17 +222,19 @@ def decoded(name, folder, files, size, cache, skip_bad):
     if size is None:
         raise ValueError(f"{folder} is a folder, whose images may differ in size: give --image-size")
     state = [(os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = dict(files=hashlib.sha256(json.dumps(state).encode()).hexdigest())
-    prefix = f"{name.name}-{size}-{hashlib.sha256(f'{name} {size}'.encode()).hexdigest()[:16]}"
+    about = dict(files=hashlib.sha256(json.dumps(state).encode()).hexdigest(), version=VERSION,
+                 max_pixels=Image.MAX_IMAGE_PIXELS)
+    key = hashlib.sha256(os.fsencode(f"{name} {size}")).hexdigest()[:16]
+    prefix = f"{name.name[:50]}-{size}-{key}"            # a name may have 255 bytes
     columns = dict(images=((size, size, 3), np.uint8), channels=((), np.uint8))
     with Table(prefix, about, len(files), columns, cache) as table:
         for old in table.folder.parent.glob(f"{escape(prefix)}-*"):
             if old != table.folder:                      # of the files as they were
                 shutil.rmtree(old, ignore_errors=True)
-        unseen = len(table.missing())
         fill(table, partial(_decode_rows, files, size, skip_bad), f"decoding {prefix}", shared=False)
         (images, channels), checksums = table.arrays(), table.recorded(0, len(files))
     good, bad = np.flatnonzero(channels != BAD), np.flatnonzero(channels == BAD)
+    left_out = []
     if len(bad):
         message = _decode(files[bad[0]], size)
         if not isinstance(message, str):
@@ -214,9 +243,9 @@ def decoded(name, folder, files, size, cache, skip_bad):
             raise ValueError(f"{message} (--skip-bad goes on without it)")
         if not len(good):
             raise ValueError(f"none of {len(files)} files could be read; the first: {message}")
-        if unseen:
-            tqdm.write(f"left out {len(bad)} of {len(files)} files; the first: {message}")
-    return images[..., :channels[good].max()], good, checksums
+        left_out = [f"{len(bad)} of {len(files)} image files, the first: {message}"]
+    in_colour = channels[good].max() == 3 and not all(is_grey(images[i:i + 256]) for i in range(0, len(images), 256))
+    return images[..., :3 if in_colour else 1], good, checksums, left_out
 
 
 @contextmanager
@@ -229,8 +258,10 @@ def _without_ctrl_c():
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _prepare_worker():
+def _prepare_worker(max_pixels):
     """In a worker: end with the main process, however it ends."""
+    allow_pixels(max_pixels)
+
     def end_with_parent():
         wait([parent_process().sentinel])
         os._exit(1)
@@ -238,9 +269,10 @@ def _prepare_worker():
 
 
 def _decode_rows(files, size, skip_bad, rows):
-    """Decode files number `rows` for `tables.fill`: grey as colour, and how many channels there were."""
+    """Decode files number `rows` for `tables.fill`: grey as colour, and how many channels the file has."""
     workers = min(os.cpu_count() or 1, len(rows) // FOR_A_WORKER)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _prepare_worker) if workers > 1 else None
+    prepare = partial(_prepare_worker, Image.MAX_IMAGE_PIXELS)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare) if workers > 1 else None
     decode, paths = partial(_decode, size=size), [files[row] for row in rows]
     try:
         with _without_ctrl_c():                          # workers would end with a traceback, while they start, too

@@ -30,6 +30,11 @@ class Latents(Dataset):
         self.pixels, self.moments, self.autoencoder = pixels, moments, autoencoder
         self.channels, self.image_size = moments[0].shape[1], tuple(moments[0].shape[2:])
 
+    @property
+    def summary(self):
+        """What the images were read as, in a line."""
+        return self.pixels.summary
+
     def batch(self, indices, epochs=0):
         """Moments (n, F, 2, c, h, w): mean and standard deviation, of the image and, if F is 2, its mirror image; conditions."""
         moments = np.stack([table[indices] for table in self.moments], axis=1)           # (n, 2 F, c, h, w)

@@ -8,6 +8,7 @@ or the schedule, comes from tables. checkpoint.py reads the files.
 """
 import math
 import re
+from inspect import signature
 
 import torch
 
@@ -35,6 +36,7 @@ HEADS = {(size["dim"], size["depth"]): size["heads"] for sizes in (vit.SIZES, di
 LDM_PREFIX = "model.diffusion_model."
 AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?)(?![a-z])", re.I)       # in names of what training code wraps its state dicts in
 IMAGENET_CLASSES = 1000
+MOST_BLOCKS, LARGEST_SIDE, LARGEST = 1000, 4096, 10 ** 6                     # of a network in a file, and any other number of it
 SD_SCALE, COCO_SCALE = 0.18215, 0.2301           # of Stable Diffusion's latents in most releases, and in U-ViT's on MS-COCO
 
 
@@ -106,6 +108,48 @@ def build(description):
     if "text" in description:
         network.text_encoder = text.TextEncoder(**description["text"])
     return network
+
+
+def check_description(description):
+    """ValueError, KeyError or TypeError where a description, of a file perhaps, is of no network, or of one too large for any
+    machine."""
+    own, reader = NETWORKS[description["class"]], text.TextEncoder
+    for kind, arguments in ((own, description["arguments"]), (reader, description.get("text", {}))):
+        parameters = signature(kind).parameters
+        for name, value in arguments.items():
+            default = parameters[name].default
+            numbers, kinds = (value, (int, float)) if isinstance(value, (list, tuple)) else ([value], (int,))
+            fits = (type(value) is type(default) if isinstance(default, (bool, str)) else
+                    0 <= value < 1 if isinstance(default, float) else
+                    value is None or all(type(number) in kinds and 0 <= number <= LARGEST for number in numbers))
+            if not fits:
+                raise ValueError(f"{name} is {repr(value)[:50]}")
+        blocks = arguments.get("depth", 1) * arguments.get("res_blocks", 1) * len(arguments.get("multipliers", "1"))
+        side = max(vit.pair(arguments.get("image_size", 1)))
+        if blocks > MOST_BLOCKS or side > LARGEST_SIDE:
+            raise ValueError(f"{blocks} blocks for sides of {side} pixels are more than the {MOST_BLOCKS} and {LARGEST_SIDE} "
+                             "of any network known here")
+
+
+def filled(network, state):
+    """A network of the device "meta", which takes no memory, with a state dict's tensors, on the CPU and in eval mode.
+
+    ValueError on a name or a shape that differs: so a network becomes no larger than the file that its tensors are from.
+    """
+    expected, found = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (network.state_dict(), state))
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}")
+    network.to_empty(device="cpu").load_state_dict(state)
+    return network.eval()
+
+
+def build_with(description, state):
+    """The network of a description, see `check_description`, with the tensors of a state dict, see `filled`."""
+    check_description(description)
+    with torch.device("meta"):
+        network = build(description)
+    return filled(network, state)
 
 
 def compile_blocks(network):
@@ -325,9 +369,10 @@ def clip_encoder(tensors):
     (vocab, dim), length = state[text.PREFIX + text.TABLE].shape, len(state[f"{text.PREFIX}embeddings.position_embedding.weight"])
     hidden = len(state[f"{text.PREFIX}encoder.layers.0.mlp.fc1.weight"])
     depth = counted(state, f"{text.PREFIX}encoder.layers")
-    encoder = text.CLIPTextEncoder(vocab, length, dim, depth, max(1, dim // 64), hidden)     # CLIP's heads are 64 wide
-    encoder.load_state_dict(state, strict=True)
-    return encoder.eval()
+    state.pop(f"{text.PREFIX}embeddings.position_ids", None)                 # older files also hold the numbers 0 .. L-1
+    with torch.device("meta"):
+        encoder = text.CLIPTextEncoder(vocab, length, dim, depth, max(1, dim // 64), hidden)         # CLIP's heads are 64 wide
+    return filled(encoder, state)
 
 
 # Autoencoders, in CompVis's names or the diffusers library's: `released_autoencoder` is the door
@@ -384,9 +429,4 @@ def released_autoencoder(state):
             network = vae.AutoencoderKL(**infer_autoencoder(state))
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, ArithmeticError):
         raise ValueError("its tensors have the names of no autoencoder known here") from None
-    expected, found = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (network.state_dict(), state))
-    for name in expected | found:
-        if expected.get(name) != found.get(name):
-            raise ValueError(f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}")
-    network.to_empty(device="cpu").load_state_dict(state)
-    return network.eval()
+    return filled(network, state)

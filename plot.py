@@ -36,7 +36,7 @@ ARROWS = 12                                      # in each direction
 
 def read_rows(path, *needed):
     """The rows of a CSV file, dicts of text, "" where a row is short.  ValueError or OSError if there are none."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: there is no such file, and a command is one of {', '.join(COMMANDS)}")
     columns, rows = csv_rows(read_text(path), path, restval="")
     missing = [name for name in needed if name not in columns]

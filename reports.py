@@ -145,14 +145,15 @@ class Log:
 
 
 def first_line(training):
-    """What a `train.Training` trains on what, for how many epochs; and a second line where that is no work for a CPU."""
+    """What the data of a `train.Training` was read as; below it what is trained, for how many epochs; and a third line where that is
+    no work for a CPU."""
     args, dataset, start = training.args, training.dataset, training.start
     count = sum(value.numel() for value in training.state.network.state_dict().values())
     size = "x".join(map(str, dataset.image_size)) + (" latents" if args.vae else " pixels")
     epochs = math.ceil(args.steps * args.batch_size / len(dataset))
     too_long = ("\nso many images take a CPU days to months, see the minutes to go; python train.py, a DiT Ti/8 on the embedded "
                 "digits, takes minutes")
-    return (f"{training.described['class']} {args.size}, {count:,} parameters, on {len(dataset):,} images of {args.data}, {size}, "
+    return (f"{dataset.summary}\n{training.described['class']} {args.size}, {count:,} parameters, on {size}, "
             f"{dataset.channels} channel{'s' * (dataset.channels > 1)}; {training.device}, {args.precision}, {training.world} "
             f"process{'es' * (training.world > 1)}; steps {start} to {args.steps} of {args.batch_size} images, {epochs:,} "
             f"epoch{'s' * (epochs > 1)}" + too_long * (training.device.type == "cpu" and args.steps * args.batch_size > LONG))

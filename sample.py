@@ -29,7 +29,7 @@ from cli import (Parser, add_overwrite_flag, autocast, first_in_turn, gathered, 
                  processes, progress_bar, rule_of, share)
 from data import to_float, to_uint8
 from files import check_access, check_output, mark, output_file, writing
-from image_files import center_crop, open_image
+from image_files import MAX_PIXELS_HELP, allow_pixels, center_crop, is_grey, open_image
 from models import compile_blocks
 from pictures import grid, points_picture, save_image, write_gif
 from points import MLP
@@ -97,6 +97,7 @@ def flags():
     restoring.add_argument("--mask", metavar="IMAGE", help="white is hidden, black is kept; as large as the image of --inpaint")
     restoring.add_argument("--factor", type=int, choices=(2, 4), help="of --upscale")
     restoring.add_argument("--sigma", type=not_negative, help="the noise's deviation, where black is -1 and white 1")
+    restoring.add_argument("--max-pixels", type=positive, help=MAX_PIXELS_HELP)
     restoring.add_argument("--repeats", type=positive, help="of each step of --inpaint and --upscale: what is drawn agrees more "
                            f"with what is known (default: {restoration.REPEATS})")
     return parser
@@ -283,19 +284,24 @@ def fitted(image, path, size):
 def pixels_of(path, size, channels):
     """An image file as (1, C, H, W) for the size (H, W): what is changed to make it fit is said.  ValueError, OSError."""
     image = fitted(open_image(path), path, size)
-    mode = {1: "L", 3: "RGB"}[channels]
-    if image.mode != mode:
-        print(f"{path}: " + ("made grey, as the run's images are" if channels == 1 else "grey, repeated in all three colours"))
-    pixels = np.array(image.convert(mode)).reshape(1, *size, channels)
+    pixels = np.array(image.convert({1: "L", 3: "RGB"}[channels])).reshape(1, *size, channels)
+    if channels == 1 and not is_grey(np.atleast_3d(image)):
+        print(f"{path}: made grey, as the run's images are")
+    if channels == 3 and image.mode == "L":
+        print(f"{path}: grey, repeated in all three colours")
     return to_float(torch.from_numpy(pixels))
 
 
 def hidden_of(path, image_path, size):
-    """A mask's file as zeros and ones (1, 1, H, W): 1 where it is white.  ValueError if it is not as large as the image."""
-    mask, image = open_image(path).convert("L"), open_image(image_path)
+    """A mask's file as zeros and ones (1, 1, H, W): 1 where it is white, and not transparent.  ValueError if it is not as large
+    as the image, or neither black nor white anywhere."""
+    mask, image = open_image(path, "black").convert("L"), open_image(image_path)
     if mask.size != image.size:
         raise ValueError(f"--mask {path} has {mask.width}x{mask.height} pixels, --inpaint {image_path} "
                          f"{image.width}x{image.height}: they must be of one size")
+    brightest = mask.getextrema()[1]
+    if 0 < brightest < 128:                              # a mask of zeros and ones, perhaps
+        raise ValueError(f"--mask {path} hides nothing: its brightest pixel is {brightest}, where white is 255")
     return torch.from_numpy(np.array(fitted(mask, path, size)) >= 128).float()[None, None]
 
 
@@ -388,6 +394,7 @@ def main(argv=None):
     args = flags().parse_args(argv)
     with one_line_errors("sample.py"):
         task = task_of(args)
+        allow_pixels(args.max_pixels)
         check_outputs(args)
         if task:
             restore_and_write(args, task)

@@ -16,7 +16,7 @@ import torch
 import ddpm
 from checkpoint import Clip, load, load_autoencoder, load_clip
 from cli import PRECISIONS, natural, not_negative, positive
-from data import Dataset, to_uint8
+from data import OWN_SETS, Dataset, to_uint8
 from files import sha256_of
 from tables import Table, fill
 from unet import SuperResUNet
@@ -120,10 +120,33 @@ def drawable(path):
     return run, network, diffusion
 
 
+def beside(run, path):
+    """The path of what a run names, if that lies beside the run's own file, else None.
+
+    A run may be anyone's: nothing else that it names on this machine is read, and nothing written there.
+    """
+    name = Path(path).name
+    place = run.file.resolve().parent / name if run.file and name not in ("", "..") else None
+    return place if place and place.exists() else None
+
+
+def training_data(run):
+    """The training data of a run, as `data.load` takes it: a set of this project, or what lies beside the run.  ValueError else."""
+    spec = run.data.spec
+    if spec in OWN_SETS:
+        return spec
+    name, colon, folder = spec.partition(":") if spec.startswith(("coco:", "cifar10:")) else ("", "", spec)
+    place = beside(run, folder)
+    if place is None:
+        raise ValueError(f"{run.file} was trained on {spec}, which does not lie beside it: put it there, or name real images by "
+                         "--reference")
+    return f"{name}{colon}{place}"
+
+
 def text_reader(run, network, clip=None):
     """The TextReader of a run's network; None if it was not trained with texts.
 
-    clip: where CLIP is, if not where it was in training. ValueError without CLIP, or if it is another than in training.
+    clip: where CLIP is, if not beside the run. ValueError without CLIP, or if it is another than in training.
     """
     if network.context_dim is None:
         if clip is not None:
@@ -135,9 +158,9 @@ def text_reader(run, network, clip=None):
         return TextReader(network.text_encoder)
     if clip is None and run.text is None:
         raise ValueError("the network was trained with CLIP: --clip DIR names a folder of its encoder and vocabulary")
-    if clip is None and not Path(run.text.path).exists():
-        raise ValueError(f"the text encoder is no longer at {run.text.path}: --clip DIR says where it is")
-    clip = clip or run.text.path
+    clip = clip or beside(run, run.text.path)
+    if clip is None:
+        raise ValueError(f"the text encoder {run.text.path} does not lie beside {run.file}: put it there, or name it by --clip DIR")
     encoder, tokenizer = load_clip(clip)
     sha256 = encoder.origin["sha256"]
     if run.text and run.text.sha256 != sha256:
@@ -145,7 +168,10 @@ def text_reader(run, network, clip=None):
                          f"{run.text.sha256}")
     if encoder.dim != network.context_dim:
         raise ValueError(f"--clip {clip}: its contexts are {encoder.dim} wide, the network wants {network.context_dim}")
-    return TextReader(tokenizer, encoder, run.text.empty if run.text else None)
+    empty = run.text.empty if run.text else None
+    if empty is not None and (empty.shape != (encoder.length, encoder.dim) or not empty.is_floating_point()):
+        raise ValueError(f"{run.file} holds no context of the empty caption, which guidance needs")
+    return TextReader(tokenizer, encoder, empty)
 
 
 def read_prompts(prompts, reader, network):
@@ -168,9 +194,9 @@ def read_prompts(prompts, reader, network):
 
 
 def decoder(path, run, network):
-    """The autoencoder that decodes a network's latents: that of --vae, or the run's own, in it or where it was; None without.
+    """The autoencoder that decodes a network's latents: that of --vae, or the run's own, in it or beside it; None if none is known.
 
-    ValueError if it does not fit, or is another than the run was trained with.
+    ValueError if it is not there, does not fit, or is another than the run was trained with.
     """
     kept = run.vae
     if kept is None:
@@ -179,10 +205,12 @@ def decoder(path, run, network):
         return None
     if path is None and kept.model:
         autoencoder, _ = replace(run, network=kept.network, model=kept.model, diffusion=None).build("model")
-    elif path is None and not (kept.path and Path(kept.path).is_file()):
+    elif path is None and kept.path is None:
         return None
     else:
-        path = path or kept.path
+        path = path or beside(run, kept.path)
+        if path is None:
+            raise ValueError(f"the autoencoder {kept.path} does not lie beside {run.file}: put it there, or name it by --vae FILE")
         autoencoder = load_autoencoder(path)
         if kept.sha256 and kept.sha256 != autoencoder.origin.sha256:
             raise ValueError(f"{path} is another autoencoder than the network was trained with: its SHA-256 is "
@@ -276,7 +304,7 @@ def add_sampling_flags(parser):
     """The flags of sample.py and evaluate.py that say how samples are drawn."""
     parser.add_argument("--vae", help="the autoencoder of a latent model, as sd-vae-ft-mse's .safetensors: decodes what it draws")
     parser.add_argument("--clip", metavar="DIR", help="CLIP's text encoder, a folder of Hugging Face's files, for models trained "
-                        "with it (default: where it was then)")
+                        "with it (default: beside the run)")
     parser.add_argument("--classes", help="numbers or names, as 3,5; the images cycle through them (default: all)")
     parser.add_argument("--cfg-scale", type=not_negative, help=f"guidance; 1 is none (default: {CFG_SCALE} if the run knows an "
                         "unconditional input)")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ import data
 from cli import place, progress_bar, share, total
 from features import (Measured, full_precision, measure, measure_dataset, read_statistics, read_tables, save_statistics,
                       with_statistics)
-from files import cache_folder
+from files import cache_folder, open_npz
 from metrics import distance, inception_score, precision_recall
 from sampling import draw_images, labels_of
 
@@ -96,8 +95,10 @@ def kept_reference(path, space):
     """The Measured and the floor that `measure_reference` keeps in a file of the cache; None if there is none that can be read."""
     try:
         measured = read_statistics(path, space)
-        with np.load(path, allow_pickle=False) as archive:
+        with open_npz(path) as archive:
             measured.rows = torch.from_numpy(archive["rows"]).to(space.device)
+            if measured.rows.shape[1:] != measured.pool.mu.shape or not measured.rows.isfinite().all():
+                return None
             floor = {name[6:]: float(archive[name]) for name in archive.files if name.startswith("floor_")}
         return measured, floor
     except Exception:                                    # zipfile and numpy raise anything at all on a damaged file
@@ -146,7 +147,7 @@ def measure_samples(dataset, n, space, file=None):
     if dataset is None:
         return with_statistics(None, file, space)
     order = np.arange(len(dataset))
-    if file and Path(file).is_dir():                     # sorted by class perhaps, which the Inception score's chunks must not be
+    if dataset.checksums is not None:                    # of a folder: sorted by class perhaps, which the Inception score's chunks must not be
         order = np.random.default_rng(0).permutation(len(dataset))
     with progress_bar("measuring the samples", n or len(dataset)) as progress:
         measured = measure_dataset(dataset, order[:n], space, bar=progress)

@@ -4,8 +4,11 @@ Report §4-5. A recipe is a row of hyperparameters for a model and its size, fro
 recipe's value. A resumed run keeps its own settings, besides those of MAY_CHANGE.
 """
 import argparse
+import hmac
+import json
 import os
 import re
+import secrets
 import sys
 from pathlib import Path
 
@@ -13,14 +16,16 @@ import checkpoint
 import dit
 import unet
 from cli import PRECISIONS, Parser, natural, not_negative, parent_of, positive, rule_of
+from data import OWN_SETS
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
-from files import check_output
+from files import cache_folder, check_output, readable
+from image_files import MAX_PIXELS_HELP
 from models import TRAINABLE, check_options, describe, named
 
 COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mnist", image_size=None, vae=None, latent_scale=None,
-              text=False, clip=None, flip=False, skip_bad=False, cache=None, eval_every=None, eval_n=2000, features=None,
-              reference=None, accumulate=1, seed=0, device="auto", precision=None, compile=False, checkpointing=False, out="run.pt",
-              resume=False)
+              text=False, clip=None, flip=False, skip_bad=False, max_pixels=None, cache=None, eval_every=None, eval_n=2000,
+              features=None, reference=None, accumulate=1, seed=0, device="auto", precision=None, compile=False,
+              checkpointing=False, out="run.pt", resume=False)
 LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
               decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
 FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
@@ -34,7 +39,7 @@ VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
 DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags of no use to the OTHERS
              "eval_every", "eval_n", "features", "reference", "vae", "latent_scale", "text", "clip")
-OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "eval_every", "checkpointing")      # points do without
+OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "max_pixels", "eval_every", "checkpointing")     # not of points
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. REPORT.md: how papers differ
     "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
@@ -53,10 +58,13 @@ DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae
 TEXT_LR = 7e-4                                   # upper limit with captions: at 2e-3 the class of shape is learned late
 TEXT_DIM, TEXT_TOKENS = 192, 32                  # of our text encoder: its width, and its length if no caption is shorter
 MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip_grad", "device", "precision", "compile", "checkpointing", "accumulate",
-              "sample_every", "save_every", "eval_every", "eval_n", "features", "reference", "cache", "out", "resume"}
+              "sample_every", "save_every", "eval_every", "eval_n", "features", "reference", "max_pixels", "cache",
+              "out", "resume"}
 # on --resume may change: the end (a cosine stretches to it), what tames a run that diverged, the machine, when to save and score
 MOVED = {"vae": lambda run: run.vae and run.vae.sha256, "clip": lambda run: run.text and run.text.sha256,
          "data": lambda run: run.data.fingerprint}           # and what lies elsewhere now, of which a run has this hash
+
+PLACES = ("data", "vae", "clip", "cache", "features", "reference")       # settings that may name a file or folder
 
 
 def accumulation(text):
@@ -93,6 +101,7 @@ def flags():
     add("--flip", **switch, help="mirror half of the images; not for digits")
     add("--shift", type=natural, help="move images by up to N pixels (default: 2 for vit Ti and Nano, else 0)")
     add("--skip-bad", **switch, help="leave out image files that cannot be read")
+    add("--max-pixels", type=positive, help=MAX_PIXELS_HELP)
     add("--cache", help="folder for decoded images and downloads (default: the user's cache)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive, help=default('steps'))
@@ -168,20 +177,66 @@ def read_settings(argv):
     return args, run
 
 
+def places(config):
+    """Which of PLACES name a file or folder -> {setting: path}."""
+    named = {key: str(config.get(key) or "") for key in PLACES}
+    return {key: path.removeprefix("coco:").removeprefix("cifar10:") for key, path in named.items()
+            if path not in ("", "inception", *OWN_SETS)}
+
+
+def signature(config):
+    """Proof that this user's train.py wrote a run with these places, by a key in the user's cache; None without places or cache.
+
+    A run of somebody else has none, and so decides nothing about this machine.
+    """
+    named = places(config)
+    try:
+        key = cache_folder() / "key" if named else None
+        if key and not key.exists():
+            with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+        return named and hmac.new(readable(key).read_bytes(), json.dumps(named).encode(), "sha256").hexdigest() or None
+    except OSError:
+        return None
+
+
+def check_places(run, given):
+    """ValueError if a run that is somebody else's names a place that lies not beside it, and that the command line does not."""
+    own = run.file.resolve().parent
+    for key, path in places(run.config).items():
+        if key not in given and Path(path).resolve().parent != own and run.signature != signature(run.config):
+            raise ValueError(f"--resume: {run.file} names {path}, and was not written by this user here: {flag(key)} says that "
+                             f"{'it may be used' if key == 'cache' else 'it may be read'}, or names another")
+
+
+def could_be_given(action, value):
+    """Whether a setting of a run is one that its flag, an action of argparse, could have been given; None is always."""
+    if value is None:
+        return True
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    try:
+        same = (action.type or str)(str(value)) == value
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return same and (not action.choices or value in action.choices)
+
+
 def resumable(out, given):
     """The Run in a file that --resume goes on with.  ValueError if it is none, or has other settings than those given."""
     run = checkpoint.load(out)
     if run.optimizer is None or run.log is None or run.log.ndim != 2 or len(run.log) != 2:
         raise ValueError(f"--resume: {out} is not a run of train.py")
-    known = {**COMMON, **LAPTOP, "model": "dit", "size": "Ti/8"}
-    strange = [key for key, value in run.config.items() if value is not None and known.get(key) is not None
-               and not isinstance(value, (int, float) if isinstance(known[key], (int, float)) else type(known[key]))]
+    known = {action.dest: action for action in flags()._actions}
+    strange = [key for key, value in run.config.items() if key in known and not could_be_given(known[key], value)]
     if strange or run.config.get("model") not in RECIPES:
         raise ValueError(f"--resume: {out} is not a run of train.py: its {flag((strange or ['model'])[0])} cannot be that")
     clashes = [f"{flag(key)} is {run.config.get(key)} there, not {value}" for key, value in given.items()
                if key not in MAY_CHANGE and value != run.config.get(key) and not (key in MOVED and MOVED[key](run))]
     if clashes:
         raise ValueError(f"--resume: the run in {out} has other settings: {'; '.join(clashes)}")
+    if os.environ.get("RANK", "0") == "0":               # other machines may have other keys
+        check_places(run, given)
     return run
 
 

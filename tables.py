@@ -32,7 +32,7 @@ class Column:
     def __init__(self, path, shape, dtype):
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
         mode = "r+b" if os.access(path.parent, os.W_OK) else "rb"        # a whole table may lie where it cannot be changed
-        self.file = open(path, mode, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
+        self.file = open(path, mode, opener=lambda path, flags: os.open(path, flags | os.O_CREAT | os.O_NONBLOCK, 0o666))
         self.start, self.row_size = len(self.header(0)), math.prod(self.shape) * self.dtype.itemsize         # in bytes
 
     def header(self, rows):
@@ -110,7 +110,7 @@ class Table:
         self.record, *self.columns = (Column(self.folder / f"{key}.npy", *kind)
                                       for key, kind in {"crc32": ((), np.uint32), **columns}.items())
         with locked(self.record.file):
-            known = described.exists() and described.read_bytes() == meta
+            known = described.is_file() and described.read_bytes() == meta
             whole = min(column.whole_rows() for column in self.columns) if known else 0
             self.forget(whole + np.flatnonzero(self.recorded(0, self.record.whole_rows())[whole:]))
             if not known:

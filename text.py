@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from files import decoded_text, read_text
+from files import decoded_text, read_text, readable, unpacked
 from vit import attention
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ATOM = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")          # words, whatever follows them
 MERGES_FILE, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2        # CLIP's, the first of five times as many there
-LARGEST = 2 ** 24                 # bytes of merges; CLIP's are a fifth of that
 PREFIX, TABLE = "text_model.", "embeddings.token_embedding.weight"           # of names in state dicts
 
 # A visible character for each byte, in the order of CLIP's ids: visible ones stand for themselves, the others for U+0100 on.
@@ -88,12 +87,11 @@ def rest(text, words, room):
 def read_merges(path):
     """The pairs of pieces that merge, first learnt first, after one line of heading.  ValueError or OSError if damaged."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no merges {path}: CLIP's vocabulary is vocab.json and merges.txt, or {MERGES_FILE}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            lines = decoded_text(file.read(LARGEST), path).split("\n")
-        pairs = [tuple(line.split()) for line in lines[1:1 + MERGES] if line.strip()]
+        raw = unpacked(path) if path.suffix == ".gz" else readable(path).read_bytes()
+        pairs = [tuple(line.split()) for line in decoded_text(raw, path).split("\n")[1:1 + MERGES] if line.strip()]
         if {*map(len, pairs)} != {2}:
             raise ValueError("after its first, a line is a pair")
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:

@@ -29,8 +29,9 @@ from cli import (autocast, first_in_turn, gpu_memory, one_line_errors, precision
                  total)
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
-from files import check_output
+from files import check_output, sole_writer
 from gflops import accumulation, gib, training_memory
+from image_files import allow_pixels
 from latents import embeddings, latents, measured_scale
 from models import build, compile_blocks
 from objectives import (MAX_BAD_STEPS, Autoencoding, Classification, Denoising, LatentSamples, Pixels, Randomness, State,
@@ -39,7 +40,7 @@ from reports import (Log, accuracy_report, due, first_line, last_line, point_rep
                      has_row, sample_report, say, upsampling_report)
 from sampling import TextReader, unconditional
 from scoring import lacks, measure_reference, possible, sample_scores, warn_of_few
-from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings
+from settings import TEXT_DIM, TEXT_TOKENS, description, read_settings, signature
 from text import TextEncoder
 from unet import UPSAMPLERS
 from vit import divided
@@ -278,12 +279,12 @@ class Training:
             autoencoder = checkpoint.Autoencoder(measured_scale(state.ema, dataset, self.device))
         process = args.schedule and checkpoint.Process(args.schedule, self.objective.diffusion.T, args.prediction, args.variance)
         about = checkpoint.Data(args.data, dataset.classes, dataset.num_classes, dataset.channels, list(dataset.image_size),
-                                len(dataset), self.fingerprint)
+                                len(dataset), self.fingerprint, dataset.summary)
         self.saves.begin(self.out, checkpoint.Run(
             version=checkpoint.VERSION, step=step, config={**vars(args), "resume": False}, network=self.described,
             diffusion=process, data=about, vae=autoencoder, text=self.clip, model=state.network.state_dict(),
             ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(), bad_steps=int(state.bad_steps), log=sums,
-            norm=state.norm.item()))
+            norm=state.norm.item(), signature=signature(vars(args))))
         if first:                                        # no log has rows of a run that is not there
             self.saves.wait()
 
@@ -344,9 +345,10 @@ def main(argv=None):
     """The command: validate the flags, join the processes, train."""
     with one_line_errors("train.py"):
         args, run = read_settings(argv)
+        allow_pixels(args.max_pixels)
         device, rank, world = processes(args.device, args.compile, precision=args.precision)
         args.precision = precision_on(device, args.precision)
-        with checkpoint.sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
+        with sole_writer(args.out) if rank == 0 else contextlib.nullcontext():
             if run and run.step >= args.steps and not row_missing(Path(args.out).with_suffix(".csv"), run, args):
                 raise ValueError(f"--resume: {args.out} is at step {run.step} of {args.steps}: --steps sets a later end")
             train(args, run, device, rank, world)

@@ -149,7 +149,7 @@ def test_images_without_captions_and_captions_without_images_are_left_out_on_dem
         (captioned / name).unlink()
     assert len(load(str(captioned), 8, "all", tmp_path, skip_bad=True)) == 21
     (captioned / "11.png").unlink()
-    refusal(lambda: load(str(captioned), 8, cache=tmp_path), "2 caption files have no image", "04.txt", "--skip-bad")
+    refusal(lambda: load(str(captioned), 8, cache=tmp_path), "2 captions have no image", "04.txt", "--skip-bad")
 
 
 def test_a_caption_that_is_no_text_is_refused(captioned, tmp_path):
@@ -309,7 +309,7 @@ def test_a_run_told_by_clip_keeps_what_tells_it_and_draws_the_same_wherever_clip
     run.text.path = "gone"
     checkpoint.save("moved.pt", run)
     assert np.array_equal(drawn(runs / "clip.pt"), drawn("moved.pt", "--clip", str(runs / "clip")))
-    refusal(lambda: text_reader(run, run.build()[0]), "no longer at gone", "--clip DIR")
+    refusal(lambda: text_reader(run, run.build()[0]), "gone does not lie beside", "--clip DIR")
 
 
 def test_another_clip_is_refused_when_drawing_and_when_going_on(runs, here):

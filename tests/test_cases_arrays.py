@@ -16,8 +16,8 @@ import plot
 from data import load
 from dit import DiT
 from files import read_text
+from folders import captions_of, coco_captions
 from formula import GOLDEN, fill
-from image_files import captions_beside, coco_captions
 from models import released_autoencoder
 from reports import read_log
 from text import Tokenizer, normalise
@@ -200,7 +200,8 @@ def test_a_text_is_read_whole_or_refused(tmp_path, given, expected):
     ("0.txt", b"\xef\xbb\xbfa cat\r\n", ["a cat"]), ("0.txt", "a\u2028cat".encode(), ["a\u2028cat"]), ("0.Txt", b"", [""])])
 def test_captions_beside_an_image_are_the_lines_of_its_text(tmp_path, name, content, captions):
     (tmp_path / name).write_bytes(content)
-    assert captions_beside([tmp_path / "0.png"], False) == ([tmp_path / "0.png"], [captions])
+    images, found, *_ = captions_of([tmp_path / "0.png"], [tmp_path / name], skip_bad=False)
+    assert images == [tmp_path / "0.png"] and found == [captions]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -213,7 +214,7 @@ def test_vocabularies_and_annotations_are_read_as_other_texts(tmp_path, encoding
     (tmp_path / "1.jpg").touch()
     content = dict(images=[dict(id=1, file_name="1.jpg")], annotations=[dict(image_id=1, caption="un café")])
     (tmp_path / "captions_all.json").write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
-    assert coco_captions(tmp_path / "captions_all.json", False) == ([tmp_path / "1.jpg"], [["un café"]])
+    assert coco_captions(tmp_path / "captions_all.json", False) == ([tmp_path / "1.jpg"], [["un café"]], [])
 
 
 LOG = "step,images,loss\n50,400,0.5\n100,800,1.25e-05\n"

@@ -22,7 +22,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from files import sole_writer
 from refusals import refusal
+from tensor_files import read, read_safetensors
 from torch.testing import assert_close
 
 import checkpoint
@@ -30,12 +32,13 @@ import ddpm
 import dit
 import models
 import sample
+import tensor_files
 import train
 import unet
 import uvit
 import vit
-from checkpoint import (Autoencoder, Clip, Data, Process, Run, load, load_network, main, plain, read, read_safetensors, save,
-                        sole_writer, summary, typed)
+from checkpoint import (Autoencoder, Clip, Data, Process, Run, load, load_network, main, plain, save,
+                        summary, typed)
 from ddpm import cosine_betas
 from dit import DiT
 from formula import fill, formula_weight, golden, golden_json
@@ -157,7 +160,7 @@ def test_saves_in_the_background_are_of_the_moment_they_began_one_at_a_time_and_
     with pytest.raises(RuntimeError, match="stopped"), checkpoint.Saves() as saves:
         saves.begin(tmp_path / "run.pt", run)
         for part in (run.model, run.ema, run.optimizer["state"]):        # training goes on
-            for tensor in checkpoint.tensors_in(part):
+            for tensor in tensor_files.tensors_in(part):
                 tensor.fill_(7)
         saves.check()                                    # does not wait
         threading.Timer(0.1, go_on.set).start()
@@ -941,13 +944,16 @@ def test_every_cut_of_a_safetensors_file_is_refused_and_a_header_that_would_end_
 
 def test_the_command_prints_what_a_run_holds_and_its_flags_as_they_were_given(tmp_path, capsys):
     config = dict(batch_size=32, seed=0, flip=True, resume=False, shift=None, data="mnist")
-    save(tmp_path / "run.pt", a_run(step=1234, config=config))
+    run = a_run(step=1234, config=config)
+    run.data.summary = "mnist: 9,000 images; no captions"
+    save(tmp_path / "run.pt", run)
     main([str(tmp_path / "run.pt")])
     title, *rows = capsys.readouterr().out.splitlines()
     said, numbers = dict(row.split(maxsplit=1) for row in rows), sum(value.numel() for value in network().state_dict().values())
     assert title.endswith("a run at step 1234") and said["network"].startswith("DiT image_size=8, patch_size=2")
     assert said["parameters"] == f"{numbers:,}" and said["flags"] == "--batch-size 32 --seed 0 --flip --data mnist"
     assert said["diffusion"] == "schedule=cosine, T=50, prediction=v, variance=learned" and "classes=['a'" in said["data"]
+    assert said["found"] == run.data.summary and "9,000" not in said["data"]
 
 
 def test_what_released_weights_hold_is_described(tmp_path):

@@ -30,6 +30,7 @@ import features
 import files
 import image_files
 import reports
+import tensor_files
 import train
 import unet
 import uvit
@@ -389,9 +390,9 @@ def test_an_older_file_without_checksums_must_hold_finite_numbers(tmp_path):
         tensors = dict(state_dict=dict(a=torch.tensor([0.0, value])), n=3)
         torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
         if good:
-            assert checkpoint.read(tmp_path / "old.pth")["state_dict"]["a"].tolist() == [0, 1]
+            assert tensor_files.read(tmp_path / "old.pth")["state_dict"]["a"].tolist() == [0, 1]
         else:
-            refusal(lambda: checkpoint.read(tmp_path / "old.pth"), "old.pth", "damaged")
+            refusal(lambda: tensor_files.read(tmp_path / "old.pth"), "old.pth", "damaged")
 
 
 # A run that diverged
@@ -540,7 +541,7 @@ WRITES = {                             # a command, and the largest of the files
     "a reference": (f"evaluate.py --reference digits.npz --features {features.JUDGE} --save-reference new.npz --cache new", "new.npz"),
     "a chart": ("plot.py schedules --out new.png", "new.png"),
 }
-READERS = {".pt": checkpoint.read, ".npz": lambda path: [np.load(path)[key] for key in np.load(path)],
+READERS = {".pt": tensor_files.read, ".npz": lambda path: [np.load(path)[key] for key in np.load(path)],
            ".png": lambda path: Image.open(path).load(), ".gif": lambda path: list(ImageSequence.all_frames(Image.open(path)))}
 
 

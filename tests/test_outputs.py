@@ -222,7 +222,7 @@ def test_a_file_that_appears_during_the_work_stays(folder, capsys, monkeypatch):
 
 def test_latents_do_not_replace_an_npz_that_no_flag_names(folder, capsys, monkeypatch):
     run = checkpoint.load("run.pt")
-    run.vae = checkpoint.Autoencoder(1.0, "gone.pt", "0")
+    run.vae = checkpoint.Autoencoder(1.0)                # as of released weights, which name none
     os.unlink("run.pt")                                  # a hard link of the fixture's
     checkpoint.save("run.pt", run)
     npz("drawn.npz", images=IMAGES)
@@ -364,8 +364,8 @@ def test_what_has_the_name_of_a_lock_is_not_taken_for_one(folder, capsys, make):
 
 def test_a_run_has_one_lock_whatever_link_it_goes_by(folder):
     os.symlink("run.pt", "link.pt")
-    with checkpoint.sole_writer("run.pt"):
-        refusal(lambda: checkpoint.sole_writer("link.pt").__enter__(), "another run")
+    with files.sole_writer("run.pt"):
+        refusal(lambda: files.sole_writer("link.pt").__enter__(), "another run")
     assert not Path(".run.pt.lock").exists()
 
 

@@ -96,7 +96,8 @@ def test_a_run_begins_with_its_epochs_and_on_a_cpu_with_what_fits_it(steps, batc
     args = Namespace(steps=steps, batch_size=batch_size, data="mnist", size="B/4", vae=None, precision="fp32")
     training = Namespace(args=args, dataset=data.load(), start=0, described={"class": "DiT"}, device=torch.device(device), world=1,
                          state=Namespace(network=torch.nn.Linear(1, 1)))
-    first, *more = first_line(training).split("\n")
+    read_as, first, *more = first_line(training).split("\n")
+    assert read_as.startswith("mnist: 9,000 images, 32x32 pixels, grey, levels 0 to 255; 10 classes: 0, 1, 2, 3, 4, …; no captions; ")
     assert first.endswith(f"of {batch_size} images, {epochs}") and len(more) == lines - 1
     assert all("python train.py," in line for line in more)
 

@@ -220,17 +220,19 @@ def test_a_released_latent_model_writes_its_latents_and_says_so(latent, tmp_path
         assert archive["arr_1"].tolist() == [7, 19, 7]
 
 
-# Which autoencoder decodes: --vae's, or the run's own, in it or where it was
+# Which autoencoder decodes: --vae's, or the run's own, in it or beside it
 
-def run_with(kept):
-    """A run whose record of its autoencoder is this one."""
+def run_with(kept, folder=None):
+    """A run whose record of its autoencoder is this one; folder: where its file lies."""
     data = checkpoint.Data("mnist", None, None, 4, 8)
-    return checkpoint.Run(checkpoint.VERSION, 1, {}, {}, checkpoint.Process("linear", 9, "eps", "small"), data, {}, {}, vae=kept)
+    run = checkpoint.Run(checkpoint.VERSION, 1, {}, {}, checkpoint.Process("linear", 9, "eps", "small"), data, {}, {}, vae=kept)
+    run.file = folder and folder / "run.pt"
+    return run
 
 
-def on_latents(**kept):
+def on_latents(folder=None, **kept):
     """What `sample.decoder` reads of a checkpoint: a run that was trained on latents scaled by 0.5."""
-    return run_with(checkpoint.Autoencoder(0.5, **kept))
+    return run_with(checkpoint.Autoencoder(0.5, **kept), folder)
 
 
 FOUR = Namespace(channels=4)
@@ -254,17 +256,17 @@ def assert_decodes_alike(a, b):
         assert torch.equal(a.decode(z), b.decode(z))
 
 
-def test_without_a_file_an_embedded_autoencoder_decodes_else_that_at_its_place_else_none(own, tmp_path):
+def test_without_a_file_an_embedded_autoencoder_decodes_else_that_beside_the_run_else_none(own, tmp_path):
     path, autoencoder = own
     assert autoencoder.scale == autoencoder.origin.scale == 0.7
     elsewhere = replace(autoencoder.origin, scale=0.5, path=str(tmp_path / "gone.pt"))
     embedded = sample.decoder(None, run_with(elsewhere), FOUR)
-    outside = dict(path=autoencoder.origin.path, sha256=autoencoder.origin.sha256)
-    at_its_place = sample.decoder(None, on_latents(**outside), FOUR)
-    for found in (embedded, at_its_place):
+    outside = dict(path="elsewhere/vae.pt", sha256=autoencoder.origin.sha256)        # and moved since, with the run
+    for found in (embedded, sample.decoder(None, on_latents(path.parent, **outside), FOUR)):
         assert_decodes_alike(found, autoencoder)
         assert found.scale == 0.5 and not found.training # the run's, which may differ from the file's
-    assert sample.decoder(None, on_latents(**{**outside, "path": str(tmp_path / "gone.pt")}), FOUR) is None
+    with pytest.raises(ValueError, match="put it there, or name it by --vae FILE"):  # what lies elsewhere is not even read
+        sample.decoder(None, on_latents(tmp_path, **{**outside, "path": str(path)}), FOUR)
     assert sample.decoder(None, on_latents(), FOUR) is None               # released weights name no autoencoder
     assert sample.decoder(None, run_with(None), FOUR) is None
 
@@ -279,7 +281,7 @@ def test_a_file_must_be_the_autoencoder_of_the_run_and_any_will_do_for_released_
         with pytest.raises(ValueError, match="vae.pt is another autoencoder than the network was trained with"):
             sample.decoder(str(other), run_with(kept), FOUR)
     with pytest.raises(ValueError, match="another autoencoder"):         # another file stands where it was
-        sample.decoder(None, on_latents(path=str(other), sha256=autoencoder.origin.sha256), FOUR)
+        sample.decoder(None, on_latents(latent, path=str(other), sha256=autoencoder.origin.sha256), FOUR)
     with pytest.raises(ValueError, match="there is nothing to decode"):
         sample.decoder(str(path), run_with(None), FOUR)
 
