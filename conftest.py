@@ -11,11 +11,17 @@ torch.set_num_threads(1)                           # on a busy machine, threads 
 os.environ["OMP_NUM_THREADS"] = "1"                # also in the processes that tests start
 
 
+def pytest_configure(config):
+    """Hide the GPU from the tests and the processes that they start, unless the file of those that need one is asked for."""
+    if not any("test_gpu" in path for path in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none."""
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: python -m pytest tests/test_gpu.py"))
 
 
 @pytest.fixture(scope="session")

@@ -286,7 +286,7 @@ def _cifar10(folder, split, cache):
         if places:
             parts = [readable(places[0] / name).read_bytes() for name in names]
         elif archive.exists():
-            with tarfile.open(fileobj=io.BytesIO(unpacked(archive))) as tar:         # members are read, never extracted to disk
+            with tarfile.open(fileobj=io.BytesIO(unpacked(archive)), mode="r:") as tar:      # members are read, never extracted to disk
                 parts = [tar.extractfile(f"{CIFAR10_FOLDER}/{name}").read() for name in names]
         else:
             raise ValueError(f"it has neither {names[0]} nor {archive.name}")

@@ -17,7 +17,7 @@ import torch
 import data
 import inception
 from checkpoint import load
-from cli import gathered, share
+from cli import gathered, place, share
 from files import atomic_file, open_npz, readable, sha256_of
 from metrics import Statistics
 from tensor_files import read
@@ -144,7 +144,7 @@ def measure(batches, space, keep=None):
     """The Measured of batches of images (n, H, W, C) uint8 on the space's device, of all processes in the order of their ranks.
 
     keep: how many of this process's first rows to keep; None keeps all, and the probabilities too. Only the first process gets
-    the whole. Nothing in the loop waits for the device.
+    the whole. Nothing waits for the device, unless processes have to join what they measured.
     """
     measured, rows, probabilities = Measured(), [], []
     for images in batches:
@@ -160,6 +160,8 @@ def measure(batches, space, keep=None):
         if "spatial" in found:
             measured.spatial = (measured.spatial or Statistics()).add(found["spatial"])
     measured.rows, measured.probabilities = (torch.cat(parts) if parts else None for parts in (rows, probabilities))
+    if place()[1] == 1:
+        return measured
     whole = Measured()
     for part in gathered(_moved(measured, "cpu")):
         whole.merge(_moved(part, space.device))

@@ -4,6 +4,7 @@ Report §4-6. Szegedy et al. 2016, as TensorFlow's graph of 2015-12-05 has it, w
 `pt_inception-2015-12-05`. It is never trained here: each batch norm is folded into its convolution. Images are enlarged to 299
 pixels first, by the rule of TensorFlow 1 or by PyTorch's; published numbers rest on the former.
 """
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,14 +19,22 @@ SIDE = 299
 SPATIAL_CHANNELS = 7                   # of Mixed_6d's first branch, ADM's choice: 17 x 17 x 7 = 2023 numbers
 
 
+@lru_cache
+def tf1_positions(size, side, device):
+    """The two pixels of `size` that each of `side` lies between, and how near it is to the second, each (side,).
+
+    Kept on the device: to make them for every batch would be to wait for it.
+    """
+    source = torch.arange(side) * torch.tensor(size / side, dtype=torch.float32)
+    low = source.long()
+    return tuple(place.to(device) for place in (low, (low + 1).clamp(max=size - 1), source - low))
+
+
 def resize_tf1(x, side=SIDE):
     """Bilinear as in TensorFlow 1: pixel i comes from i * H / side, with no half-pixel shift.  x (N, C, H, W) float32."""
     for axis in (3, 2):                                                  # columns first, as there
-        size = x.shape[axis]
-        source = torch.arange(side, device=x.device) * torch.tensor(size / side, dtype=torch.float32, device=x.device)
-        low = source.long()
-        high = (low + 1).clamp(max=size - 1)
-        share = (source - low).unflatten(0, (-1, *[1] * (3 - axis)))     # (side,) or (side, 1)
+        low, high, share = tf1_positions(x.shape[axis], side, x.device)
+        share = share.unflatten(0, (-1, *[1] * (3 - axis)))              # (side,) or (side, 1)
         x = torch.lerp(x.index_select(axis, low), x.index_select(axis, high), share)
     return x                                                             # (N, C, side, side)
 

@@ -46,9 +46,12 @@ class Statistics:
         """Add another's rows."""
         if other.n == 0:
             return self
+        if self.n == 0:
+            self.scatter = torch.zeros_like(other.scatter)
         n, apart = self.n + other.n, other.mu - self.mu
         self.mu = self.mu + apart * (other.n / n)
-        self.scatter = self.scatter + other.scatter + torch.outer(apart, apart) * (self.n * other.n / n)
+        self.scatter += other.scatter                                    # in place: of Inception it is 32 MiB
+        self.scatter += torch.outer(apart, apart) * (self.n * other.n / n)
         self.n = n
         return self
 
@@ -146,13 +149,13 @@ def precision_recall(real, fake, k=3):
     reach_of_real, reach_of_fake = squared_radii(real, k), squared_radii(fake, k)        # (M,), (n,)
     reach_of_real += ROUNDING * (norms + reach_of_real)
     reach_of_fake += ROUNDING * (fake.square().sum(dim=1) + reach_of_fake)
-    realistic, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    realistic, covered = torch.zeros_like(reach_of_fake[0], dtype=torch.long), torch.zeros_like(reach_of_real, dtype=torch.bool)
     block = max(1, BLOCK // len(real))
     for rows, reach in zip(fake.split(block), reach_of_fake.split(block)):
         apart = squared_distances(rows, real, norms)                     # (n', M)
-        realistic += (apart <= reach_of_real).any(dim=1).sum().item()
+        realistic += (apart <= reach_of_real).any(dim=1).sum()
         covered |= (apart <= reach.unsqueeze(1)).any(dim=0)
-    return realistic / len(fake), covered.double().mean().item()
+    return realistic.item() / len(fake), covered.double().mean().item()
 
 
 def nearest(queries, reference, k=3):

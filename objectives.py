@@ -240,9 +240,10 @@ def learning_rate(step, args):
 @torch.no_grad()
 def update_ema(ema, network, step, decay, finite):
     """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)); unchanged where finite (0 or 1) is 0."""
-    weight = (1 - min(decay, (1 + step) / (10 + step))) * finite
-    parameters, averages = list(network.parameters()), list(ema.parameters())
-    torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
+    averages = list(ema.parameters())
+    change = torch._foreach_sub(list(network.parameters()), averages)
+    torch._foreach_mul_(change, finite)                  # in three calls for all tensors: a lerp by `finite` is one for each
+    torch._foreach_add_(averages, change, alpha=1 - min(decay, (1 + step) / (10 + step)))
     for average, buffer in zip(ema.buffers(), network.buffers()):
         average.copy_(buffer)                            # tables and statistics are no weights: copied, not averaged
 

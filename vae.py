@@ -84,7 +84,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))       # (N, 1, H W, D)
+        # contiguous: CUDA's fused kernels want a head's numbers side by side, and without them H W x H W scores are stored
+        q, k, v = (layer(h).flatten(2).mT.unsqueeze(1).contiguous() for layer in (self.q, self.k, self.v))       # (N, 1, H W, D)
         out = attention(q, k, v).squeeze(1).transpose(1, 2)              # (N, D, H W)
         return x + self.proj_out(out.unflatten(2, x.shape[2:]))          # (N, D, H, W)
 

@@ -22,6 +22,7 @@ import torch._inductor.config
 from PIL import Image
 from torch.utils import _triton
 
+import checkpoint
 import cli
 import data
 import dit

@@ -162,6 +162,8 @@ def folders(honest, tmp_path, monkeypatch):
     for module in (dit, uvit, vit):
         for size in module.SIZES:
             monkeypatch.setitem(module.SIZES, size, SMALLER)
+    for name in ("network_cost", "network_memory"):      # which remember what sizes cost
+        monkeypatch.setattr(gflops, name, getattr(gflops, name).__wrapped__)
     for module, name, value in ((evaluate, "QUICK", 8), (evaluate, "FULL", 8), (sampling, "STEPS", 2),
                                 (train.Training, "run", lambda training: training.start)):
         monkeypatch.setattr(module, name, value)

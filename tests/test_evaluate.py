@@ -135,7 +135,7 @@ def digit(files):
 def test_a_run_is_scored_against_its_training_part_in_a_table_and_a_row(here, capsys):
     row = evaluated(*DRAW, "--n", "12", "--seed", "3")
     read_as, *text = capsys.readouterr().out.splitlines()
-    assert read_as.startswith("real.npz: 180 images, 32x32 pixels, grey, levels 0 to 255; 10 classes: ")
+    assert "real.npz: 180 images, 32x32 pixels, grey, levels 0 to 255; 10 classes: " in read_as
     assert text[0] == "samples     12 of run.pt at step 4, dpm++, 2 steps, guidance 1.5, seed 3"
     assert text[1] == "reference   180 of real.npz, training part"
     assert text[2] == f"features    vit-mnist, weights {features.sha256_of(JUDGE)[:8]}"

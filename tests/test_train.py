@@ -425,13 +425,6 @@ def test_pictures_and_scores_are_drawn_in_the_precision_of_training(tmp_path, mo
     assert seen == [precision == "bf16"] and checkpoint.load(tmp_path / "run.pt").config["precision"] == precision
 
 
-@pytest.mark.gpu
-def test_a_gpu_trains_in_bf16_and_samples(tmp_path):
-    train.main(["--size", "Ti/8", "--steps", "60", "--precision", "bf16", "--device", "cuda", "--out", str(tmp_path / "run.pt")])
-    assert float(rows_of(tmp_path / "run.pt")[-1]["loss"]) < 0.9
-    sample.main(["--ckpt", str(tmp_path / "run.pt"), "--n", "10", "--out", str(tmp_path / "samples.png")])
-
-
 # Autoencoders and their latents
 
 def saved_autoencoder(path, seed=0, **changes):
