@@ -158,7 +158,8 @@ def check_plain(run):
             ("classes", of(str, data.classes or ())),
             ("image_size", isinstance(data.image_size, int) or len(data.image_size) == 2 and of(int, data.image_size)),
             ("range", process is None or len(process.range) <= 2 and of((int, float), process.range)),
-            ("time", process is None or len(process.time) == 2 and of((int, float), process.time)),
+            ("time", process is None or len(process.time) == 2 and of((int, float), process.time)
+             and all(map(math.isfinite, process.time))),
             ("scale", 0 < scale < math.inf)):
         if not fits:
             raise ValueError(f"its {name} is none")

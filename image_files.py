@@ -91,7 +91,21 @@ def opened(path):
     except Exception as error:                           # decoders raise anything at all on a damaged file
         bomb = isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError))
         remedy = "; --max-pixels allows more" * bomb
-        raise ValueError(f"cannot read the image {path}: {str(error) or type(error).__name__}{remedy}") from None
+        reason = str(error).partition(" <_io")[0] or type(error).__name__                # Pillow names the open file as Python does
+        raise ValueError(f"cannot read the image {path}: {reason}{remedy}") from None
+
+
+@contextmanager
+def silent():
+    """Keep libraries in C from writing on stderr, as libtiff does of a damaged file: what is wrong with it our line says."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def open_image(path, background="white"):
@@ -108,7 +122,8 @@ def open_image(path, background="white"):
             with suppress(Exception):
                 after()
         image.load_end = load_end
-        image.load()
+        with silent():
+            image.load()
         rows, shown = max(1, STRIP // image.width), None
         for top in range(0, image.height, rows):
             part = image.crop((0, top, image.width, min(top + rows, image.height)))
