@@ -230,6 +230,16 @@ def zeros_in(name, megabytes=140):
     return make
 
 
+def sparse_tar():
+    """A tar of CIFAR-10 whose batches are holes."""
+    Path("cifar-10-binary.tar.gz").unlink()
+    with tarfile.open("cifar-10-binary.tar.gz", "w:gz") as tar:
+        for i in range(1, 6):
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
+            entry.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(10 ** 12)}
+            tar.addfile(entry)
+
+
 def pipe(name):
     def make():
         Path(name).unlink(missing_ok=True)
@@ -247,8 +257,10 @@ BOUNDS = {                                               # what it is: how it is
     "an image without end": (argument("unet.pt", image_size=10 ** 6), BAD, "sides of 1000000 pixels"),
     "classes that the file does not hold": (argument(num_classes=10 ** 6), BAD, "embedding_table.weight is (11, 32)"),
     "heads that are no whole number": (argument(heads=2.0), BAD, "heads is 2.0"),
+    "no heads": (argument(heads=0), BAD, "heads is 0"),
     "nested arguments": (argument(dim=NESTED), "checkpoint bad.pt", "it is nested"),
     "a trillion steps": (edited(lambda run: run["diffusion"].update(T=10 ** 12)), BAD, "a process of 1000000000000 steps"),
+    "times without end": (edited(lambda run: run["diffusion"].update(time=[float("inf"), 0])), BAD, "its time is none"),
     "a step beyond 64 bits": (edited(lambda run: run.update(step=10 ** 30)), BAD, "its step is 1"),
     "names of other classes": (edited(lambda run: run["data"].update(classes=["a"])), BAD, "it names 1 classes"),
     "flags that are lists": (edited(lambda run: run["config"].update(data=[1])), "checkpoint bad.pt", "its config is none"),
@@ -260,6 +272,7 @@ BOUNDS = {                                               # what it is: how it is
     "an .npz of zeros": (zeros_in("real.npz"), f"{TRAIN} --data real.npz", "it becomes more than 134,217,728 bytes"),
     "a reference of zeros": (zeros_in("real.npz"), "evaluate --samples packed.npz --reference real.npz", "it becomes more than"),
     "a tar of zeros": (zeros_in("cifar-10-binary.tar.gz"), f"{TRAIN} --data cifar10:.", "it becomes more than"),
+    "a tar that says it holds a terabyte": (sparse_tar, f"{TRAIN} --data cifar10:.", "holds more bytes than it does"),
     "a vocabulary of zeros": (zeros_in(text.MERGES_FILE), USE_CLIP, "it becomes more than"),
     "captions nested without end": (lambda: (os.unlink("captions_train.json"), Path("captions_train.json").write_text("[" * 10 ** 5)),
                                     f"{TRAIN} --data coco:. --image-size 8", "no captions of MS-COCO"),
@@ -320,10 +333,10 @@ def test_a_run_of_somebody_else_names_no_place_that_is_read_or_written(folders, 
     assert sorted(victim.rglob("*")) == before
 
 
-def test_scores_of_a_run_do_not_use_its_cache(folders):
+def test_scores_of_a_run_use_neither_its_cache_nor_its_image_size(folders):
     victim, _ = folders(), folders()
-    edited(lambda run: run["config"].update(cache=f"{victim}/cache"))()
-    assert ended(f"evaluate --ckpt bad.pt --features vit.pt --image-size 8 --metrics FD {DRAW}".split()) == ""
+    edited(lambda run: run["config"].update(cache=f"{victim}/cache", image_size=10 ** 6))()
+    assert ended(f"evaluate --ckpt bad.pt --features vit.pt --metrics FD {DRAW}".split()) == ""
     assert not (victim / "cache").exists()
 
 
