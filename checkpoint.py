@@ -111,6 +111,8 @@ class Run:
                 raise ValueError(f"it names {len(known)} classes, and its network knows {classes}")
             diffusion, process = None, self.diffusion
             if process is not None:
+                if not hasattr(network, "context_dim"):
+                    raise ValueError(f"a {self.network['class']} denoises nothing, and has no process")
                 if not 0 < process.T <= MOST_STEPS:
                     raise ValueError(f"a process of {process.T} steps, which has from 1 to {MOST_STEPS:,}")
                 betas = SCHEDULES[process.schedule](process.T, *process.range)
@@ -160,7 +162,8 @@ def check_plain(run):
             ("range", process is None or len(process.range) <= 2 and of((int, float), process.range)),
             ("time", process is None or len(process.time) == 2 and of((int, float), process.time)
              and all(map(math.isfinite, process.time))),
-            ("scale", 0 < scale < math.inf)):
+            ("scale", 0 < scale < math.inf),
+            ("autoencoder", not (run.vae and run.vae.network) or run.vae.network.get("class") == "AutoencoderKL")):
         if not fits:
             raise ValueError(f"its {name} is none")
 

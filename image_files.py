@@ -25,7 +25,7 @@ from PIL import Image, ImageCms, ImageFile
 from files import readable
 from tables import Table, fill
 
-MAX_PIXELS = 10 ** 8             # of a file, unless --max-pixels allows more: they take 800 MB while they are converted
+MAX_PIXELS = 10 ** 8             # of a file, unless --max-pixels allows more: they take 1.1 GB while they are converted
 UNREAD = {"EPS", "PDF", "PALM", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}   # EPS would run Ghostscript, others Pillow cannot read
 MAX_PIXELS_HELP = f"refuse image files of more pixels (default: {MAX_PIXELS:,})"
 STRIP = 2 ** 22                  # pixels that are converted at once
@@ -89,10 +89,10 @@ def opened(path):
     except FileNotFoundError:
         raise
     except Exception as error:                           # decoders raise anything at all on a damaged file
-        bomb = isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError))
-        remedy = "; --max-pixels allows more" * bomb
         reason = str(error).partition(" <_io")[0] or type(error).__name__                # Pillow names the open file as Python does
-        raise ValueError(f"cannot read the image {path}: {reason}{remedy}") from None
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            reason = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; --max-pixels allows more"
+        raise ValueError(f"cannot read the image {path}: {reason}") from None
 
 
 @contextmanager
