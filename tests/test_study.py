@@ -88,9 +88,8 @@ def test_a_study_that_was_stopped_scores_what_is_missing(trial, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [("--lr 0.5", ["--lr is 0.001, not 0.5"]), ("--prediction v", ["--prediction is x0, not v"]),
                                           ("--steps 1", ["--steps is 2, not 1"])])
-def test_a_run_of_other_settings_under_its_name_is_refused(trial, tmp_path, monkeypatch, capsys, flags, words):
-    study.main(["trial"])
-    (tmp_path / "study-trial.csv").unlink()
+def test_a_run_of_other_settings_under_its_name_is_refused(trial, runs, tmp_path, monkeypatch, capsys, flags, words):
+    shutil.copytree(runs, tmp_path / "studies")
     monkeypatch.setitem(study.RUNS, "b", f"{study.RUNS['b']} {flags}")
     with pytest.raises(SystemExit) as stop:
         study.main(["trial"])
