@@ -185,7 +185,7 @@ def spread_of(values, form):
     return mean if low == high else f"{mean} ({low} – {high})"
 
 
-def table(study, rows):
+def score_table(study, rows):
     """The scores of a study in Markdown: a line a run and setting, each a mean and a range over seeds."""
     keys = list(study.settings[0])
     lines = [["run", *keys, "Gflops", "minutes", *study.columns]]
@@ -219,7 +219,7 @@ def ranking(score, claimed=None, best=min):
     return say
 
 
-def guided(study, rows):
+def trade_off(study, rows):
     """The outcome of guidance: what precision and recall do as its scale rises."""
     text, low, high = [], study.settings[0]["scale"], study.settings[-1]["scale"]
     for run in study.runs:
@@ -301,7 +301,7 @@ STUDIES = {
         "these networks have six blocks. The four designs at B/4, for 400,000 steps, would settle it.", 60),
     "guidance": Study(
         "Guidance trades recall for precision (§3, §4-8 … §4-10, Fig. 5-2).", ("digits", "latents"), judges.digit_scores, SCORED,
-        guided, along("scale", "precision"), "These are ten clear classes of one data set; photographs may differ.", 40,
+        trade_off, along("scale", "precision"), "These are ten clear classes of one data set; photographs may differ.", 40,
         settings=tuple({"scale": scale} for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0))),
     "samplers": Study(
         "Improved samplers need fewer steps (§3).", ("digits",), judges.digit_scores, {**SCORED, "images_per_s": ".1f"},
@@ -340,13 +340,13 @@ STUDIES = {
 
 # The command
 
-def report(name, rows):
+def study_report(name, rows):
     """A study's table and what is said of it, in Markdown."""
     study = STUDIES[name]
     machines, dates = sorted({row["machine"] for row in rows}), sorted({row["date"] for row in rows})
     single = "" if all(row["threads"] != "1" for row in rows) else " Rows of one thread had another run beside them."
     return "\n".join([
-        table(study, rows), "", f"![Scores of the study](assets/study-{name}.png)", "",
+        score_table(study, rows), "", f"![Scores of the study](assets/study-{name}.png)", "",
         f"**Claimed.** {study.claim} **What came out.** {study.outcome(study, rows)} **Open.** {study.open}", "",
         f"*`python study.py {name}`: seeds {', '.join(map(str, study.seeds))}, with the range over them; "
         f"{'; '.join(machines)}; {dates[0]} to {dates[-1]}.{single}*"])
@@ -384,7 +384,7 @@ def main(argv=None):
                 print(f"{name:12} {study.minutes:4} minutes   {study.claim}")
             return
         Path(args.runs).mkdir(exist_ok=True)
-        text = report(args.name, rows := complete(args.name, args.runs, args.together))
+        text = study_report(args.name, rows := complete(args.name, args.runs, args.together))
         print(text)
         if args.write:
             study = STUDIES[args.name]

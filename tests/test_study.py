@@ -19,7 +19,7 @@ import study
 import train
 from gflops import count, inputs_of
 from models import build, describe
-from study import Study, along, as_table, by_run, guided, ranking, sampled, seen
+from study import Study, along, as_table, by_run, trade_off, ranking, sampled, seen
 
 
 # Runs and scores
@@ -173,7 +173,7 @@ def test_guidance_is_said_to_trade_recall_for_precision_only_if_it_does():
     scales = [setting["scale"] for setting in one.settings]
     rows = made([("digits", s, 0.5 + s / 20, 0.9 - s / 20, abs(s - 2)) for s in scales]
                 + [("latents", s, 0.5, 0.9, s) for s in scales], *columns)
-    text = guided(one, rows)
+    text = trade_off(one, rows)
     assert "recall from 0.850 to 0.600, as the report says; FD is lowest at scale 2." in text
     assert "latents: from scale 1 to 6 precision goes from 0.500 to 0.500" in text and text.count("contradicts") == 1
 
