@@ -254,13 +254,16 @@ def as_table(study, rows):
 # Charts
 
 def by_run(score):
-    """A chart of a score: a column a run, a disc a seed."""
+    """A chart of a score: a row a run, a disc a seed."""
     def draw(study, rows, path):
         found = [values(rows, score, run=run) for run in study.runs]
-        chart = Chart((-0.5, len(found)), spread(*found), y_label=score, width=900, height=480)
-        for i, (run, scored, colour) in enumerate(zip(study.runs, found, COLOURS * 3)):
-            chart.points(np.full(len(scored), i), scored, colour, 6)
-            chart.text(i, scored.mean(), run, colour)
+        low, high = spread(*found)
+        chart = Chart((low, high + 0.3 * (high - low)), (0.5, len(found) + 0.5), x_label=score, width=900,
+                      height=110 + 34 * len(found))
+        chart.y_ticks = []                               # rows have names
+        for row, run, scored, colour in zip(range(len(found), 0, -1), study.runs, found, COLOURS * 3):
+            chart.points(scored, np.full(len(scored), row), colour, 6)
+            chart.text(scored.max(), row, run, colour)
         return chart.image()
     return draw
 
@@ -312,7 +315,7 @@ STUDIES = {
             for steps in numbers)),
     "prediction": Study(
         "Predicting the noise is better than predicting the pixels (§3).",
-        tuple(name for name in RUNS if name.startswith(PREDICTIONS)), judges.digit_scores, SCORED, ranking("FD"), by_run("FD"),
+        tuple(name for name in RUNS if name.split()[0] in PREDICTIONS), judges.digit_scores, SCORED, ranking("FD"), by_run("FD"),
         "A patch of 8x8 pixels is 64 numbers in a token of 192. Noise needs all of them, an image few. Patches of few numbers "
         "favour eps, and so do latents.", 120),
     "networks": Study(

@@ -142,7 +142,7 @@ def test_every_study_has_its_place_in_the_results_and_every_run_its_study():
     page = study.RESULTS.read_text(encoding="utf-8")
     for name in study.STUDIES:
         assert page.index(f"<!-- study {name}: written by study.py -->") < page.index(f"<!-- end of study {name} -->")
-    assert {run for one in study.STUDIES.values() for run in one.runs} | {"vae"} == set(study.RUNS)
+    assert {run for one in study.STUDIES.values() for run in one.runs} == set(study.RUNS) - {"vae"}      # which latents need
 
 
 def test_the_networks_compared_cost_alike_and_the_other_transformers_less_and_less():
@@ -192,7 +192,7 @@ def test_a_sampler_reaches_250_ancestral_steps_with_the_fewest_evaluations_that_
 def test_every_kind_of_picture_is_drawn(picture):
     one = Study("", ("a", "b"), None, {"FD": ".1f"}, as_table, picture, "", 1, settings=({"scale": 1.0}, {"scale": 2.0}))
     rows = made([(run, s, s + i) for i, run in enumerate("ab") for s in (1.0, 2.0)], "run", "scale", "FD")
-    assert picture(one, rows, None).shape == (480, 900, 3)
+    assert picture(one, rows, None).shape[1:] == (900, 3)
 
 
 # Judges
