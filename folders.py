@@ -48,8 +48,8 @@ def files_below(folder):
             for entry in entries:
                 if entry.name.startswith(".") or entry.name.lower() in OF_SYSTEMS:
                     continue
-                link = entry.is_symlink()                # which may lead to itself
-                if os.path.isdir(entry.path) if link else entry.is_dir():
+                # a link may lead to itself, at which entry.is_dir() raises
+                if entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path):
                     places.append((entry.path, inner))
                 else:
                     found.append(Path(entry.path))
