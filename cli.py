@@ -242,6 +242,14 @@ def total(tensor, world):
     return tensor
 
 
+def smallest(number):
+    """The smallest of all processes' whole numbers."""
+    number = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MIN)
+    return number.item()
+
+
 INPUTS = ("ckpt", "vae", "clip", "inpaint", "mask", "upscale", "denoise", "cascade", "samples", "reference", "features", "data",
           "csv", "report", "file")     # the flags and arguments of all commands that name a file to read
 
