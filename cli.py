@@ -130,7 +130,7 @@ def check_compiler(device):
         raise ValueError(f"--compile: PyTorch needs {lacks}, or leave --compile out")
 
 
-PRECISIONS = ("bf16", "tf32", "fp32")           # of products: bfloat16 by autocast; on CUDA, float32 with 10 bits of 23; float32
+PRECISIONS = ("bf16", "tf32", "fp32")           # of products: bfloat16 by autocast; CUDA's float32 of 10 bits; float32
 
 
 def precision_on(device, asked=None):

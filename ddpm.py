@@ -335,8 +335,7 @@ def dpm_steps(diffusion, reverse, x, nodes):
     for k, i in enumerate(nodes):
         *_, x0 = reverse(x, i)
         before = log_snrs[k - 1]                         # at k = 0 unused, as x0_prev is None
-        last = k + 1 == len(nodes)
-        x = x0 if last else dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
+        x = x0 if i == nodes[-1] else dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
         x0_prev = x0
         yield diffusion.timesteps[i], x, x0
 
@@ -387,7 +386,8 @@ def begin(process, model, shape, y=None, cfg_scale=1.0, cfg_channels=None, cfg_i
         raise ValueError(f"guidance on {cfg_channels} channels, where x has {shape[1]}")
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     device = next((z.device for z in (noise, y, *parameters) if z is not None), "cpu")
-    x = next(noises := normal_noises(shape, noise, seeds, device))                       # x_T ~ N(0, I), Eq. 2-5
+    noises = normal_noises(shape, noise, seeds, device)
+    x = next(noises)                                                                     # x_T ~ N(0, I), Eq. 2-5
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"noise of shape {tuple(x.shape)} where x has {tuple(shape)}")
     rows, (low, high) = unconditional_rows(model, y, y_null, cfg_scale), cfg_interval or (-math.inf, math.inf)

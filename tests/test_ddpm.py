@@ -19,9 +19,9 @@ import torch
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
-from ddpm import (Diffusion, SAMPLERS, SCHEDULES, begin, cosine_betas, ddim_invert, ddim_steps, ddpm_steps, discretized_log_likelihood,
-                  dpm_nodes, dpm_steps, dpm_update, guided, keyed_generator, linear_betas, normal_kl, reverse_process, sample,
-                  scaled_linear_betas)
+from ddpm import (Diffusion, SAMPLERS, SCHEDULES, begin, cosine_betas, ddim_invert, ddim_steps, ddpm_steps,
+                  discretized_log_likelihood, dpm_nodes, dpm_steps, dpm_update, guided, keyed_generator, linear_betas, normal_kl,
+                  reverse_process, sample, scaled_linear_betas)
 
 GAUSS = {"kind": "gauss", "m": 0.3, "s": 0.5}
 MIXTURE = {"kind": "mixture", "m": 0.6, "s": 0.2}
