@@ -67,7 +67,7 @@ MOVED = {"vae": lambda run: run.vae and run.vae.sha256, "clip": lambda run: run.
 PLACES = ("data", "vae", "clip", "cache", "features", "reference")       # settings that may name a file or folder
 
 
-def accumulation(text):
+def parts_or_auto(text):
     """argparse type: a number of micro-batches, or "auto"."""
     return text if text == "auto" else positive(text)
 
@@ -113,7 +113,7 @@ def flags():
     add("--clip-grad", type=not_negative, help=f"largest gradient norm; 0 is none ({default('clip_grad')})")
     add("--ema", type=not_negative, help=f"decay of the averaged weights ({default('ema')})")
     add("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
-    add("--accumulate", type=accumulation, help="micro-batches a step, to save memory; auto: as few as the GPU has room for "
+    add("--accumulate", type=parts_or_auto, help="micro-batches a step, to save memory; auto: as few as the GPU has room for "
         "(default: 1)")
     add("--seed", type=natural, help="default: 0")
     add = parser.add_argument_group("precision and devices").add_argument

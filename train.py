@@ -30,7 +30,7 @@ from cli import (autocast, first_in_turn, gpu_memory, one_line_errors, precision
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from files import check_output, sole_writer
-from gflops import accumulation, gib, training_memory
+from gflops import fitting_parts, gib, training_memory
 from image_files import allow_pixels
 from latents import embeddings, latents, measured_scale
 from models import build, compile_blocks
@@ -234,9 +234,9 @@ class Training:
         plain, recomputed = training_memory(network, lambda model, *inputs: objective.loss(model, *inputs)[0].mean(), batch,
                                             args.precision == "bf16")
         memory, n = recomputed if args.checkpointing else plain, len(batch[0])
-        fits = accumulation(memory, n, card)
+        fits = fitting_parts(memory, n, card)
         if fits is None:
-            remedy = ("take a smaller --size" if args.checkpointing or accumulation(recomputed, n, card) is None else
+            remedy = ("take a smaller --size" if args.checkpointing or fitting_parts(recomputed, n, card) is None else
                       f"--checkpointing takes {gib(recomputed.needed(1))}")
             raise ValueError(f"training takes {gib(memory.needed(1))} by count for one image at a time, and this GPU has "
                              f"{gib(card)}: {remedy}")

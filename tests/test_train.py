@@ -523,12 +523,11 @@ def test_a_latent_run_of_a_big_autoencoder_carries_its_path_and_hash_alone(tmp_p
     train.main([*latent, "--steps", "1", "--out", str(run)])
     kept = checkpoint.load(run).vae
     assert kept.path and kept.sha256 and kept.network is kept.model is None
-    images = images_of(tmp_path, run)                    # the file is where it was
+    images = images_of(tmp_path, run)                    # the file lies beside it
     assert images.shape == (3, 8, 8, 1)
     (tmp_path / "vae.pt").rename(moved)
     capsys.readouterr()
-    assert images_of(tmp_path, run).shape == (3, 4, 4, 4)
-    assert "without --vae FILE they are written as they are" in capsys.readouterr().out
+    assert "name it by --vae FILE" in refused(capsys, *drawing_of(tmp_path, run), command=sample.main)
     assert np.array_equal(images_of(tmp_path, run, "--vae", str(moved)), images)
     for other in ([], ["--vae", saved_autoencoder(tmp_path / "other.pt", seed=1)]):
         saved_autoencoder(tmp_path / "vae.pt", seed=1)   # where the right one was, or by its name
