@@ -364,7 +364,7 @@ def normal_noises(shape, noise, seeds, device):
         if generators is None:
             yield torch.randn(shape, device=device)
         else:
-            yield torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device)
+            yield torch.stack([torch.randn(shape[1:], generator=one) for one in generators]).to(device, non_blocking=True)
 
 
 def unconditional_rows(model, y, y_null, cfg_scale):
