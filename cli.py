@@ -127,7 +127,7 @@ def check_compiler(device):
         except exc.InvalidCxxCompiler:
             lacks = "a C++ compiler, and there is none: install g++, name another by CXX="
     if lacks:
-        raise ValueError(f"--compile: PyTorch needs {lacks}, or leave --compile out")
+        raise ValueError(f"--compile: PyTorch needs {lacks}, or leave --compile out, on --resume by --no-compile")
 
 
 PRECISIONS = ("bf16", "tf32", "fp32")           # of products: bfloat16 by autocast; CUDA's float32 of 10 bits; float32
