@@ -77,6 +77,7 @@ def flags():
     def default(key):
         return f"default: {LAPTOP[key]} for dit Ti, {DIT[key]} for dit B; others have their own"
     switch = dict(action="store_true", default=None)
+    toggle = dict(action=argparse.BooleanOptionalAction, default=None)   # what a resumed run may be without
     parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, a ViT to classify, or an autoencoder. "
                     "Flags left out take the recipe of the model and its size.")
     add = parser.add_argument_group("model").add_argument
@@ -119,9 +120,9 @@ def flags():
     add = parser.add_argument_group("precision and devices").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
     add("--precision", choices=PRECISIONS, help="of products; tf32 on CUDA only (default: bf16 autocast on CUDA, fp32 on the CPU)")
-    add("--compile", **switch, help="torch.compile the network: a transformer by blocks, others whole; needs a C++ compiler, "
+    add("--compile", **toggle, help="torch.compile the network: a transformer by blocks, others whole; needs a C++ compiler, "
         "on CUDA Triton")
-    add("--checkpointing", **switch, help="recompute activations: less memory, a third more work")
+    add("--checkpointing", **toggle, help="recompute activations: less memory, a third more work")
     add = parser.add_argument_group("saving").add_argument
     add("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
     add("--resume", **switch, help="go on with --out; flags left out are the run's own")

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
-from cli import (autocast, first_in_turn, gpu_memory, one_line_errors, precision_on, processes, stop_signals,
-                 total)
+from cli import (autocast, first_in_turn, gpu_memory, one_line_errors, precision_on, processes, smallest,
+                 stop_signals, total)
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from files import check_output, sole_writer
@@ -228,6 +228,7 @@ class Training:
         card = gpu_memory(self.device)
         if card is None:
             return parts
+        card = smallest(card)                            # or processes would disagree
         args, objective = self.args, copy.deepcopy(self.objective)       # whose tables move to the meta device
         batch = self.objective.draw(0, *data.Batches(self.dataset, args.batch_size, args.seed, self.part)[0])
         plain, recomputed = training_memory(network, lambda model, *inputs: objective.loss(model, *inputs)[0].mean(), batch,

@@ -86,6 +86,7 @@ def test_drawing_mixes_no_devices_and_waits_only_for_what_it_returns(seen, name)
     case = seen[name]                                    # each image has a generator on the CPU: its noise is copied
     assert faults(case, ("copies to the device", "waits for the device")) == []
     assert sum(n for kind, _, n in case["faults"] if kind == "waits for the device") <= 1
+    assert all(".to(" in place for kind, place, _ in case["faults"] if kind == "copies to the device")       # none unasked
 
 
 @pytest.mark.parametrize("name", MEASURED)
