@@ -37,6 +37,7 @@ import evaluate
 import features
 import files
 import gflops
+import image_files
 import models
 import plot
 import sampling
@@ -174,6 +175,7 @@ def folders(honest, tmp_path, monkeypatch):
     count = iter(range(10 ** 6))
 
     def make():
+        image_files.allow_pixels(None)                   # of this process, which the command before may have set
         folder = tmp_path / str(next(count))
         shutil.copytree(honest, folder, copy_function=os.link)
         monkeypatch.chdir(folder)
