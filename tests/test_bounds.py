@@ -205,14 +205,25 @@ def argument(source="dit.pt", **changes):
     return edited(lambda run: run["network"]["arguments"].update(changes), source)
 
 
-def bytearray_of_a_terabyte():
-    class Large:
-        def __reduce__(self):
-            return bytearray, (10 ** 12,)
-    torch.save({"a": torch.zeros(1)}, "honest.pt")
-    with zipfile.ZipFile("honest.pt") as old, zipfile.ZipFile("bad.pt", "w") as new:
-        for name in old.namelist():
-            new.writestr(name, pickle.dumps(Large(), 2) if name.endswith("data.pkl") else old.read(name))
+def pickled(content):
+    """A function that writes a checkpoint of pickled bytes."""
+    def make():
+        torch.save({"a": torch.zeros(1)}, "honest.pt")
+        with zipfile.ZipFile("honest.pt") as old, zipfile.ZipFile("bad.pt", "w") as new:
+            for name in old.namelist():
+                new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+    return make
+
+
+class Large:
+    def __reduce__(self):
+        return bytearray, (10 ** 12,)
+
+
+def key_of_tuples(levels=40):
+    """A pickle of a dict whose key is a tuple that holds the one before it twice, which holds the one before that …"""
+    key = b"K\x01\x85q\x00" + b"".join(b"h%c\x86q%c" % (level, level + 1) for level in range(levels))
+    return b"\x80\x02}(" + key + b"K\x05u."
 
 
 def zeros_in(name, megabytes=140):
@@ -274,7 +285,8 @@ BOUNDS = {                                               # what it is: how it is
     "an autoencoder that is a DiT": (edited(lambda run: run["vae"].update(network=run["network"]), "latent.pt"), BAD,
                                      "its autoencoder is none"),
     "a sparse tensor": (edited(lambda run: run["ema"].update(a=torch.zeros(9, 9).to_sparse())), BAD, "sparse"),
-    "memory for nothing": (bytearray_of_a_terabyte, BAD, "it asks for memory"),
+    "memory for nothing": (pickled(pickle.dumps(Large(), 2)), BAD, "it asks for memory"),
+    "a key that takes years to follow": (pickled(key_of_tuples()), BAD, "its tuples lie in one another"),
     "an .npz of zeros": (zeros_in("real.npz"), f"{TRAIN} --data real.npz", "it becomes more than 134,217,728 bytes"),
     "a reference of zeros": (zeros_in("real.npz"), "evaluate --samples packed.npz --reference real.npz", "it becomes more than"),
     "a tar of zeros": (zeros_in("cifar-10-binary.tar.gz"), f"{TRAIN} --data cifar10:.", "it becomes more than"),
