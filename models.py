@@ -134,12 +134,15 @@ def check_description(description):
 def filled(network, state):
     """A network of the device "meta", which takes no memory, with a state dict's tensors, on the CPU and in eval mode.
 
-    ValueError on a name or a shape that differs: so a network becomes no larger than the file that its tensors are from.
+    ValueError on a name or a shape that differs: so a network becomes no larger than the file that its tensors are from. And on
+    NaN and infinite numbers, which would draw black images.
     """
     expected, found = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (network.state_dict(), state))
     for name in expected | found:
         if expected.get(name) != found.get(name):
             raise ValueError(f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{name} holds numbers that are NaN or infinite")
     network.to_empty(device="cpu").load_state_dict(state)
     return network.eval()
 

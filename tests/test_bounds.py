@@ -285,6 +285,7 @@ BOUNDS = {                                               # what it is: how it is
     "an autoencoder that is a DiT": (edited(lambda run: run["vae"].update(network=run["network"]), "latent.pt"), BAD,
                                      "its autoencoder is none"),
     "a sparse tensor": (edited(lambda run: run["ema"].update(a=torch.zeros(9, 9).to_sparse())), BAD, "sparse"),
+    "weights that are no numbers": (edited(lambda run: next(iter(run["ema"].values())).fill_(np.nan)), BAD, "NaN or infinite"),
     "memory for nothing": (pickled(pickle.dumps(Large(), 2)), BAD, "it asks for memory"),
     "a key that takes years to follow": (pickled(key_of_tuples()), BAD, "its tuples lie in one another"),
     "an .npz of zeros": (zeros_in("real.npz"), f"{TRAIN} --data real.npz", "it becomes more than 134,217,728 bytes"),
