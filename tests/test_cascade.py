@@ -15,11 +15,10 @@ import cascade
 import checkpoint
 import data
 import ddpm
-import gflops
+import dit
 import models
 import sample
 import sampling
-import settings
 import train
 import unet
 from formula import fill
@@ -27,7 +26,7 @@ from objectives import Denoising, Pixels, Randomness, SuperResolution
 from refusals import refusal
 from reports import upsampling_report
 from test_objectives import bytes_of
-from test_train import assert_same_run, refused, rows_of, saved_autoencoder
+from test_train import SMALLER, saved_autoencoder
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -177,12 +176,15 @@ def test_labels_reach_an_upsampler_that_has_classes_and_no_other():
 # The commands, on images of 8 x 8 pixels from 2 x 2
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A folder with images.npz, 24 images in three classes; flags that train on it."""
+def small(tmp_path_factory, tiny_run):
+    """Small DiTs; a folder with images.npz, 24 images in three classes; flags that train on it."""
     folder = tmp_path_factory.mktemp("small")
     np.savez(folder / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), dtype=np.uint8),
              arr_1=np.arange(24) % 3)
-    return folder, ["--data", str(folder / "images.npz"), "--batch-size", "8", "--device", "cpu", "--sample-every", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dit.SIZES, "Ti", SMALLER)
+        patch.setattr(sampling, "STEPS", 2)
+        yield folder, ["--data", str(folder / "images.npz"), "--batch-size", "8", "--device", "cpu", "--sample-every", "2"]
 
 
 UP = ["--model", "unet", "--size", "Ti-up"]
@@ -214,22 +216,6 @@ def drawn(tmp_path, folder, *argv, upsampler="sr.pt"):
 def assert_close(a, b):
     """Equal within one grey level: products of another batch size may round differently."""
     assert a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
-
-
-def test_an_upsampler_resumes_bit_for_bit_with_its_dropout(tmp_path, small, monkeypatch):
-    monkeypatch.setitem(unet.SIZES, "Ti-up", {**unet.SIZES["Ti-up"], "dropout": 0.5})
-    argv = [*small[1], *UP, "--decay", "none"]
-    train.main([*argv, "--steps", "4", "--out", str(tmp_path / "whole.pt")])
-    train.main([*argv, "--steps", "2", "--out", str(tmp_path / "cut.pt")])
-    torch.rand(5)
-    train.main(["--resume", "--steps", "4", "--out", str(tmp_path / "cut.pt")])
-    assert_same_run(tmp_path / "whole.pt", tmp_path / "cut.pt")
-    assert [row["step"] for row in rows_of(tmp_path / "cut.pt")] == ["2", "4"] and (tmp_path / "cut.png").is_file()
-
-
-def test_training_says_how_the_upsampler_is_used(tmp_path, small, capsys):
-    train.main([*small[1], *UP, "--steps", "1", "--out", str(tmp_path / "sr.pt")])
-    assert f"python sample.py --ckpt BASE.pt --cascade {tmp_path / 'sr.pt'} draws more" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -361,33 +347,3 @@ def test_an_upsampler_of_another_size_or_other_channels_is_refused(tmp_path, sha
     refusal(lambda: sampling.load_upsampler(path, **FITS | dict(shape=shape)), "enlarges 2x2 pixels of 1 channels",
             "{}x{} of {}".format(*shape))
 
-
-def test_what_is_no_upsampler_enlarges_nothing(tmp_path, tiny_run):
-    for path, kind in ((tiny_run, "DiT"), (saved(tmp_path / "unet.pt", size="Ti"), "UNet"),
-                       (saved_autoencoder(tmp_path / "vae.pt"), "AutoencoderKL")):
-        refusal(lambda: sampling.load_upsampler(path, **FITS), f"{path} holds a {kind}, which enlarges nothing", "--size Ti-up")
-    refusal(lambda: sampling.load_upsampler(tmp_path / "gone.pt", **FITS), "there is no such file", kind=OSError)
-
-
-def test_an_upsampler_alone_is_told_of_cascades(tmp_path):
-    path = saved(tmp_path / "sr.pt")
-    refusal(lambda: sample.drawable(path), "needs small ones to start from", f"--ckpt BASE.pt --cascade {path}")
-
-
-def test_an_upsampler_is_trained_on_pixels_and_scored_by_its_samples(tmp_path, capsys):
-    out = ["--out", tmp_path / "run.pt"]
-    for size in unet.UPSAMPLERS:
-        args, _ = settings.read_settings(["--model", "unet", "--size", size, "--out", str(tmp_path / "run.pt")])
-        assert args.steps == (settings.FEW if size == "Ti-up" else settings.DIT)["steps"]
-        for flag, *value in (("--vae", saved_autoencoder(tmp_path / "vae.pt")), ("--eval-every", 3), ("--text",)):
-            said = refused(capsys, "--model", "unet", "--size", size, flag, *value, *out)
-            assert f"{flag}: --size {size} enlarges the pixels" in said and "sample.py --cascade" in said
-
-
-def test_the_cost_of_an_upsampler_is_that_of_its_network_with_two_images_at_the_door(capsys):
-    gflops.main("--model unet --size Ti-up --channels 1 --num-classes 10".split())
-    said = capsys.readouterr().out
-    plain = unet.UNet(32, 1, 1, num_classes=10, **unet.SIZES["Ti-up"])
-    parameters = sum(value.numel() for value in plain.parameters()) + 32 * 9         # one more channel into 32 maps, 3 x 3
-    multiply_adds = gflops.count(plain, *gflops.inputs_of(plain))[1] + 32 * 9 * 32 ** 2
-    assert f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops" in said and "SuperResUNet Ti-up" in said

@@ -578,8 +578,9 @@ def filled(inputs, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("trials", [1, pytest.param(10, marks=slow)])
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write, trials", [
+    *((write, 1) for write in ("a run", "decoded images", "samples", "an archive", "a film", "a reference")),
+    *(pytest.param(write, 10, marks=slow) for write in WRITES)])       # the others write by the same functions
 def test_a_full_disk_leaves_no_torn_file_and_one_line_that_names_the_file(filled, tmp_path, monkeypatch, write, trials):
     (command, largest), random = WRITES[write], np.random.default_rng(len(write))
     shutil.copytree(filled, tmp_path / "whole")

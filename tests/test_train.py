@@ -25,6 +25,7 @@ import latents
 import models
 import reports
 import sample
+import sampling
 import scoring
 import settings
 import train
@@ -80,8 +81,9 @@ def images_of(tmp_path, run, *argv):
 
 @pytest.fixture(scope="module", autouse=True)
 def smaller(tiny_run):
-    """What makes a run a function of its settings does not depend on its size: transformers of a hundredth."""
+    """What makes a run a function of its settings does not depend on its size: transformers of a hundredth, two steps a sample."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "STEPS", 2)
         for module in (dit, uvit, vit):
             patch.setitem(module.SIZES, "Ti", SMALLER)
         yield
@@ -200,10 +202,11 @@ def test_ema_ignores_a_step_that_was_not_taken():
 
 # Stopping and going on
 
-@every_backbone
-def test_every_backbone_resumes_bit_for_bit_with_its_dropout(tmp_path, small, monkeypatch, model):
-    monkeypatch.setitem(unet.SIZES, "Nano", {**unet.SIZES["Nano"], "dropout": 0.5})
-    argv = [*small, "--model", model, "--size", BACKBONES[model], "--decay", "none"]
+@pytest.mark.parametrize("model, size", [*BACKBONES.items(), ("unet", "Ti-up")])
+def test_every_backbone_resumes_bit_for_bit_with_its_dropout(tmp_path, small, monkeypatch, model, size):
+    for name in ("Nano", "Ti-up"):
+        monkeypatch.setitem(unet.SIZES, name, {**unet.SIZES[name], "dropout": 0.5})
+    argv = [*small, "--model", model, "--size", size, "--decay", "none"]
     train.main([*argv, "--steps", "4", "--out", str(tmp_path / "whole.pt")])
     train.main([*argv, "--steps", "2", "--out", str(tmp_path / "cut.pt")])
     torch.rand(5)                                          # elsewhere the global generator is where it may be

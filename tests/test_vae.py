@@ -5,11 +5,7 @@ thousand terms of size 1. Shapes are checked on the meta device, which computes 
 """
 import json
 import math
-import pickle
-import struct
 import weakref
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -21,6 +17,7 @@ from checkpoint import load_autoencoder
 from dit import DiT
 from formula import GOLDEN, fill, formula_weight, golden, golden_json
 from refusals import refusal
+from test_checkpoint import written
 from models import compvis_names, infer_autoencoder, released_autoencoder
 from vae import SIZES, AttnBlock, AutoencoderKL, kl_divergence, pieces, sample_latent
 
@@ -226,19 +223,8 @@ def test_half_precision_is_read_to_float32(library, dtype):
 
 # Files
 
-def safetensors(path, tensors):
-    """Write float32 tensors by hand: the length of the header, the header, the numbers."""
-    header, content = {}, b""
-    for name, tensor in tensors.items():
-        data = tensor.contiguous().numpy().astype("<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(content), len(content) + len(data)]}
-        content += data
-    header = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + content)
-
-
 FILES = {
-    "vae.safetensors": safetensors,
+    "vae.safetensors": written,
     "vae.pt": lambda path, state: torch.save(state, path),
     "diffusion_pytorch_model.bin": lambda path, state: torch.save(state, path, _use_new_zipfile_serialization=False),
     "model.ckpt": lambda path, state: torch.save({"epoch": 3, "state_dict": state}, path),
@@ -252,41 +238,6 @@ def test_a_saved_network_comes_back_in_eval_mode(tmp_path, name):
     loaded = load_autoencoder(tmp_path / name)
     assert same(loaded, network) and not loaded.training and loaded.scale == 0.18215
     assert all(parameter.requires_grad for parameter in loaded.parameters())
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_the_librarys_files_load(tmp_path, library, name):
-    FILES[name](tmp_path / name, library)
-    assert same(load_autoencoder(tmp_path / name), released_autoencoder(library))
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["zip", "bare"])
-def test_a_file_of_python_objects_runs_nothing_and_says_which_file_to_use(tmp_path, write):
-    path = tmp_path / "model.ckpt"
-    write({"state_dict": AutoencoderKL(**SMALL).state_dict(), "callbacks": Payload(tmp_path / "marker")}, path)
-    refusal(lambda: load_autoencoder(path), path, "could run code", "use the .safetensors file")
-    assert not (tmp_path / "marker").exists()
-
-
-def test_a_damaged_safetensors_file_does_not_send_to_itself(tmp_path):
-    (tmp_path / "vae.safetensors").write_bytes(b"text")
-    with pytest.raises(ValueError, match="cannot read the safetensors file") as caught:
-        load_autoencoder(tmp_path / "vae.safetensors")
-    assert "use the" not in str(caught.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    refusal(lambda: load_autoencoder(tmp_path / "vae.pt"), tmp_path / "vae.pt", "no such file", kind=FileNotFoundError)
 
 
 STATE = AutoencoderKL(**SMALL).state_dict()
