@@ -1,9 +1,6 @@
 """cascade.py: an upsampler learns from images and their own small, noisy means; what it draws in a cascade depends on (seed, i)."""
 import os
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +25,6 @@ from reports import upsampling_report
 from test_objectives import bytes_of
 from test_train import SMALLER, saved_autoencoder
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 WHOLE = slice(0, 8)
 
@@ -239,42 +235,12 @@ def test_a_cascade_draws_images_of_the_upsamplers_size_with_the_bases_labels(tmp
 
 
 def test_a_cascade_is_the_upsampler_on_what_the_base_draws(tmp_path, runs):
-    images, labels = drawn(tmp_path, runs, "--n", "4", "--seed", "5", "--cfg-scale", "2")
+    images, labels = drawn(tmp_path, runs, "--n", "4", "--seed", "5", "--cfg-scale", "2", "--batch-size", "3")
     base, upsampler = (checkpoint.load(runs / name).build() for name in ("base.pt", "sr.pt"))
     (_, low), = sample.draw(*base, range(4), [0, 1, 2], 5, steps=2, cfg_scale=2, clip=True)
     assert low.shape == (4, 1, 2, 2)
     expected = data.to_uint8(cascade.enlarge(*upsampler, low, torch.from_numpy(labels), 5, range(4))).numpy()
     assert_close(images, expected)
-
-
-def test_an_image_is_the_same_alone_or_in_a_batch_and_another_with_another_seed(tmp_path, runs):
-    images, _ = drawn(tmp_path, runs, "--n", "5")
-    assert_close(images, drawn(tmp_path, runs, "--n", "5", "--batch-size", "2")[0])
-    assert (images != drawn(tmp_path, runs, "--n", "5", "--seed", "1")[0]).any()
-
-
-@pytest.mark.slow
-def test_two_processes_draw_what_one_draws_into_a_folder_and_an_npz(tmp_path, runs):
-    images, labels = drawn(tmp_path, runs, "--n", "3")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    flags = ["--ckpt", runs / "base.pt", "--cascade", runs / "sr.pt", "--steps", 2, "--n", 3, "--npz", tmp_path / "two.npz"]
-    subprocess.run([*launcher, str(ROOT / "sample.py"), *map(str, flags), "--out", f"{tmp_path}/d/"], check=True, capture_output=True)
-    with np.load(tmp_path / "two.npz") as archive:
-        assert_close(images, archive["arr_0"])
-        assert (archive["arr_1"] == labels).all()
-    files = sorted((tmp_path / "d").iterdir())
-    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
-    for file, image in zip(files, images):
-        assert_close(np.asarray(Image.open(file)), image[..., 0])
-
-
-def test_a_slim_run_is_described_and_draws_as_with_weights_rounded_to_half_precision(tmp_path, runs, capsys):
-    checkpoint.main([str(runs / "sr.pt"), "--slim", str(tmp_path / "slim.pt")])
-    assert "network    SuperResUNet " in capsys.readouterr().out
-    rounded = checkpoint.load(runs / "sr.pt")
-    rounded.ema = {name: value.half().float() for name, value in rounded.ema.items()}
-    checkpoint.save(tmp_path / "rounded.pt", rounded)
-    assert_close(*(drawn(tmp_path, runs, "--n", "3", upsampler=tmp_path / name)[0] for name in ("slim.pt", "rounded.pt")))
 
 
 def saved(path, model="unet", size="Ti-up", side=8, channels=1, classes=None, names=None, **options):

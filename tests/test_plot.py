@@ -59,12 +59,6 @@ def test_a_smoothed_value_is_the_mean_of_as_many_neighbours_on_either_side(value
         assert means[i] == pytest.approx(np.mean(values[i - half:i + half + 1]), abs=1e-9)
 
 
-@given(n=st.integers(1, 30), slope=st.floats(-5, 5), offset=st.floats(-5, 5))
-def test_smoothing_leaves_a_straight_line_straight(n, slope, offset):
-    line = slope * np.arange(n) + offset
-    assert np.allclose(smooth(line), line, atol=1e-9)
-
-
 def test_curves_of_several_runs_stand_in_one_chart_and_the_claim_names_the_lowest(folder, capsys):
     runs = [log(folder / "high.csv", [1.0, 0.9, 0.8, 0.7]), log(folder / "low.csv", [2.0, 0.4, 0.2, 0.1])]
     plot.main(runs)
@@ -87,11 +81,6 @@ def test_runs_of_one_name_go_by_their_paths_and_rows_without_a_loss_are_left_out
     other = log(folder / "b" / "run.csv", [0.5])
     plot.main([one, other])
     assert f"{other} ends with the lowest loss, 0.5, a mean of 1 rows" in capsys.readouterr().out
-
-
-def test_a_log_that_train_wrote_is_drawn(roll_run, folder, capsys):
-    plot.main([str(roll_run.with_suffix(".csv")), "--out", "own.png"])
-    assert "wrote own.png: run ends" in capsys.readouterr().out and picture("own.png").shape == (560, 900, 3)
 
 
 # Forward

@@ -368,13 +368,6 @@ def test_with_convolutions_every_second_pixel_is_kept_or_the_repeated_ones_are_c
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
-def test_fresh_blocks_that_resample_halve_by_means_and_double_by_repeating(scale_shift):
-    x, emb = normal(2, 32, 4, 6, dtype=torch.float32), normal(2, 8, dtype=torch.float32)
-    assert_close(ResBlock(32, 32, 8, 0.0, scale_shift, nn.AvgPool2d(2))(x, emb), means(x))
-    assert torch.equal(ResBlock(32, 32, 8, 0.0, scale_shift, nn.Upsample(scale_factor=2))(x, emb), repeated(x))
-
-
-@pytest.mark.parametrize("scale_shift", [False, True])
 def test_blocks_resample_before_their_first_convolution(scale_shift):
     plain, down, up = (fill(ResBlock(64, 96, 8, 0.0, scale_shift, f)).double()
                        for f in (None, nn.AvgPool2d(2), nn.Upsample(scale_factor=2)))

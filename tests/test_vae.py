@@ -306,6 +306,7 @@ def test_a_width_that_groups_of_32_do_not_divide_is_refused(dim, said):
 
 
 @given(st.integers(1, 3), multipliers, st.integers(1, 5), st.integers(1, 5))
+@settings(max_examples=10)
 def test_sides_shrink_by_the_factor_and_decoding_inverts_the_shape(n, multipliers, rows, columns):
     network = on_meta(dim=64, multipliers=multipliers, res_blocks=1)                 # 32: PyTorch refuses to normalize one number
     assert network.factor == 2 ** (len(multipliers) - 1)
@@ -463,13 +464,6 @@ def test_by_its_attention_every_output_depends_on_every_input(part, attentive):
     # else a 3 x 3 convolution looks one pixel further, of which encoders have 2 + 2 * 3 in a row here and decoders 2 + 2 * 4
     seen = 40 if attentive else 9 if part == "encoder" else 11
     assert x.grad.abs().amax(dim=(0, 1, 2)).ne(0).tolist() == [column < seen for column in range(40)]
-
-
-@given(st.permutations(range(6)))
-def test_attention_does_not_know_where_pixels_lie(order):
-    block, x = fill(AttnBlock(32)).double(), normal(2, 32, 2, 3)
-    moved = block(x.flatten(2)[:, :, order].unflatten(2, (2, 3))).flatten(2)
-    assert_close(moved, block(x).flatten(2)[:, :, order], **EXACT)
 
 
 @torch.no_grad()
