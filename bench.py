@@ -24,7 +24,7 @@ import data
 import inception
 import train
 from checkpoint import load, load_autoencoder
-from cli import Parser, at_least, one_line_errors, positive, processes
+from cli import Parser, at_least, autocast, one_line_errors, positive, precision_on, processes
 from features import full_precision
 from gflops import count, inputs_of
 from latents import encode
@@ -159,7 +159,8 @@ def latent_steps(args):
 
     def draw_kind(objective, step, images, labels):
         if kinds[step] == ENCODED:
-            images = torch.from_numpy(np.stack(encode(autoencoder, images), axis=1))[:, None]    # (n, 1, 2, c, h, w), as cached
+            with autocast(device):
+                images = torch.from_numpy(np.stack(encode(autoencoder, images), axis=1))[:, None]    # (n, 1, 2, c, h, w), as cached
         return draw_batch(objective, step, images, labels)
 
     with (tempfile.TemporaryDirectory() as cache, patch.object(data.Batches, "__getitem__", read_kind),
@@ -177,9 +178,10 @@ def latent_steps(args):
 
 def speed(args):
     """Time train.py's own loop: its forward pass, backward pass and optimizer."""
-    size, warm, device = args.size or DEFAULT_SIZE[args.model], 3, processes(args.device)[0]
+    size, device = args.size or DEFAULT_SIZE[args.model], processes(args.device)[0]
+    warm = 10 if device.type == "cuda" else 3            # up to step 10 the log waits for a GPU, to say how long training takes
     ruler = "convolution" if args.model == "unet" else "product"
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # of training's products
+    dtype = torch.bfloat16 if precision_on(device) == "bf16" else torch.float32     # of training's products
     with (ruled(ruler, device, dtype) as rates, stopwatch(Classification if args.model == "vit" else Denoising, "loss") as losses,
           stopwatch(torch.Tensor, "backward") as backwards, stopwatch(torch.optim.AdamW, "step") as steps):
         network = train_timed(args, size, warm + args.steps, "--model", args.model, *["--compile"] * args.compile)

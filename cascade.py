@@ -50,8 +50,9 @@ def enlarge(network, diffusion, low, y, seed, indices):
     y = None if y is None or network.num_classes is None else y.to(low.device)
 
     def enlarged(rows):
+        part = slice(rows.start, rows.stop)
         noise = torch.stack([torch.randn(network.channels, *network.image_size,
                                          generator=ddpm.keyed_generator((seed, indices[i], UPSAMPLED))) for i in rows])
-        return ddpm.sample(diffusion, partial(network, low=low[rows]), noise.shape, None if y is None else y[rows], "dpm++",
+        return ddpm.sample(diffusion, partial(network, low=low[part]), noise.shape, None if y is None else y[part], "dpm++",
                            min(STEPS, diffusion.T), noise=noise.to(low.device), clip=True)
-    return in_pieces(enlarged, torch.arange(len(low)), len(low))
+    return in_pieces(enlarged, range(len(low)), len(low))

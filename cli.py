@@ -127,10 +127,10 @@ def check_compiler(device):
         except exc.InvalidCxxCompiler:
             lacks = "a C++ compiler, and there is none: install g++, name another by CXX="
     if lacks:
-        raise ValueError(f"--compile: PyTorch needs {lacks}, or leave --compile out")
+        raise ValueError(f"--compile: PyTorch needs {lacks}, or leave --compile out, on --resume by --no-compile")
 
 
-PRECISIONS = ("bf16", "tf32", "fp32")           # of products: bfloat16 by autocast; on CUDA, float32 with 10 bits of 23; float32
+PRECISIONS = ("bf16", "tf32", "fp32")           # of products: bfloat16 by autocast; CUDA's float32 of 10 bits; float32
 
 
 def precision_on(device, asked=None):
@@ -240,6 +240,14 @@ def total(tensor, world):
     if world > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def smallest(number):
+    """The smallest of all processes' whole numbers."""
+    number = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MIN)
+    return number.item()
 
 
 INPUTS = ("ckpt", "vae", "clip", "inpaint", "mask", "upscale", "denoise", "cascade", "samples", "reference", "features", "data",

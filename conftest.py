@@ -24,6 +24,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: python -m pytest tests/test_gpu.py"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fake_cuda(request):
+    """The run that test_fake_cuda.py judges, see `begun` there: it begins before the first test; None if that file is left out."""
+    module = next((item.module for item in request.session.items if item.path.name == "test_fake_cuda.py"), None)
+    if module is None:
+        yield
+        return
+    with module.begun(request.config.cache) as run:
+        yield run
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """run.pt of a DiT trained for a few steps on the digits, four tokens an image; nudged, so that noise and class show."""

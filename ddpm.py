@@ -259,15 +259,14 @@ def kept_steps(T, steps):
     return kept
 
 
-def guided(model, y, y_null, scale, channels=None, interval=None):
+def guided(model, y, y_null, scale, channels=None):
     """Classifier-free guidance (§3) as a callable(x, t): one batch holds both halves.  Ho & Salimans 2022, Eq. 6.
 
     uncond + scale (cond - uncond) on all channels of the prediction, or on the first `channels` only; a learned variance
-    stays the conditional one. Since eps, x0 and v are affine in each other, guiding one guides all. interval (low, high), in
-    the time that the model is told, inclusive, guides inside it; outside only the conditional prediction is used.
+    stays the conditional one. Since eps, x0 and v are affine in each other, guiding one guides all.
     """
     def model_with_guidance(x, t):
-        if scale == 1 or (interval is not None and not interval[0] <= int(t[0]) <= interval[1]):
+        if scale == 1:
             return model(x, t, y)
         output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null])).to(x.dtype)     # (2N, C or 2C, H, W)
         conditional, unconditional = output.chunk(2)
@@ -336,8 +335,7 @@ def dpm_steps(diffusion, reverse, x, nodes):
     for k, i in enumerate(nodes):
         *_, x0 = reverse(x, i)
         before = log_snrs[k - 1]                         # at k = 0 unused, as x0_prev is None
-        last = k + 1 == len(nodes)
-        x = x0 if last else dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
+        x = x0 if i == nodes[-1] else dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
         x0_prev = x0
         yield diffusion.timesteps[i], x, x0
 
@@ -366,7 +364,7 @@ def normal_noises(shape, noise, seeds, device):
         if generators is None:
             yield torch.randn(shape, device=device)
         else:
-            yield torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device)
+            yield torch.stack([torch.randn(shape[1:], generator=one) for one in generators]).to(device, non_blocking=True)
 
 
 def unconditional_rows(model, y, y_null, cfg_scale):
@@ -392,8 +390,9 @@ def begin(process, model, shape, y=None, cfg_scale=1.0, cfg_channels=None, cfg_i
     x = next(noises)                                                                     # x_T ~ N(0, I), Eq. 2-5
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"noise of shape {tuple(x.shape)} where x has {tuple(shape)}")
-    predict = guided(model, y, unconditional_rows(model, y, y_null, cfg_scale), cfg_scale, cfg_channels, cfg_interval)
-    return x, noises, reverse_process(process, predict, clip, correct)
+    rows, (low, high) = unconditional_rows(model, y, y_null, cfg_scale), cfg_interval or (-math.inf, math.inf)
+    inside, outside = (reverse_process(process, guided(model, y, rows, s, cfg_channels), clip, correct) for s in (cfg_scale, 1))
+    return x, noises, lambda x, i: (inside if low <= process.timesteps[i] <= high else outside)(x, i)
 
 
 def check_sampler(sampler, steps, eta, T):
@@ -412,9 +411,10 @@ def sample(diffusion, model, shape, y=None, sampler="ddpm", steps=None, eta=0.0,
     """Draw x0 of the given shape (N, C, H, W) by running the reverse process, Eq. 2-5 … 2-7, from x_T ~ N(0, I).
 
     y: labels (N,) or a context (N, M, D), on the model's device. steps: evaluations along the trajectory (guidance's pair
-    counts once), all T by default, as in `Diffusion.respaced`; dpm++ takes a count only. eta: DDIM's noise. cfg_*: see `guided`;
-    y_null, a label or a context (M, D), defaults to model.null_label. noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T and
-    then the noise of each step. seeds: one for each image, see `key_seed`, which then comes out the same in whatever batch.
+    counts once), all T by default, as in `Diffusion.respaced`; dpm++ takes a count only. eta: DDIM's noise. cfg_scale,
+    cfg_channels: see `guided`; cfg_interval (low, high): guide between these times, as the model is told them, ends included.
+    y_null, a label or a context (M, D), defaults to model.null_label. noise: x_T like x, or (1 + evaluations, N, C, H, W): x_T
+    and the noise of each step. seeds: one for each image, see `key_seed`, which then comes out the same in whatever batch.
     clip clamps each predicted x0 to [-1, 1]: pixels, not latents; the function `correct` is then applied to it. callback(t, x, x0)
     sees each step. ValueError on guidance without an unconditional input, and on what else does not fit.
     """

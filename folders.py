@@ -55,7 +55,7 @@ def files_below(folder):
     return sorted(found)
 
 
-def counted(files):
+def by_ending(files):
     """How many files there are of each ending, in words."""
     found = Counter(path.suffix.lower() or "without an ending" for path in files).most_common()
     more = sum(count for _, count in found[5:])
@@ -68,7 +68,7 @@ def images_below(folder):
     images = [path for path in files if path.suffix.lower() in endings() and path.is_file()]
     others = sorted({*files} - {*images})
     if not images:
-        raise ValueError(f"{folder} holds no image that can be read" + f", but {counted(others)}" * bool(others))
+        raise ValueError(f"{folder} holds no image that can be read" + f", but {by_ending(others)}" * bool(others))
     return images, others
 
 
@@ -199,7 +199,7 @@ def unread(others, read, captioned):
     gone = {path for path in rest if not path.is_file()}                 # links that lead nowhere, devices
     files = [path for path in rest if path not in gone]
     return ([f"{len(gone):,} that {'are no files' if len(gone) > 1 else 'is no file'}, as {min(gone)}"] if gone else []) + (
-        [f"{counted(files)}, which are not read here"] if files else [])
+        [f"{by_ending(files)}, which are not read here"] if files else [])
 
 
 # Data sets

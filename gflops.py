@@ -231,7 +231,7 @@ def gib(size):
     return f"{size / GIB:.1f} GiB"
 
 
-def accumulation(memory, n, card):
+def fitting_parts(memory, n, card):
     """The least --accumulate with which n images a step fit a card of so many bytes; None if not even one at a time does."""
     return next((parts for parts in range(1, n + 1) if n % parts == 0 and memory.needed(n // parts) <= ROOM * card), None)
 

@@ -53,12 +53,20 @@ class Conv(nn.Module):
         padding = [size // 2 if padded and stride == 1 else 0 for size in kernel]
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)                     # TensorFlow's epsilon
+        self.register_load_state_dict_post_hook(lambda layer, _: layer.fold())
+        self.fold()
+
+    @torch.no_grad()
+    def fold(self):
+        """Make one convolution, scale (conv - mean) + bias, of both: done when weights are loaded, not for every batch."""
+        bn = self.bn
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        weight = self.conv.weight * scale[:, None, None, None]           # laid out as the images are: else each batch copies it
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last), persistent=False)
+        self.register_buffer("bias", bn.bias - scale * bn.running_mean, persistent=False)
 
     def forward(self, x):
-        bn = self.bn
-        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()            # scale (conv - mean) + bias, in one convolution
-        weight = self.conv.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, bn.bias - scale * bn.running_mean, self.conv.stride, self.conv.padding).relu_()
+        return F.conv2d(x, self.weight, self.bias, self.conv.stride, self.conv.padding).relu_()
 
 
 class Mixed(nn.Module):

@@ -155,8 +155,14 @@ def build_with(description, state):
 def compile_blocks(network):
     """Have PyTorch compile a network when it runs: a transformer by blocks, of which those of one kind share one graph, which
     takes a fraction of the time; any other as a whole. In place: its state dict stays as it is, and copies are not compiled."""
-    for module in [block for block in network.modules() if isinstance(block, (vit.Block, dit.AdaLNBlock))] or [network]:
-        module.compile()
+    if isinstance(network, (dit.DiT, uvit.UViT, vit.ViT)):
+        torch._dynamo.config.optimize_ddp = False        # else a block is cut where DistributedDataParallel's buckets end
+        kinds = (vit.Block, dit.AdaLNBlock, text.TextBlock)
+    else:
+        kinds = type(network)
+    for module in network.modules():
+        if isinstance(module, kinds):
+            module.compile()
 
 
 # Official releases

@@ -194,9 +194,9 @@ def read_prompts(prompts, reader, network):
 
 
 def decoder(path, run, network):
-    """The autoencoder that decodes a network's latents: that of --vae, or the run's own, in it or beside it; None if there is none.
+    """The autoencoder that decodes a network's latents: that of --vae, or the run's own, in it or beside it; None if none is known.
 
-    ValueError if it does not fit, or is another than the run was trained with.
+    ValueError if it is not there, does not fit, or is another than the run was trained with.
     """
     kept = run.vae
     if kept is None:
@@ -205,10 +205,12 @@ def decoder(path, run, network):
         return None
     if path is None and kept.model:
         autoencoder, _ = replace(run, network=kept.network, model=kept.model, diffusion=None).build("model")
+    elif path is None and kept.path is None:
+        return None
     else:
-        path = path or kept.path and beside(run, kept.path)
+        path = path or beside(run, kept.path)
         if path is None:
-            return None
+            raise ValueError(f"the autoencoder {kept.path} does not lie beside {run.file}: put it there, or name it by --vae FILE")
         autoencoder = load_autoencoder(path)
         if kept.sha256 and kept.sha256 != autoencoder.origin.sha256:
             raise ValueError(f"{path} is another autoencoder than the network was trained with: its SHA-256 is "

@@ -67,7 +67,7 @@ MOVED = {"vae": lambda run: run.vae and run.vae.sha256, "clip": lambda run: run.
 PLACES = ("data", "vae", "clip", "cache", "features", "reference")       # settings that may name a file or folder
 
 
-def accumulation(text):
+def parts_or_auto(text):
     """argparse type: a number of micro-batches, or "auto"."""
     return text if text == "auto" else positive(text)
 
@@ -77,6 +77,7 @@ def flags():
     def default(key):
         return f"default: {LAPTOP[key]} for dit Ti, {DIT[key]} for dit B; others have their own"
     switch = dict(action="store_true", default=None)
+    toggle = dict(action=argparse.BooleanOptionalAction, default=None)   # what a resumed run may be without
     parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, a ViT to classify, or an autoencoder. "
                     "Flags left out take the recipe of the model and its size.")
     add = parser.add_argument_group("model").add_argument
@@ -113,15 +114,15 @@ def flags():
     add("--clip-grad", type=not_negative, help=f"largest gradient norm; 0 is none ({default('clip_grad')})")
     add("--ema", type=not_negative, help=f"decay of the averaged weights ({default('ema')})")
     add("--cfg-drop", type=not_negative, help="share of labels dropped, for guidance (default: 0.1)")
-    add("--accumulate", type=accumulation, help="micro-batches a step, to save memory; auto: as few as the GPU has room for "
+    add("--accumulate", type=parts_or_auto, help="micro-batches a step, to save memory; auto: as few as the GPU has room for "
         "(default: 1)")
     add("--seed", type=natural, help="default: 0")
     add = parser.add_argument_group("precision and devices").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is a GPU")
     add("--precision", choices=PRECISIONS, help="of products; tf32 on CUDA only (default: bf16 autocast on CUDA, fp32 on the CPU)")
-    add("--compile", **switch, help="torch.compile the network: a transformer by blocks, others whole; needs a C++ compiler, "
+    add("--compile", **toggle, help="torch.compile the network: a transformer by blocks, others whole; needs a C++ compiler, "
         "on CUDA Triton")
-    add("--checkpointing", **switch, help="recompute activations: less memory, a third more work")
+    add("--checkpointing", **toggle, help="recompute activations: less memory, a third more work")
     add = parser.add_argument_group("saving").add_argument
     add("--out", help="the run; its run.csv and run.png stand beside it (default: run.pt)")
     add("--resume", **switch, help="go on with --out; flags left out are the run's own")

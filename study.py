@@ -185,7 +185,7 @@ def spread_of(values, form):
     return mean if low == high else f"{mean} ({low} – {high})"
 
 
-def table(study, rows):
+def score_table(study, rows):
     """The scores of a study in Markdown: a line a run and setting, each a mean and a range over seeds."""
     keys = list(study.settings[0])
     lines = [["run", *keys, "Gflops", "minutes", *study.columns]]
@@ -219,7 +219,7 @@ def ranking(score, claimed=None, best=min):
     return say
 
 
-def guided(study, rows):
+def trade_off(study, rows):
     """The outcome of guidance: what precision and recall do as its scale rises."""
     text, low, high = [], study.settings[0]["scale"], study.settings[-1]["scale"]
     for run in study.runs:
@@ -254,13 +254,16 @@ def as_table(study, rows):
 # Charts
 
 def by_run(score):
-    """A chart of a score: a column a run, a disc a seed."""
+    """A chart of a score: a row a run, a disc a seed."""
     def draw(study, rows, path):
         found = [values(rows, score, run=run) for run in study.runs]
-        chart = Chart((-0.5, len(found)), spread(*found), y_label=score, width=900, height=480)
-        for i, (run, scored, colour) in enumerate(zip(study.runs, found, COLOURS * 3)):
-            chart.points(np.full(len(scored), i), scored, colour, 6)
-            chart.text(i, scored.mean(), run, colour)
+        low, high = spread(*found)
+        chart = Chart((low, high + 0.3 * (high - low)), (0.5, len(found) + 0.5), x_label=score, width=900,
+                      height=110 + 34 * len(found))
+        chart.y_ticks = []                               # rows have names
+        for row, run, scored, colour in zip(range(len(found), 0, -1), study.runs, found, COLOURS * 3):
+            chart.points(scored, np.full(len(scored), row), colour, 6)
+            chart.text(scored.max(), row, run, colour)
         return chart.image()
     return draw
 
@@ -301,7 +304,7 @@ STUDIES = {
         "these networks have six blocks. The four designs at B/4, for 400,000 steps, would settle it.", 60),
     "guidance": Study(
         "Guidance trades recall for precision (§3, §4-8 … §4-10, Fig. 5-2).", ("digits", "latents"), judges.digit_scores, SCORED,
-        guided, along("scale", "precision"), "These are ten clear classes of one data set; photographs may differ.", 40,
+        trade_off, along("scale", "precision"), "These are ten clear classes of one data set; photographs may differ.", 40,
         settings=tuple({"scale": scale} for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0))),
     "samplers": Study(
         "Improved samplers need fewer steps (§3).", ("digits",), judges.digit_scores, {**SCORED, "images_per_s": ".1f"},
@@ -312,7 +315,7 @@ STUDIES = {
             for steps in numbers)),
     "prediction": Study(
         "Predicting the noise is better than predicting the pixels (§3).",
-        tuple(name for name in RUNS if name.startswith(PREDICTIONS)), judges.digit_scores, SCORED, ranking("FD"), by_run("FD"),
+        tuple(name for name in RUNS if name.split()[0] in PREDICTIONS), judges.digit_scores, SCORED, ranking("FD"), by_run("FD"),
         "A patch of 8x8 pixels is 64 numbers in a token of 192. Noise needs all of them, an image few. Patches of few numbers "
         "favour eps, and so do latents.", 120),
     "networks": Study(
@@ -340,13 +343,13 @@ STUDIES = {
 
 # The command
 
-def report(name, rows):
+def study_report(name, rows):
     """A study's table and what is said of it, in Markdown."""
     study = STUDIES[name]
     machines, dates = sorted({row["machine"] for row in rows}), sorted({row["date"] for row in rows})
     single = "" if all(row["threads"] != "1" for row in rows) else " Rows of one thread had another run beside them."
     return "\n".join([
-        table(study, rows), "", f"![Scores of the study](assets/study-{name}.png)", "",
+        score_table(study, rows), "", f"![Scores of the study](assets/study-{name}.png)", "",
         f"**Claimed.** {study.claim} **What came out.** {study.outcome(study, rows)} **Open.** {study.open}", "",
         f"*`python study.py {name}`: seeds {', '.join(map(str, study.seeds))}, with the range over them; "
         f"{'; '.join(machines)}; {dates[0]} to {dates[-1]}.{single}*"])
@@ -384,7 +387,7 @@ def main(argv=None):
                 print(f"{name:12} {study.minutes:4} minutes   {study.claim}")
             return
         Path(args.runs).mkdir(exist_ok=True)
-        text = report(args.name, rows := complete(args.name, args.runs, args.together))
+        text = study_report(args.name, rows := complete(args.name, args.runs, args.together))
         print(text)
         if args.write:
             study = STUDIES[args.name]

@@ -25,12 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
-from cli import (autocast, first_in_turn, gpu_memory, one_line_errors, precision_on, processes, stop_signals,
-                 total)
+from cli import (autocast, first_in_turn, gpu_memory, one_line_errors, precision_on, processes, smallest,
+                 stop_signals, total)
 from ddpm import SCHEDULES, Diffusion
 from features import default_space, read_tables, space_of
 from files import check_output, sole_writer
-from gflops import accumulation, gib, training_memory
+from gflops import fitting_parts, gib, training_memory
 from image_files import allow_pixels
 from latents import embeddings, latents, measured_scale
 from models import build, compile_blocks
@@ -228,14 +228,15 @@ class Training:
         card = gpu_memory(self.device)
         if card is None:
             return parts
+        card = smallest(card)                            # or processes would disagree
         args, objective = self.args, copy.deepcopy(self.objective)       # whose tables move to the meta device
         batch = self.objective.draw(0, *data.Batches(self.dataset, args.batch_size, args.seed, self.part)[0])
         plain, recomputed = training_memory(network, lambda model, *inputs: objective.loss(model, *inputs)[0].mean(), batch,
                                             args.precision == "bf16")
         memory, n = recomputed if args.checkpointing else plain, len(batch[0])
-        fits = accumulation(memory, n, card)
+        fits = fitting_parts(memory, n, card)
         if fits is None:
-            remedy = ("take a smaller --size" if args.checkpointing or accumulation(recomputed, n, card) is None else
+            remedy = ("take a smaller --size" if args.checkpointing or fitting_parts(recomputed, n, card) is None else
                       f"--checkpointing takes {gib(recomputed.needed(1))}")
             raise ValueError(f"training takes {gib(memory.needed(1))} by count for one image at a time, and this GPU has "
                              f"{gib(card)}: {remedy}")

@@ -233,11 +233,10 @@ def autoencoder():
 
 
 def drawing(sampler):
-    """Draw with guidance, three steps."""
+    """Draw with guidance in the first half of the times, three steps."""
     model, diffusion = network("dit", "Nano/16", learn_sigma=True), process("eps", "learned")
-
     return lambda: list(sampling.draw_images(model, diffusion, range(6), list(range(10)), batch_size=4, sampler=sampler, steps=3,
-                                             eta=float(sampler == "ddim")))
+                                             eta=float(sampler == "ddim"), cfg_interval=(0, 500)))
 
 
 def drawing_latents():

@@ -19,9 +19,9 @@ import torch
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
-from ddpm import (Diffusion, SAMPLERS, SCHEDULES, cosine_betas, ddim_invert, ddim_steps, ddpm_steps, discretized_log_likelihood,
-                  dpm_nodes, dpm_steps, dpm_update, guided, keyed_generator, linear_betas, normal_kl, reverse_process, sample,
-                  scaled_linear_betas)
+from ddpm import (Diffusion, SAMPLERS, SCHEDULES, begin, cosine_betas, ddim_invert, ddim_steps, ddpm_steps,
+                  discretized_log_likelihood, dpm_nodes, dpm_steps, dpm_update, guided, keyed_generator, linear_betas, normal_kl,
+                  reverse_process, sample, scaled_linear_betas)
 
 GAUSS = {"kind": "gauss", "m": 0.3, "s": 0.5}
 MIXTURE = {"kind": "mixture", "m": 0.6, "s": 0.2}
@@ -1109,12 +1109,12 @@ def test_guidance_interval_bounds_are_included_and_one_evaluation_is_made_outsid
 
 
 def test_guidance_interval_leaves_the_condition_alone_outside():
-    x, y = normal(2, 2, 1, 3), torch.tensor([1, 2])
-    model = guided(labelled_output, y, torch.full_like(y, NULL), 2.0, interval=(3, 5))
-    unlimited = guided(labelled_output, y, torch.full_like(y, NULL), 2.0)
+    process, x, y = Diffusion(linear_betas(9), variance="learned"), normal(2, 2, 1, 3), torch.tensor([1, 2])
+    limited, unlimited, plain = (begin(process, labelled_output, x.shape, y, y_null=NULL, noise=x, **options)[2] for options in
+                                 (dict(cfg_scale=2.0, cfg_interval=(3, 5)), dict(cfg_scale=2.0), {}))
     for step in range(9):
-        t = torch.full((2,), step)
-        assert torch.equal(model(x, t), unlimited(x, t) if 3 <= step <= 5 else labelled_output(x, t, y))
+        expected = unlimited if 3 <= step <= 5 else plain
+        assert torch.equal(limited(x, step)[0], expected(x, step)[0])
 
 
 @pytest.mark.parametrize("sampler, eta", RUNS)

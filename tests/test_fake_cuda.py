@@ -1,11 +1,14 @@
 """CUDA where there is none: training, sampling and scoring mix no devices, and do not wait for the device where they need not.
 
-fake_cuda.py runs the project's code on faked CUDA tensors, once for all tests, in a process of its own.
+fake_cuda.py runs the project's code on faked CUDA tensors, once for all tests, in a process of its own, which conftest.py starts
+before the first test: it takes half a minute of another core.
 """
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 import torch
@@ -37,13 +40,34 @@ def guard(folder):
     return made
 
 
+@contextmanager
+def begun(cache):
+    """The run of all cases, in the background: (process, what it says, what else it prints), or why there is none, a text."""
+    try:
+        made = guard(cache.mkdir("fake-cuda"))
+    except pytest.skip.Exception as why:
+        yield str(why)
+        return
+    with TemporaryFile("w+") as said, TemporaryFile("w+") as printed:
+        process = subprocess.Popen([sys.executable, TESTS / "fake_cuda.py", made], stdout=said, stderr=printed)
+        try:
+            yield process, said, printed
+        finally:
+            process.kill()
+            process.wait()
+
+
 @pytest.fixture(scope="session")
-def seen(pytestconfig):
+def seen(fake_cuda):
     """What was seen of all cases, by their names."""
-    command = [sys.executable, str(TESTS / "fake_cuda.py"), str(guard(pytestconfig.cache.mkdir("fake-cuda")))]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    if isinstance(fake_cuda, str):
+        pytest.skip(fake_cuda)
+    process, said, printed = fake_cuda
+    status = process.wait(600)
+    for file in (said, printed):
+        file.seek(0)
+    assert status == 0, printed.read()[-3000:]
+    return json.load(said)
 
 
 def faults(case, allowed=()):
@@ -62,6 +86,7 @@ def test_drawing_mixes_no_devices_and_waits_only_for_what_it_returns(seen, name)
     case = seen[name]                                    # each image has a generator on the CPU: its noise is copied
     assert faults(case, ("copies to the device", "waits for the device")) == []
     assert sum(n for kind, _, n in case["faults"] if kind == "waits for the device") <= 1
+    assert all(".to(" in place for kind, place, _ in case["faults"] if kind == "copies to the device")       # none unasked
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -42,7 +42,7 @@ def network():
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
-    return network
+    return inception.load(network.state_dict())
 
 
 @pytest.fixture(scope="module")

@@ -218,6 +218,7 @@ def test_what_is_no_batch_of_images_is_refused(case):
        st.booleans(), seeds)
 def test_a_convolution_with_its_norm_folded_in_is_convolution_norm_and_relu(inputs, outputs, kernel, stride, padded, seed):
     layer, x = fill(Conv(inputs, outputs, kernel, stride, padded)).double(), normal(2, inputs, 9, 8, seed=seed)
+    layer.fold()
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
     same = padded and stride == 1                                        # zeros around, as many as keep the size
     if same:

@@ -174,21 +174,28 @@ def test_an_autoencoders_description_survives_the_disk_and_is_of_no_image_size_o
 
 # Compiled
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """A list of the graphs that are compiled, here as they are."""
+    graphs = []
+
+    def counting(graph, example):
+        graphs.append(graph)
+        return graph
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counting))
+    return graphs
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model, size, graphs", [("dit", "Ti/4", 1), ("uvit", "Ti/4", 2), ("vit", "Ti/4", 1), ("mlp", "Ti", 1)])
-def test_blocks_of_a_kind_are_compiled_once_and_keep_names_and_outputs(monkeypatch, model, size, graphs, checkpointing):
-    compiled, network = [], build(describe(model, size, 8, 1, 3))
+def test_blocks_of_a_kind_are_compiled_once_and_keep_names_and_outputs(compiled, model, size, graphs, checkpointing):
+    network = build(describe(model, size, 8, 1, 3))
     for parameter in network.parameters():
         parameter.data += 0.1                            # a fresh DiT puts out 0
     inputs = [torch.ones_like(z, device="cpu") for z in gflops.inputs_of(network) if z is not None]
     average, names = copy.deepcopy(network), list(network.state_dict())
     network.checkpointing = checkpointing
-
-    def counting(graph, example):
-        compiled.append(graph)
-        return graph
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counting))
     compile_blocks(network)
     for _ in range(2):
         out = network(*inputs)
@@ -196,6 +203,26 @@ def test_blocks_of_a_kind_are_compiled_once_and_keep_names_and_outputs(monkeypat
     assert len(compiled) == graphs and list(network.state_dict()) == names
     torch.testing.assert_close(out, average(*inputs), rtol=0, atol=0)
     assert len(compiled) == graphs, "the average was compiled, too"
+
+
+def test_the_buckets_of_gradients_do_not_cut_a_compiled_block(compiled, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)       # PyTorch's default
+    network = build(describe("dit", "Ti/4", 8, 1, 3))
+    compile_blocks(network)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shared = torch.nn.parallel.DistributedDataParallel(network)
+        shared(torch.ones(2, 1, 8, 8), torch.tensor([0, 1]), torch.tensor([0, 1])).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("model, size, kinds", [("uvit", "Ti/4", {"UViTBlock", "TextBlock"}), ("unet", "Nano", {"UNet"})])
+def test_a_text_encoder_is_compiled_with_its_network(model, size, kinds):
+    network = build(describe(model, size, 8, 1, context_dim=64, context_tokens=4) | {"text": dict(dim=64, length=4)})
+    compile_blocks(network)
+    assert {type(module).__name__ for module in network.modules() if module._compiled_call_impl} == kinds
 
 
 @pytest.mark.parametrize("command, argv", [(bench, ["train"]), (gflops, [])])

@@ -1,10 +1,12 @@
 """settings.py: flags left out take the recipe of the model and size, and the learning rate is a function of the step."""
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+import checkpoint
 import settings
 from objectives import learning_rate
 from settings import read_settings
@@ -48,3 +50,10 @@ def test_captions_are_learned_at_a_rate_that_is_not_above_theirs(tmp_path, size,
     given = ["--model", "uvit", "--size", size, "--data", "shapes"]
     assert settings_of(tmp_path, *given, "--text").lr == rate <= settings_of(tmp_path, *given).lr
     assert settings_of(tmp_path, *given, "--text", "--lr", "1").lr == 1
+
+
+def test_a_resumed_run_may_be_without_what_its_machine_was_asked_for(tmp_path, tiny_run):
+    run = checkpoint.load(tiny_run)
+    checkpoint.save(tmp_path / "run.pt", replace(run, config={**run.config, "compile": True, "checkpointing": True}))
+    kept, without = settings_of(tmp_path, "--resume"), settings_of(tmp_path, "--resume", "--no-compile", "--no-checkpointing")
+    assert kept.compile and kept.checkpointing and not without.compile and not without.checkpointing

@@ -19,7 +19,7 @@ import study
 import train
 from gflops import count, inputs_of
 from models import build, describe
-from study import Study, along, as_table, by_run, guided, ranking, sampled, seen
+from study import Study, along, as_table, by_run, trade_off, ranking, sampled, seen
 
 
 # Runs and scores
@@ -88,9 +88,8 @@ def test_a_study_that_was_stopped_scores_what_is_missing(trial, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [("--lr 0.5", ["--lr is 0.001, not 0.5"]), ("--prediction v", ["--prediction is x0, not v"]),
                                           ("--steps 1", ["--steps is 2, not 1"])])
-def test_a_run_of_other_settings_under_its_name_is_refused(trial, tmp_path, monkeypatch, capsys, flags, words):
-    study.main(["trial"])
-    (tmp_path / "study-trial.csv").unlink()
+def test_a_run_of_other_settings_under_its_name_is_refused(trial, runs, tmp_path, monkeypatch, capsys, flags, words):
+    shutil.copytree(runs, tmp_path / "studies")
     monkeypatch.setitem(study.RUNS, "b", f"{study.RUNS['b']} {flags}")
     with pytest.raises(SystemExit) as stop:
         study.main(["trial"])
@@ -143,7 +142,7 @@ def test_every_study_has_its_place_in_the_results_and_every_run_its_study():
     page = study.RESULTS.read_text(encoding="utf-8")
     for name in study.STUDIES:
         assert page.index(f"<!-- study {name}: written by study.py -->") < page.index(f"<!-- end of study {name} -->")
-    assert {run for one in study.STUDIES.values() for run in one.runs} | {"vae"} == set(study.RUNS)
+    assert {run for one in study.STUDIES.values() for run in one.runs} == set(study.RUNS) - {"vae"}      # which latents need
 
 
 def test_the_networks_compared_cost_alike_and_the_other_transformers_less_and_less():
@@ -174,7 +173,7 @@ def test_guidance_is_said_to_trade_recall_for_precision_only_if_it_does():
     scales = [setting["scale"] for setting in one.settings]
     rows = made([("digits", s, 0.5 + s / 20, 0.9 - s / 20, abs(s - 2)) for s in scales]
                 + [("latents", s, 0.5, 0.9, s) for s in scales], *columns)
-    text = guided(one, rows)
+    text = trade_off(one, rows)
     assert "recall from 0.850 to 0.600, as the report says; FD is lowest at scale 2." in text
     assert "latents: from scale 1 to 6 precision goes from 0.500 to 0.500" in text and text.count("contradicts") == 1
 
@@ -193,7 +192,7 @@ def test_a_sampler_reaches_250_ancestral_steps_with_the_fewest_evaluations_that_
 def test_every_kind_of_picture_is_drawn(picture):
     one = Study("", ("a", "b"), None, {"FD": ".1f"}, as_table, picture, "", 1, settings=({"scale": 1.0}, {"scale": 2.0}))
     rows = made([(run, s, s + i) for i, run in enumerate("ab") for s in (1.0, 2.0)], "run", "scale", "FD")
-    assert picture(one, rows, None).shape == (480, 900, 3)
+    assert picture(one, rows, None).shape[1:] == (900, 3)
 
 
 # Judges
