@@ -748,20 +748,6 @@ def test_a_respaced_process_tells_the_network_its_own_scale_of_time(tmp_path, sm
     assert told == [[step / 4] * 2 for step in reversed(steps)] and x.isfinite().all()
 
 
-def test_training_on_a_released_process_tells_the_network_the_same_times(tmp_path):
-    _, diffusion = load(saved(tmp_path / "uvit.pt", small_uvit(conv=False).state_dict())).build()
-    told, t = [], torch.tensor([0, 400, 999])
-    diffusion.losses(lambda x, t, y: told.append(t.tolist()) or x, torch.ones(3, 4, 8, 8), t, None, torch.ones(3, 4, 8, 8))
-    assert told == [[1, 401, 1000]]
-
-
-def test_released_weights_with_another_time_are_sampled_by_the_command_and_described(tmp_path, small_unets):
-    path = saved(tmp_path / "iddpm.pt", released_unet("iddpm-cifar10").state_dict())
-    sample.main(["--ckpt", str(path), "--n", "2", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "out.png")])
-    assert (tmp_path / "out.png").is_file()
-    assert "diffusion  schedule=cosine, T=4000, prediction=eps, variance=learned, time=(0.25, 0)" in summary(path)
-
-
 UNSAMPLED = {
     "continuous time, pixels": (lambda: small_uvit(channels=3).state_dict(), "trained in continuous time"),
     "continuous time, latents": (lambda: small_uvit(num_classes=5).state_dict(), "trained in continuous time"),

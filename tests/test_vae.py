@@ -434,15 +434,6 @@ def test_every_parameter_gets_a_gradient():
             assert parameter.grad.abs().min() > 0, name
 
 
-def test_each_moment_and_the_noise_matter():
-    network = filled()
-    x, noise = images_and_noise(network, n=1)
-    mean, log_variance = (moment.detach().requires_grad_() for moment in network.encode(x))
-    noise.requires_grad_()
-    network.decode(sample_latent(mean, log_variance, noise)).sum().backward()
-    assert all(tensor.grad.abs().min() > 0 for tensor in (mean, log_variance, noise))
-
-
 def without_norms(network):
     """The network without its norms, each of which also sees the whole map."""
     for module in network.modules():
@@ -475,15 +466,6 @@ def test_attention_weighs_values_by_the_likeness_of_one_query_and_key_of_all_cha
     mixed = v @ (weights / weights.sum(dim=1, keepdim=True)).T                       # (D, L)
     out = x[0].flatten(1) + block.proj_out.weight[:, :, 0, 0] @ mixed + block.proj_out.bias[:, None]
     assert_close(block(x)[0].flatten(1), out, **EXACT)
-
-
-@torch.no_grad()
-def test_the_scale_is_applied_outside():
-    network = filled()
-    x, noise = images_and_noise(network)
-    before = network(x, noise)
-    network.scale = 7.0
-    assert all(torch.equal(a, b) for a, b in zip(before, network(x, noise))) and "scale" not in network.state_dict()
 
 
 @torch.no_grad()
