@@ -241,6 +241,14 @@ def test_time_embedding_equals_openais(name):
     assert_close(timestep_embedding(data["in_t"], 32), data["out_temb"], rtol=0, atol=1e-4)      # float32 rounds t = 999 by 6e-5
 
 
+def test_every_norm_has_the_epsilon_of_the_releases():
+    networks = [released_small(name)[0] for name in ("ddpm", "adm", "superres", "ldm")]
+    norms = [module for network in networks for module in network.modules() if isinstance(module, (nn.GroupNorm, nn.LayerNorm))]
+    inside = [module.norm for module in networks[3].modules() if isinstance(module, SpatialTransformer)]
+    assert {module.eps for module in inside} == {1e-6}
+    assert {module.eps for module in norms if not any(module is other for other in inside)} == {1e-5}
+
+
 # Published configurations
 
 PUBLISHED = golden_json("complexity_convnets")["networks"]
