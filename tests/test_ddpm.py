@@ -391,6 +391,17 @@ def test_folding_all_forward_steps_gives_the_moments_of_one_jump(betas):
         assert_close(diffusion.q_sample(zero, t, one) ** 2, variance, **EXACT)
 
 
+def test_two_forward_steps_equal_one_jump():
+    n, diffusion, x0 = 200_000, Diffusion(np.array([0.3, 0.6])), torch.full((1, 1, 1, 200_000), 0.8).double()
+    first, second = torch.tensor([0]), torch.tensor([1])
+    x1 = diffusion.q_step(x0, first, normal(1, 1, 1, n, seed=1))
+    steps = diffusion.q_step(x1, second, normal(1, 1, 1, n, seed=2))
+    jump = diffusion.q_sample(x0, second, normal(1, 1, 1, n, seed=3))
+    # the variance of x_2 is below 1: 5 standard errors of a difference of means 5 sqrt(2 / n), of variances 5 sqrt(4 / n)
+    assert abs(steps.mean() - jump.mean()) < 5 * math.sqrt(2 / n)
+    assert abs(steps.var() - jump.var()) < 5 * math.sqrt(4 / n)
+
+
 @given(schedules, shapes, seeds)
 def test_each_image_is_noised_by_its_own_step(betas, shape, seed):
     diffusion, x0, eps = Diffusion(betas), normal(*shape, seed=seed), normal(*shape, seed=seed + 1)
@@ -478,6 +489,16 @@ def test_whatever_is_predicted_solves_the_forward_equation(betas, prediction, se
     xt, output, t = normal(diffusion.T, 1, 2, 2, seed=seed), normal(diffusion.T, 1, 2, 2, seed=seed + 1), every_step(diffusion)
     x0, eps = diffusion.predict(output, xt, t)
     assert_close(diffusion.q_sample(x0, t, eps), xt, **EXACT)
+
+
+@given(schedules, predictions, st.sampled_from(["small", "large"]), seeds)
+def test_the_reverse_step_of_the_true_output_has_the_posteriors_mean(betas, prediction, variance, seed):
+    diffusion = Diffusion(betas, prediction, variance)
+    x0, eps, t = normal(diffusion.T, 1, 2, 3, seed=seed), normal(diffusion.T, 1, 2, 3, seed=seed + 1), every_step(diffusion)
+    xt = diffusion.q_sample(x0, t, eps)
+    mean, *_, x0_pred = diffusion.p_mean_variance(target_of(diffusion, prediction, x0, eps, t), xt, t)
+    assert_close(mean, diffusion.q_posterior(x0, xt, t)[0], rtol=1e-8, atol=1e-7)
+    assert_close(x0_pred, x0, rtol=1e-8, atol=1e-7)
 
 
 @given(schedules)

@@ -15,7 +15,7 @@ import plot
 import sample
 import train
 from pictures import COLOURS
-from plot import drift, numbers, read_rows, reverse, smooth
+from plot import drift, reverse, smooth
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +224,3 @@ def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(folder, tin
     refused(capsys, argv, *words)
     assert sorted(path.name for path in folder.iterdir()) == before
 
-
-def test_a_column_is_read_as_numbers(folder):
-    path = log(folder / "run.csv", [0.5, 1e-3], extra=["x", "y"])
-    rows = read_rows(path, "loss")
-    assert numbers(path, rows, "loss").tolist() == [0.5, 1e-3] and rows[1]["extra"] == "y"

@@ -129,13 +129,6 @@ def test_parameters_are_as_many_as_stable_diffusions():
     assert total == 83_653_863
 
 
-@pytest.mark.parametrize("size, factor", [("Ti", 4), ("SD", 8)])
-def test_sizes_have_their_factor(size, factor):
-    network = on_meta(**SIZES[size])
-    assert network.factor == factor and network.latent_channels == 4 and network.scale == 0.18215
-    assert network.encode(torch.empty(1, 3, 32, 64, device="meta"))[0].shape == (1, 4, 32 // factor, 64 // factor)
-
-
 @pytest.mark.parametrize("rows", ["keys", "small_config_keys"])
 @pytest.mark.parametrize("name, shape", [(COMPVIS, SHAPE), (NEW, NEW_SHAPE), (OLD, NEW_SHAPE), (NEW, SHAPE), (OLD, SHAPE)])
 def test_both_layouts_old_and_new_map_one_to_one(rows, name, shape):
