@@ -111,6 +111,8 @@ class Run:
                 raise ValueError(f"it names {len(known)} classes, and its network knows {classes}")
             diffusion, process = None, self.diffusion
             if process is not None:
+                if not hasattr(network, "context_dim"):
+                    raise ValueError(f"a {self.network['class']} denoises nothing, and has no process")
                 if not 0 < process.T <= MOST_STEPS:
                     raise ValueError(f"a process of {process.T} steps, which has from 1 to {MOST_STEPS:,}")
                 betas = SCHEDULES[process.schedule](process.T, *process.range)
@@ -158,8 +160,10 @@ def check_plain(run):
             ("classes", of(str, data.classes or ())),
             ("image_size", isinstance(data.image_size, int) or len(data.image_size) == 2 and of(int, data.image_size)),
             ("range", process is None or len(process.range) <= 2 and of((int, float), process.range)),
-            ("time", process is None or len(process.time) == 2 and of((int, float), process.time)),
-            ("scale", 0 < scale < math.inf)):
+            ("time", process is None or len(process.time) == 2 and of((int, float), process.time)
+             and all(map(math.isfinite, process.time))),
+            ("scale", 0 < scale < math.inf),
+            ("autoencoder", not (run.vae and run.vae.network) or run.vae.network.get("class") == "AutoencoderKL")):
         if not fits:
             raise ValueError(f"its {name} is none")
 

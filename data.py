@@ -243,8 +243,9 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
     elif Path(spec).is_dir():
         dataset, own_split = _of_files(spec, image_folder(Path(spec), split, skip_bad), image_size, cache, skip_bad)
     else:
-        raise ValueError(f"no data set {spec!r}: it is neither mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, an "
-                         "existing folder, nor an .npz file")
+        what = f"{spec} is a file of another kind" if Path(spec).exists() else f"no data set {spec!r}"
+        raise ValueError(f"{what}: data is mnist, shapes[:one], swissroll, cifar10[:DIR], coco:DIR, a folder of images, or an .npz "
+                         "as np.savez(FILE, images=…, labels=…) writes")
     if split != "all" and not own_split:
         order = np.random.default_rng(0).permutation(len(dataset))       # the same tenth is held out, whoever asks
         count = max(1, len(dataset) // 10)
@@ -286,8 +287,12 @@ def _cifar10(folder, split, cache):
         if places:
             parts = [readable(places[0] / name).read_bytes() for name in names]
         elif archive.exists():
-            with tarfile.open(fileobj=io.BytesIO(unpacked(archive)), mode="r:") as tar:      # members are read, never extracted to disk
-                parts = [tar.extractfile(f"{CIFAR10_FOLDER}/{name}").read() for name in names]
+            content = unpacked(archive)
+            with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:            # members are read, never extracted to disk
+                members = [tar.getmember(f"{CIFAR10_FOLDER}/{name}") for name in names]
+                if sum(member.size for member in members) > len(content):                # sparse ones
+                    raise ValueError(f"its {archive.name} says that it holds more bytes than it does")
+                parts = [tar.extractfile(member).read() for member in members]
         else:
             raise ValueError(f"it has neither {names[0]} nor {archive.name}")
         records = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)

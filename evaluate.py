@@ -57,17 +57,17 @@ def images_of(spec, split, args):
         return data.load(spec, side, "all" if in_files(spec) else split, args.cache)
 
 
-def read_images(args, run):
+def read_images(args, run, shape):
     """The data sets of the reference and of --samples, each None if there is none.  ValueError if they have too few images.
 
-    run: that of --ckpt, whose training part is the reference if none is given.
+    run: that of --ckpt, whose training part is the reference if none is given; shape: (H, W, C) of what it draws.
     """
     if args.reference:
         real = images_of(args.reference, "train", args)
     else:
-        side, skip_bad = args.image_size or run.config.get("image_size"), bool(run.config.get("skip_bad"))
+        side = args.image_size or (shape[0] if shape[0] == shape[1] else None)           # oblong ones are as they are
         with first_in_turn():
-            real = data.load(training_data(run), side, "train", args.cache, skip_bad)
+            real = data.load(training_data(run), side, "train", args.cache, bool(run.config.get("skip_bad")))
     if args.save_reference and real is None:
         raise ValueError(f"--save-reference: {args.reference} holds no images, which the file should show")
     fake = images_of(args.samples, "test", args) if args.samples else None
@@ -213,7 +213,7 @@ def score_samples(args):
         how = dict(vae=args.vae and sha256_of(args.vae), classes=parse_classes(args.classes, names, network.num_classes),
                    cfg_scale=guidance_scale(network, args.cfg_scale, y_null), sampler=sampler,
                    steps=evaluations(args.steps, sampler, diffusion), seed=args.seed)
-    allow_pixels(args.max_pixels or run and run.config.get("max_pixels"))
+    allow_pixels(args.max_pixels)
     name = args.reference or run.data.spec
     check_saving(args, name)
     device, rank, _ = processes(args.device, args.compile, precision=args.precision)
@@ -221,7 +221,7 @@ def score_samples(args):
     if how and args.precision != "fp32":                 # samples of float32 have no word for it, as ever
         how["precision"] = args.precision
 
-    real_images, fake_images = read_images(args, run)
+    real_images, fake_images = read_images(args, run, shape)
     for images in (real_images, fake_images) if rank == 0 else ():
         if images:
             print(images.summary)

@@ -111,7 +111,7 @@ def csv_rows(text, path, restval=None):
     is no CSV file.
     """
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text), restval=restval, delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(text), restval=restval, delimiter=delimiter, skipinitialspace=True)
     try:
         rows = [row for row in reader if any(row.values())]
     except csv.Error as error:
@@ -221,7 +221,8 @@ def sole_writer(path):
         except (BlockingIOError, FileNotFoundError):
             sole = False
         except OSError as error:                         # the disk has no locks
-            print(f"warning: {path} is written without a lock, which its disk does not have: {error.strerror}", file=sys.stderr)
+            print(f"warning: the disk of {path} has no locks ({error.strerror}): nothing keeps a second run from writing it, too",
+                  file=sys.stderr)
             sole = True
         if not sole:
             raise ValueError(f"{path} is being written by another run: choose another --out") from None

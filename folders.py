@@ -48,7 +48,8 @@ def files_below(folder):
             for entry in entries:
                 if entry.name.startswith(".") or entry.name.lower() in OF_SYSTEMS:
                     continue
-                if entry.is_dir():
+                # a link may lead to itself, at which entry.is_dir() raises
+                if entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path):
                     places.append((entry.path, inner))
                 else:
                     found.append(Path(entry.path))
@@ -157,7 +158,9 @@ def check_classes(folder, train, held_out, classes):
                          if without[0].parent == folder else f"{without[0]} has no class, which other images of {folder} have")
     for path in held_out:
         if classes[path] not in known:
-            raise ValueError(f"{path} is held out, and of the class {classes[path]}, which no image for training has")
+            name = "none" if classes[path] is None else classes[path]
+            raise ValueError(f"{path} is held out, and its class, {name}, is not one of the training images': move it into the "
+                             "folder of one that is, or away")
 
 
 def captions_in(source):

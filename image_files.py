@@ -25,7 +25,7 @@ from PIL import Image, ImageCms, ImageFile
 from files import readable
 from tables import Table, fill
 
-MAX_PIXELS = 10 ** 8             # of a file, unless --max-pixels allows more: they take 800 MB while they are converted
+MAX_PIXELS = 10 ** 8             # of a file, unless --max-pixels allows more: they take 1.1 GB while they are converted
 UNREAD = {"EPS", "PDF", "PALM", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}   # EPS would run Ghostscript, others Pillow cannot read
 MAX_PIXELS_HELP = f"refuse image files of more pixels (default: {MAX_PIXELS:,})"
 STRIP = 2 ** 22                  # pixels that are converted at once
@@ -89,9 +89,23 @@ def opened(path):
     except FileNotFoundError:
         raise
     except Exception as error:                           # decoders raise anything at all on a damaged file
-        bomb = isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError))
-        remedy = "; --max-pixels allows more" * bomb
-        raise ValueError(f"cannot read the image {path}: {str(error) or type(error).__name__}{remedy}") from None
+        reason = str(error).partition(" <_io")[0] or type(error).__name__                # Pillow names the open file as Python does
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            reason = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; --max-pixels allows more"
+        raise ValueError(f"cannot read the image {path}: {reason}") from None
+
+
+@contextmanager
+def silent():
+    """Keep libraries in C from writing on stderr, as libtiff does of a damaged file: what is wrong with it our line says."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def open_image(path, background="white"):
@@ -108,7 +122,8 @@ def open_image(path, background="white"):
             with suppress(Exception):
                 after()
         image.load_end = load_end
-        image.load()
+        with silent():
+            image.load()
         rows, shown = max(1, STRIP // image.width), None
         for top in range(0, image.height, rows):
             part = image.crop((0, top, image.width, min(top + rows, image.height)))

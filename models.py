@@ -118,10 +118,10 @@ def check_description(description):
         parameters = signature(kind).parameters
         for name, value in arguments.items():
             default = parameters[name].default
-            numbers, kinds = (value, (int, float)) if isinstance(value, (list, tuple)) else ([value], (int,))
+            numbers, kinds, least = (value, (int, float), 0) if isinstance(value, (list, tuple)) else ([value], (int,), 1)
             fits = (type(value) is type(default) if isinstance(default, (bool, str)) else
                     0 <= value < 1 if isinstance(default, float) else
-                    value is None or all(type(number) in kinds and 0 <= number <= LARGEST for number in numbers))
+                    value is None or all(type(number) in kinds and least <= number <= LARGEST for number in numbers))
             if not fits:
                 raise ValueError(f"{name} is {repr(value)[:50]}")
         blocks = arguments.get("depth", 1) * arguments.get("res_blocks", 1) * len(arguments.get("multipliers", "1"))

@@ -258,10 +258,10 @@ def parse_classes(text, names, num_classes):
     if not text:
         return list(range(num_classes))
     classes = []
-    for word in text.split(","):
+    for word in [text] if text in (names or ()) else text.split(","):       # a name may have commas
         if names and word in names:
             classes.append(names.index(word))
-        elif word.strip().isdigit() and int(word) < num_classes:
+        elif word.strip().isdecimal() and int(word) < num_classes:
             classes.append(int(word))
         else:
             raise ValueError(f"--classes: {word!r} is not a class of the run, which has 0 to {num_classes - 1}")

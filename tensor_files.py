@@ -4,10 +4,12 @@ Nothing that runs code is unpickled, checksums are compared, and what would take
 before it does. What the tensors mean is checkpoint.py's and models.py's.
 """
 import argparse
+import io
 import json
 import math
 import mmap
 import os
+import pickletools
 import re
 import warnings
 import zipfile
@@ -20,6 +22,7 @@ from files import readable
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 HEADER = 2 ** 24                                 # bytes of a .safetensors's header at most: that of 10,000 tensors has a million
+MOST_NESTED = 10 ** 7                            # parts of tuples in tuples, which a second follows; a run has thousands
 MOST_PARTS = 10 ** 6                             # of a .pt, of which a name, a number or a tensor is one; a run has thousands
 
 
@@ -71,8 +74,8 @@ def read(path):
             record = damaged(path) if archive and os.environ.get("LOCAL_RANK", "0") == "0" else None
             if record:
                 raise ValueError(f"the checksum of its record {record} is wrong")
-            if allocates(path, archive):
-                raise ValueError("it asks for memory that no tensor is in")
+            for pickle in pickles(path, archive):
+                check_pickle(pickle)
             with torch.serialization.safe_globals([argparse.Namespace]):             # training code's flags, which run nothing
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
             check_tensors(path, content)
@@ -90,13 +93,34 @@ def read(path):
                              "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
 
 
-def allocates(path, archive):
-    """Whether a pickle would make a bytearray, of any length: torch takes it for harmless, and no tensor needs it."""
-    with zipfile.ZipFile(path) if archive else open(path, "rb") as file:
-        if archive:
-            return any(b"\nbytearray\n" in file.read(name) for name in file.namelist() if name.endswith(".pkl"))
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(b"\nbytearray\n") >= 0
+def pickles(path, archive):
+    """The pickles in a .pt, open to read: of a zip archive its .pkl records, of an older file five that follow one another."""
+    if not archive:
+        with open(path, "rb") as file:
+            yield from 5 * [file]
+        return
+    with zipfile.ZipFile(path) as records:
+        for name in records.namelist():
+            if name.endswith(".pkl"):
+                yield io.BytesIO(records.read(name))
+
+
+def check_pickle(file):
+    """ValueError on a pickle that would take memory or time without end where torch sees no harm.
+
+    One makes a bytearray of any length. Another makes tuples of tuples: as a key they are followed 2^n times. A tuple has at most
+    as many parts as all the tuples have that were referred to before it.
+    """
+    parts, referred, before = {}, 1, ""
+    for code, value, _ in pickletools.genops(file):
+        if code.name == "GLOBAL" and value.endswith(" bytearray"):
+            raise ValueError("it asks for memory that no tensor is in")
+        if code.name in ("BINPUT", "LONG_BINPUT") and before.startswith("TUPLE"):
+            parts[value] = referred
+        referred += parts.get(value, 0) if code.name in ("BINGET", "LONG_BINGET") else 0
+        if referred > MOST_NESTED:
+            raise ValueError("its tuples lie in one another millions of times")
+        before = code.name
 
 
 def unique(pairs):

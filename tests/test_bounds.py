@@ -37,6 +37,7 @@ import evaluate
 import features
 import files
 import gflops
+import image_files
 import models
 import plot
 import sampling
@@ -174,6 +175,7 @@ def folders(honest, tmp_path, monkeypatch):
     count = iter(range(10 ** 6))
 
     def make():
+        image_files.allow_pixels(None)                   # of this process, which the command before may have set
         folder = tmp_path / str(next(count))
         shutil.copytree(honest, folder, copy_function=os.link)
         monkeypatch.chdir(folder)
@@ -203,14 +205,25 @@ def argument(source="dit.pt", **changes):
     return edited(lambda run: run["network"]["arguments"].update(changes), source)
 
 
-def bytearray_of_a_terabyte():
-    class Large:
-        def __reduce__(self):
-            return bytearray, (10 ** 12,)
-    torch.save({"a": torch.zeros(1)}, "honest.pt")
-    with zipfile.ZipFile("honest.pt") as old, zipfile.ZipFile("bad.pt", "w") as new:
-        for name in old.namelist():
-            new.writestr(name, pickle.dumps(Large(), 2) if name.endswith("data.pkl") else old.read(name))
+def pickled(content):
+    """A function that writes a checkpoint of pickled bytes."""
+    def make():
+        torch.save({"a": torch.zeros(1)}, "honest.pt")
+        with zipfile.ZipFile("honest.pt") as old, zipfile.ZipFile("bad.pt", "w") as new:
+            for name in old.namelist():
+                new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+    return make
+
+
+class Large:
+    def __reduce__(self):
+        return bytearray, (10 ** 12,)
+
+
+def key_of_tuples(levels=40):
+    """A pickle of a dict whose key is a tuple that holds the one before it twice, which holds the one before that …"""
+    key = b"K\x01\x85q\x00" + b"".join(b"h%c\x86q%c" % (level, level + 1) for level in range(levels))
+    return b"\x80\x02}(" + key + b"K\x05u."
 
 
 def zeros_in(name, megabytes=140):
@@ -230,6 +243,16 @@ def zeros_in(name, megabytes=140):
     return make
 
 
+def sparse_tar():
+    """A tar of CIFAR-10 whose batches are holes."""
+    Path("cifar-10-binary.tar.gz").unlink()
+    with tarfile.open("cifar-10-binary.tar.gz", "w:gz") as tar:
+        for i in range(1, 6):
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
+            entry.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(10 ** 12)}
+            tar.addfile(entry)
+
+
 def pipe(name):
     def make():
         Path(name).unlink(missing_ok=True)
@@ -247,19 +270,27 @@ BOUNDS = {                                               # what it is: how it is
     "an image without end": (argument("unet.pt", image_size=10 ** 6), BAD, "sides of 1000000 pixels"),
     "classes that the file does not hold": (argument(num_classes=10 ** 6), BAD, "embedding_table.weight is (11, 32)"),
     "heads that are no whole number": (argument(heads=2.0), BAD, "heads is 2.0"),
+    "no heads": (argument(heads=0), BAD, "heads is 0"),
     "nested arguments": (argument(dim=NESTED), "checkpoint bad.pt", "it is nested"),
     "a trillion steps": (edited(lambda run: run["diffusion"].update(T=10 ** 12)), BAD, "a process of 1000000000000 steps"),
+    "times without end": (edited(lambda run: run["diffusion"].update(time=[float("inf"), 0])), BAD, "its time is none"),
     "a step beyond 64 bits": (edited(lambda run: run.update(step=10 ** 30)), BAD, "its step is 1"),
     "names of other classes": (edited(lambda run: run["data"].update(classes=["a"])), BAD, "it names 1 classes"),
     "flags that are lists": (edited(lambda run: run["config"].update(data=[1])), "checkpoint bad.pt", "its config is none"),
     "latents of no scale": (edited(lambda run: run["vae"].update(scale=0.0), "latent.pt"), BAD, "its scale is none"),
     "a tensor larger than its file": (edited(lambda run: run["ema"].update(a=torch.zeros(1).expand(10 ** 5, 10 ** 6))), BAD,
                                       "for which it is too small"),
+    "a classifier that denoises": (edited(lambda run: run.update(diffusion=dict(schedule="linear", T=9, prediction="eps",
+                                                                                variance="small")), "vit.pt"), BAD, "denoises nothing"),
+    "an autoencoder that is a DiT": (edited(lambda run: run["vae"].update(network=run["network"]), "latent.pt"), BAD,
+                                     "its autoencoder is none"),
     "a sparse tensor": (edited(lambda run: run["ema"].update(a=torch.zeros(9, 9).to_sparse())), BAD, "sparse"),
-    "memory for nothing": (bytearray_of_a_terabyte, BAD, "it asks for memory"),
+    "memory for nothing": (pickled(pickle.dumps(Large(), 2)), BAD, "it asks for memory"),
+    "a key that takes years to follow": (pickled(key_of_tuples()), BAD, "its tuples lie in one another"),
     "an .npz of zeros": (zeros_in("real.npz"), f"{TRAIN} --data real.npz", "it becomes more than 134,217,728 bytes"),
     "a reference of zeros": (zeros_in("real.npz"), "evaluate --samples packed.npz --reference real.npz", "it becomes more than"),
     "a tar of zeros": (zeros_in("cifar-10-binary.tar.gz"), f"{TRAIN} --data cifar10:.", "it becomes more than"),
+    "a tar that says it holds a terabyte": (sparse_tar, f"{TRAIN} --data cifar10:.", "holds more bytes than it does"),
     "a vocabulary of zeros": (zeros_in(text.MERGES_FILE), USE_CLIP, "it becomes more than"),
     "captions nested without end": (lambda: (os.unlink("captions_train.json"), Path("captions_train.json").write_text("[" * 10 ** 5)),
                                     f"{TRAIN} --data coco:. --image-size 8", "no captions of MS-COCO"),
@@ -320,10 +351,10 @@ def test_a_run_of_somebody_else_names_no_place_that_is_read_or_written(folders, 
     assert sorted(victim.rglob("*")) == before
 
 
-def test_scores_of_a_run_do_not_use_its_cache(folders):
+def test_scores_of_a_run_use_neither_its_cache_nor_its_image_size(folders):
     victim, _ = folders(), folders()
-    edited(lambda run: run["config"].update(cache=f"{victim}/cache"))()
-    assert ended(f"evaluate --ckpt bad.pt --features vit.pt --image-size 8 --metrics FD {DRAW}".split()) == ""
+    edited(lambda run: run["config"].update(cache=f"{victim}/cache", image_size=10 ** 6))()
+    assert ended(f"evaluate --ckpt bad.pt --features vit.pt --metrics FD {DRAW}".split()) == ""
     assert not (victim / "cache").exists()
 
 

@@ -216,6 +216,7 @@ IMAGES = {                                   # the file, and the pixels that it 
     "a JPEG without its last bytes": (JPEG[:-2], "truncated"),
     "half a PNG": (saved(NOISE, "PNG")[:120], "truncated"),
     "half a TIFF": (saved(NOISE, "TIFF")[:100], "cannot read"),
+    "a damaged TIFF": (saved(NOISE, "TIFF", compression="tiff_deflate").replace(b"\x78\x9c", b"\xff\xff"), "decoder error"),
     "an animation": (animated("GIF"), 8 * [8 * [RED]]),
     "an animated PNG": (animated("PNG"), 8 * [8 * [RED]]),
     "an animated WebP": (animated("WEBP"), 8 * [8 * [RED]]),
@@ -226,13 +227,15 @@ IMAGES = {                                   # the file, and the pixels that it 
 
 
 @pytest.mark.parametrize("case", IMAGES)
-def test_an_image_file_is_seen_as_a_viewer_shows_it_or_refused(tmp_path, case):
+def test_an_image_file_is_seen_as_a_viewer_shows_it_or_refused(tmp_path, capfd, case):
     content, expected = IMAGES[case]
     (tmp_path / "image").write_bytes(content)
     if isinstance(expected, str):
-        return refusal(lambda: open_image(tmp_path / "image"), "image", expected)
-    found = np.asarray(open_image(tmp_path / "image")).astype(int)
-    assert found.shape == np.shape(expected) and abs(found - expected).max() <= 5 * ("JPEG" in case or "Lab" in case), found
+        refusal(lambda: open_image(tmp_path / "image"), "image", expected)
+    else:
+        found = np.asarray(open_image(tmp_path / "image")).astype(int)
+        assert found.shape == np.shape(expected) and abs(found - expected).max() <= 5 * ("JPEG" in case or "Lab" in case), found
+    assert not capfd.readouterr().err                    # of a library, which knows no file
 
 
 UPRIGHT = {                                  # EXIF's orientation: from the stored rows and columns to those to be seen
@@ -254,9 +257,9 @@ def test_a_rotated_photo_is_turned_upright_whatever_its_format(tmp_path, orienta
 
 @pytest.mark.parametrize("case", ["sixteen bits, one transparent level", "palette, one half transparent", "a profile and alpha",
                                   "grey", "half a PNG", "floats beyond 1"])
-def test_a_large_image_is_converted_in_strips(tmp_path, case, monkeypatch):
+def test_a_large_image_is_converted_in_strips(tmp_path, capfd, case, monkeypatch):
     monkeypatch.setattr(image_files, "STRIP", 1)
-    test_an_image_file_is_seen_as_a_viewer_shows_it_or_refused(tmp_path, case)
+    test_an_image_file_is_seen_as_a_viewer_shows_it_or_refused(tmp_path, capfd, case)
 
 
 def test_ninety_megapixels_are_taken_and_more_where_it_is_said(tmp_path):
@@ -265,7 +268,7 @@ def test_ninety_megapixels_are_taken_and_more_where_it_is_said(tmp_path):
     assert image_files.MAX_PIXELS > 90e6
     try:
         image_files.allow_pixels(63)
-        refusal(lambda: open_image(path), "scan.png", "64 pixels", "--max-pixels")
+        refusal(lambda: open_image(path), "scan.png", "more than 63 pixels", "--max-pixels")
         image_files.allow_pixels(64)
         assert open_image(path).size == (8, 8)
     finally:
@@ -330,11 +333,11 @@ def tree(*names, **files):
 
 
 def linked(folder):
-    """Class folders that are links: two to one elsewhere, one that leads back, one that leads nowhere; and a linked file."""
+    """Class folders that are links: two to one elsewhere, one that leads back, two that lead nowhere; and a linked file."""
     tree("b/1.png", "b/2.png")(folder)
     tree("x/3.png")(folder.parent / "store")
     for name, target in (("a", "../store/x"), ("c", "../store/x"), ("b/back", "../../photos"), ("gone", "nowhere"),
-                         ("b/4.png", "1.png")):
+                         ("loop", "loop"), ("b/4.png", "1.png")):
         os.symlink(target, folder / name)
 
 
@@ -354,7 +357,7 @@ FOLDERS = {                      # what fills it; class or captions by level, an
     "folders within classes": (tree("cat/young/tiny/0.png", "cat/1.png", "ant/2.png", "dog/old/3.png"),
                                {10: "cat", 20: "cat", 30: "ant", 40: "dog"}, "3 classes: ant, cat, dog"),
     "class folders that are links": (linked, "5 images, 8x8 pixels, grey, levels 10 to 20; 3 classes: a, b, c; no captions; ",
-                                     "held out: nothing; left out: 1 that is no file, as "),
+                                     "held out: nothing; left out: 2 that are no files, as "),
     "a split": (tree(*SPLIT), "3 images, ", {10: "cat", 20: "dog", 30: "dog"}),
     "a split in capitals": (tree("Train/cat/0.png", "Train/dog/1.png", "TEST/cat/2.png"), {10: "cat", 20: "dog", 30: "cat"}),
     "a split and a test set": (tree(*SPLIT, "test/3.png", "test/4.png"), "3 images", "2 classes: cat, dog",
@@ -363,8 +366,8 @@ FOLDERS = {                      # what fills it; class or captions by level, an
     "a training part alone": (tree("train/cat/0.png", "train/dog/1.png"), {10: "cat", 20: "dog"}),
     "a test part alone": (tree("test/cat/0.png", "test/dog/1.png"), {10: "cat", 20: "dog"}),
     "a class called train": (tree("train/0.png", "bus/1.png"), {10: "train", 20: "bus"}),
-    "a held-out class that is new": (tree(*SPLIT, "val/owl/3.png"), ValueError, "owl/3.png is held out", "owl"),
-    "a held-out part without classes": (tree("train/cat/0.png", "test/1.png"), ValueError, "test/1.png is held out"),
+    "a held-out class that is new": (tree(*SPLIT, "val/owl/3.png"), ValueError, "owl/3.png is held out, and its class, owl,"),
+    "a held-out part without classes": (tree("train/cat/0.png", "test/1.png"), ValueError, "test/1.png is held out, and its class, none,"),
     "images beside classes": (tree("cat/0.png", "1.png"), ValueError, "beside class sub-folders", "1.png"),
     "EDM's labels": (tree(*EDM, labels=of_edm(0, 1, 2)), {10: "0", 20: "1", 30: "2"}, "left out: nothing"),
     "labels from 5, with a gap": (tree(*EDM, labels=of_edm(5, 7, 7)), {10: "5", 20: "7", 30: "7"}),

@@ -73,6 +73,7 @@ PIXELS = {
     "complex": (LEVELS * 1j, "not complex128"),
     "objects": (np.array([*LEVELS, None], dtype=object)[:-1], "Python objects … astype"),
     "channels first": (COLOUR.transpose(0, 3, 1, 2), "(4, 3, 8, 6) … NCHW"),
+    "two channels": (COLOUR[..., :2], "not of the shape (4, 8, 6, 2)"),
     "latents": (np.ones((4, 4, 8, 8), np.float32), "(4, 4, 8, 8) … NCHW"),
     "RGBA": (COLOUR.repeat(2, axis=3)[..., :4], "(4, 8, 6, 4) … RGBA"),
     "flat rows": (COLOUR.reshape(4, -1), "(4, 144) … flat rows"),
@@ -226,6 +227,7 @@ TABLES = {
     "tabs in UTF-16": LOG.replace(",", "\t").encode("utf-16"),
     "quoted": '"step";"images";"loss"\n"50";"400";"0,5"\n"100";"800";"1,25e-05"\n'.encode(),
     "quoted, without a last line end": ('"' + LOG.replace(",", '","').replace("\n", '"\n"'))[:-2].encode(),
+    "spaces behind commas": LOG.replace(",", ", ").encode(),
     "empty rows": (LOG + ",,\n\n,,\n").encode(),
 }
 

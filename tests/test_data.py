@@ -30,7 +30,7 @@ import tables
 import image_files
 from data import Batches, Dataset, ahead, augment, load, to_float, to_uint8
 from folders import side_of
-from image_files import center_crop, open_image
+from image_files import center_crop
 from refusals import refusal
 from test_files import forked
 
@@ -490,11 +490,6 @@ def test_a_folder_of_bad_images_alone_is_refused(tmp_path):
     for path in folder.iterdir():
         path.write_bytes(b"no image")
     refusal(lambda: load_folder(folder, skip_bad=True), "none of 2 files", "00.png")
-
-
-def test_a_decompression_bomb_is_refused_for_what_it_is(tmp_path):
-    folder, bad = animals(tmp_path / "animals", bomb)
-    refusal(lambda: open_image(bad), bad, "2500000000 pixels", "--max-pixels")
 
 
 # .npz files; what their arrays may hold is in test_cases_arrays.py

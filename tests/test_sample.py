@@ -91,6 +91,7 @@ def test_labels_cycle_through_the_classes_by_number_or_name(tmp_path, tiny_run):
     assert labels.tolist() == [3, 7, 3, 7, 3] and images.shape == (5, 32, 32, 1) and images.dtype == np.uint8
     assert drawn(tmp_path, tiny_run)[1].tolist() == list(range(10)) * 4
     assert sample.parse_classes("dog,0", ["cat", "dog"], 2) == [1, 0]
+    assert sample.parse_classes("big, cat", ["big, cat", "dog"], 2) == [0]
 
 
 def test_guidance_and_its_interval_change_the_image_and_scale_one_does_not(tmp_path, tiny_run):
