@@ -294,6 +294,8 @@ def infer_unet(state, name, changes):
         network, fixed = named("unet", size)
         arguments = {"image_size": 32, **fixed, "channels": state["input_blocks.0.0.weight"].shape[1] // network.inputs,
                      "out_channels": len(state["out.2.weight"]), **changes}
+        if shapes["time_embed.0.weight"][-1:] != (arguments["dim"],):    # of another width: it need not be built
+            continue
         with torch.device("meta"):                       # no shape depends on the image size, which it can take, or on heads
             built = network(**{**arguments, "image_size": fixed.get("image_size", 32), "heads": 1, "head_dim": None})
         if {key: value.shape for key, value in built.state_dict().items()} == shapes:

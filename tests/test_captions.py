@@ -12,18 +12,22 @@ from PIL import Image
 import checkpoint
 import data
 import ddpm
+import dit
 import evaluate
 import latents
 import models
 import sample
 import sampling
 import train
+import uvit
+import vit
 from data import Batches, load
 from formula import GOLDEN, fill
 from objectives import Denoising, Pixels, Randomness
 from refusals import refusal
 from sampling import TextReader, draw, drawable, read_prompts, text_reader, unconditional
 from settings import read_settings
+from test_train import SMALLER
 from text import CLIPTextEncoder, TextEncoder
 from vae import AutoencoderKL
 
@@ -75,11 +79,20 @@ def make_clip(folder):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def smaller(tiny_run):
+    """Networks of a hundredth of the size, and samples of two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        for sizes, name in ((dit.SIZES, "Ti"), (uvit.SIZES, "Nano"), (vit.SIZES, "Nano")):
+            patch.setitem(sizes, name, SMALLER)
+        patch.setattr(sampling, "STEPS", 2)
+        yield
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder to work in, where samples take two steps."""
+    """A folder to work in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sampling, "STEPS", 2)
     return tmp_path
 
 
@@ -91,13 +104,12 @@ def trained(folder, *flags, out="run.pt", steps=2):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, smaller):
     """A folder of captioned pictures, clip, and two runs of two steps: own.pt, with an encoder of its own, and clip.pt."""
     folder = tmp_path_factory.mktemp("runs")
     pictures, clip = make_pictures(folder / "pictures"), make_clip(folder / "clip")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sampling, "STEPS", 2)
         trained(pictures, out=folder / "own.pt")
         trained(pictures, "--clip", str(clip), out=folder / "clip.pt")
     return folder

@@ -1,9 +1,6 @@
 """cascade.py: an upsampler learns from images and their own small, noisy means; what it draws in a cascade depends on (seed, i)."""
 import os
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +12,10 @@ import cascade
 import checkpoint
 import data
 import ddpm
-import gflops
+import dit
 import models
 import sample
 import sampling
-import settings
 import train
 import unet
 from formula import fill
@@ -27,9 +23,8 @@ from objectives import Denoising, Pixels, Randomness, SuperResolution
 from refusals import refusal
 from reports import upsampling_report
 from test_objectives import bytes_of
-from test_train import assert_same_run, refused, rows_of, saved_autoencoder
+from test_train import SMALLER, saved_autoencoder
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 WHOLE = slice(0, 8)
 
@@ -177,12 +172,15 @@ def test_labels_reach_an_upsampler_that_has_classes_and_no_other():
 # The commands, on images of 8 x 8 pixels from 2 x 2
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A folder with images.npz, 24 images in three classes; flags that train on it."""
+def small(tmp_path_factory, tiny_run):
+    """Small DiTs; a folder with images.npz, 24 images in three classes; flags that train on it."""
     folder = tmp_path_factory.mktemp("small")
     np.savez(folder / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), dtype=np.uint8),
              arr_1=np.arange(24) % 3)
-    return folder, ["--data", str(folder / "images.npz"), "--batch-size", "8", "--device", "cpu", "--sample-every", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dit.SIZES, "Ti", SMALLER)
+        patch.setattr(sampling, "STEPS", 2)
+        yield folder, ["--data", str(folder / "images.npz"), "--batch-size", "8", "--device", "cpu", "--sample-every", "2"]
 
 
 UP = ["--model", "unet", "--size", "Ti-up"]
@@ -216,22 +214,6 @@ def assert_close(a, b):
     assert a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-def test_an_upsampler_resumes_bit_for_bit_with_its_dropout(tmp_path, small, monkeypatch):
-    monkeypatch.setitem(unet.SIZES, "Ti-up", {**unet.SIZES["Ti-up"], "dropout": 0.5})
-    argv = [*small[1], *UP, "--decay", "none"]
-    train.main([*argv, "--steps", "4", "--out", str(tmp_path / "whole.pt")])
-    train.main([*argv, "--steps", "2", "--out", str(tmp_path / "cut.pt")])
-    torch.rand(5)
-    train.main(["--resume", "--steps", "4", "--out", str(tmp_path / "cut.pt")])
-    assert_same_run(tmp_path / "whole.pt", tmp_path / "cut.pt")
-    assert [row["step"] for row in rows_of(tmp_path / "cut.pt")] == ["2", "4"] and (tmp_path / "cut.png").is_file()
-
-
-def test_training_says_how_the_upsampler_is_used(tmp_path, small, capsys):
-    train.main([*small[1], *UP, "--steps", "1", "--out", str(tmp_path / "sr.pt")])
-    assert f"python sample.py --ckpt BASE.pt --cascade {tmp_path / 'sr.pt'} draws more" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_an_upsampler_learns_to_believe_the_small_image(tmp_path):
     pixels = repeated(torch.randint(0, 256, (64, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
@@ -253,42 +235,12 @@ def test_a_cascade_draws_images_of_the_upsamplers_size_with_the_bases_labels(tmp
 
 
 def test_a_cascade_is_the_upsampler_on_what_the_base_draws(tmp_path, runs):
-    images, labels = drawn(tmp_path, runs, "--n", "4", "--seed", "5", "--cfg-scale", "2")
+    images, labels = drawn(tmp_path, runs, "--n", "4", "--seed", "5", "--cfg-scale", "2", "--batch-size", "3")
     base, upsampler = (checkpoint.load(runs / name).build() for name in ("base.pt", "sr.pt"))
     (_, low), = sample.draw(*base, range(4), [0, 1, 2], 5, steps=2, cfg_scale=2, clip=True)
     assert low.shape == (4, 1, 2, 2)
     expected = data.to_uint8(cascade.enlarge(*upsampler, low, torch.from_numpy(labels), 5, range(4))).numpy()
     assert_close(images, expected)
-
-
-def test_an_image_is_the_same_alone_or_in_a_batch_and_another_with_another_seed(tmp_path, runs):
-    images, _ = drawn(tmp_path, runs, "--n", "5")
-    assert_close(images, drawn(tmp_path, runs, "--n", "5", "--batch-size", "2")[0])
-    assert (images != drawn(tmp_path, runs, "--n", "5", "--seed", "1")[0]).any()
-
-
-@pytest.mark.slow
-def test_two_processes_draw_what_one_draws_into_a_folder_and_an_npz(tmp_path, runs):
-    images, labels = drawn(tmp_path, runs, "--n", "3")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    flags = ["--ckpt", runs / "base.pt", "--cascade", runs / "sr.pt", "--steps", 2, "--n", 3, "--npz", tmp_path / "two.npz"]
-    subprocess.run([*launcher, str(ROOT / "sample.py"), *map(str, flags), "--out", f"{tmp_path}/d/"], check=True, capture_output=True)
-    with np.load(tmp_path / "two.npz") as archive:
-        assert_close(images, archive["arr_0"])
-        assert (archive["arr_1"] == labels).all()
-    files = sorted((tmp_path / "d").iterdir())
-    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
-    for file, image in zip(files, images):
-        assert_close(np.asarray(Image.open(file)), image[..., 0])
-
-
-def test_a_slim_run_is_described_and_draws_as_with_weights_rounded_to_half_precision(tmp_path, runs, capsys):
-    checkpoint.main([str(runs / "sr.pt"), "--slim", str(tmp_path / "slim.pt")])
-    assert "network    SuperResUNet " in capsys.readouterr().out
-    rounded = checkpoint.load(runs / "sr.pt")
-    rounded.ema = {name: value.half().float() for name, value in rounded.ema.items()}
-    checkpoint.save(tmp_path / "rounded.pt", rounded)
-    assert_close(*(drawn(tmp_path, runs, "--n", "3", upsampler=tmp_path / name)[0] for name in ("slim.pt", "rounded.pt")))
 
 
 def saved(path, model="unet", size="Ti-up", side=8, channels=1, classes=None, names=None, **options):
@@ -361,33 +313,3 @@ def test_an_upsampler_of_another_size_or_other_channels_is_refused(tmp_path, sha
     refusal(lambda: sampling.load_upsampler(path, **FITS | dict(shape=shape)), "enlarges 2x2 pixels of 1 channels",
             "{}x{} of {}".format(*shape))
 
-
-def test_what_is_no_upsampler_enlarges_nothing(tmp_path, tiny_run):
-    for path, kind in ((tiny_run, "DiT"), (saved(tmp_path / "unet.pt", size="Ti"), "UNet"),
-                       (saved_autoencoder(tmp_path / "vae.pt"), "AutoencoderKL")):
-        refusal(lambda: sampling.load_upsampler(path, **FITS), f"{path} holds a {kind}, which enlarges nothing", "--size Ti-up")
-    refusal(lambda: sampling.load_upsampler(tmp_path / "gone.pt", **FITS), "there is no such file", kind=OSError)
-
-
-def test_an_upsampler_alone_is_told_of_cascades(tmp_path):
-    path = saved(tmp_path / "sr.pt")
-    refusal(lambda: sample.drawable(path), "needs small ones to start from", f"--ckpt BASE.pt --cascade {path}")
-
-
-def test_an_upsampler_is_trained_on_pixels_and_scored_by_its_samples(tmp_path, capsys):
-    out = ["--out", tmp_path / "run.pt"]
-    for size in unet.UPSAMPLERS:
-        args, _ = settings.read_settings(["--model", "unet", "--size", size, "--out", str(tmp_path / "run.pt")])
-        assert args.steps == (settings.FEW if size == "Ti-up" else settings.DIT)["steps"]
-        for flag, *value in (("--vae", saved_autoencoder(tmp_path / "vae.pt")), ("--eval-every", 3), ("--text",)):
-            said = refused(capsys, "--model", "unet", "--size", size, flag, *value, *out)
-            assert f"{flag}: --size {size} enlarges the pixels" in said and "sample.py --cascade" in said
-
-
-def test_the_cost_of_an_upsampler_is_that_of_its_network_with_two_images_at_the_door(capsys):
-    gflops.main("--model unet --size Ti-up --channels 1 --num-classes 10".split())
-    said = capsys.readouterr().out
-    plain = unet.UNet(32, 1, 1, num_classes=10, **unet.SIZES["Ti-up"])
-    parameters = sum(value.numel() for value in plain.parameters()) + 32 * 9         # one more channel into 32 maps, 3 x 3
-    multiply_adds = gflops.count(plain, *gflops.inputs_of(plain))[1] + 32 * 9 * 32 ** 2
-    assert f"parameters {parameters:,}; {multiply_adds / 1e9:.3f} Gflops" in said and "SuperResUNet Ti-up" in said

@@ -5,6 +5,7 @@ and the expected output come from golden/. Published U-Nets are known by their s
 the table of configurations holds small ones under the same names. A .safetensors file is written by hand, so that the reader is
 not checked against itself.
 """
+import functools
 import io
 import json
 import os
@@ -22,7 +23,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from files import sole_writer
 from refusals import refusal
 from tensor_files import read, read_safetensors
 from torch.testing import assert_close
@@ -179,12 +179,6 @@ def test_a_save_that_failed_in_the_background_is_an_error_of_the_next_call(tmp_p
     more = (path, a_run()) if noticed == "begin" else ()
     refusal(lambda: getattr(saves, noticed)(*more), f"cannot write {path}", kind=OSError)
     saves.__exit__()
-
-
-def test_saving_again_replaces_the_run_and_leaves_one_file(tmp_path):
-    for step in (1, 2):
-        save(tmp_path / "run.pt", a_run(step=step))
-    assert load(tmp_path / "run.pt").step == 2 and os.listdir(tmp_path) == ["run.pt"]
 
 
 # Files that are not a run
@@ -373,15 +367,6 @@ def test_what_cannot_be_saved_leaves_the_old_run_whole(tmp_path):
     with pytest.raises(Exception):
         save(tmp_path / "run.pt", a_run(config=lambda: None))
     assert identical(load(tmp_path / "run.pt"), run) and os.listdir(tmp_path) == ["run.pt"]
-
-
-def test_a_run_has_one_writer_at_a_time(tmp_path):
-    with sole_writer(tmp_path / "run.pt"):
-        with pytest.raises(ValueError, match="--out"), sole_writer(tmp_path / "run.pt"):
-            pass
-    with sole_writer(tmp_path / "run.pt"), sole_writer(tmp_path / "other.pt"):
-        pass
-    assert os.listdir(tmp_path) == []
 
 
 # Released weights
@@ -577,6 +562,7 @@ def unet_description(name):
     return {"class": network.__name__, "arguments": fixed | released}
 
 
+@functools.cache
 def unet_state(name):
     """The names and shapes of a release."""
     with torch.device("meta"):
@@ -760,20 +746,6 @@ def test_a_respaced_process_tells_the_network_its_own_scale_of_time(tmp_path, sm
     model.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1].tolist()))
     x = ddpm.sample(diffusion, model, (2, 3, 8, 8), sampler=sampler, steps=5, seeds=[0, 1])
     assert told == [[step / 4] * 2 for step in reversed(steps)] and x.isfinite().all()
-
-
-def test_training_on_a_released_process_tells_the_network_the_same_times(tmp_path):
-    _, diffusion = load(saved(tmp_path / "uvit.pt", small_uvit(conv=False).state_dict())).build()
-    told, t = [], torch.tensor([0, 400, 999])
-    diffusion.losses(lambda x, t, y: told.append(t.tolist()) or x, torch.ones(3, 4, 8, 8), t, None, torch.ones(3, 4, 8, 8))
-    assert told == [[1, 401, 1000]]
-
-
-def test_released_weights_with_another_time_are_sampled_by_the_command_and_described(tmp_path, small_unets):
-    path = saved(tmp_path / "iddpm.pt", released_unet("iddpm-cifar10").state_dict())
-    sample.main(["--ckpt", str(path), "--n", "2", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "out.png")])
-    assert (tmp_path / "out.png").is_file()
-    assert "diffusion  schedule=cosine, T=4000, prediction=eps, variance=learned, time=(0.25, 0)" in summary(path)
 
 
 UNSAMPLED = {

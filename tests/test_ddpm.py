@@ -403,14 +403,6 @@ def test_two_forward_steps_equal_one_jump():
 
 
 @given(schedules, shapes, seeds)
-def test_noise_and_image_of_variance_one_mix_to_variance_one(betas, shape, seed):
-    diffusion = Diffusion(betas)
-    t = torch.randint(diffusion.T, shape[:1], generator=torch.Generator().manual_seed(seed))
-    one, zero = torch.ones(shape).double(), torch.zeros(shape).double()
-    assert_close(diffusion.q_sample(one, t, zero) ** 2 + diffusion.q_sample(zero, t, one) ** 2, one, **EXACT)
-
-
-@given(schedules, shapes, seeds)
 def test_each_image_is_noised_by_its_own_step(betas, shape, seed):
     diffusion, x0, eps = Diffusion(betas), normal(*shape, seed=seed), normal(*shape, seed=seed + 1)
     t = torch.linspace(0, diffusion.T - 1, shape[0]).round().long()
@@ -777,13 +769,6 @@ def test_respacing_twice_is_respacing_to_the_steps_that_both_keep(betas, data):
     np.testing.assert_allclose(twice.alpha_bars, diffusion.alpha_bars[twice.timesteps], rtol=1e-9, atol=1e-15)
 
 
-@given(schedules)
-def test_respacing_to_all_steps_changes_nothing(betas):
-    respaced = Diffusion(betas).respaced(len(betas))
-    np.testing.assert_allclose(respaced.betas, betas, rtol=1e-9)
-    assert respaced.timesteps.tolist() == list(range(len(betas)))
-
-
 @pytest.mark.parametrize("respacing", [10, [2, 3], "ddim20"])
 @pytest.mark.parametrize("use", ["sample", "invert", "bits"])
 def test_a_respaced_process_shows_the_network_the_original_steps(use, respacing):
@@ -866,13 +851,6 @@ def test_dpm_solver_of_first_order_is_ddim(steps, seed):
     ddim = [x for _, x, _ in ddim_steps(respaced, reverse_process(respaced, model), x, None)]
     solver = first_order_states(diffusion, model, x, respaced.timesteps[::-1].tolist(), to_zero=False)
     assert_close(torch.stack(solver), torch.stack(ddim[:-1]), **EXACT)
-
-
-def test_dpm_solver_of_one_evaluation_is_the_networks_guess_from_pure_noise():
-    diffusion, x = Diffusion(linear_betas()), normal(1, 2, 2, 3)
-    model = Recorder(denoiser(diffusion.betas, MIXTURE, "x0"))
-    guess = sample(Diffusion(linear_betas(), "x0"), model, x.shape, sampler="dpm++", steps=1, noise=x)
-    assert model.steps == [999] and torch.equal(guess, model(x, torch.tensor([999])))
 
 
 def test_dpm_solver_lands_on_the_last_predicted_image():
@@ -1029,18 +1007,13 @@ def test_clipping_bounds_every_predicted_image_and_the_result(sampler, eta):
     assert_close(x, x0s[-1], rtol=0, atol=1e-5)              # the last step adds no noise: float32 rounding of the mean
 
 
-@given(shapes, st.sampled_from(RUNS), seeds)
-def test_samplers_draw_any_shape(shape, run, seed):
-    x = sample(Diffusion(linear_betas(10)), lambda x, t, y: 0.1 * x, shape, sampler=run[0], eta=run[1], seeds=[seed] * shape[0])
-    assert x.shape == shape and x.dtype == torch.float32 and x.isfinite().all()
-
-
 @given(st.sampled_from(RUNS), st.lists(seeds, min_size=2, max_size=4, unique=True), shapes)
 def test_a_seeded_image_is_the_same_alone_and_in_a_batch(run, keys, shape):
     diffusion, y = Diffusion(linear_betas(8), variance="learned"), torch.arange(len(keys))
     model = lambda x, t, y: torch.cat([(0.3 + 0.1 * column(y)) * x + 0.001 * column(t), 0.1 * x], dim=1)
     draw = lambda keys, y: sample(diffusion, model, (len(keys), *shape[1:]), y, run[0], eta=run[1], seeds=keys)
     together = draw(keys, y)
+    assert together.shape == (len(keys), *shape[1:]) and together.dtype == torch.float32
     for i, key in enumerate(keys):
         assert torch.equal(draw([key], y[i:i + 1])[0], together[i])
 
@@ -1128,13 +1101,6 @@ def test_guidance_of_scale_zero_ignores_the_condition():
     assert_close(guided(labelled_output, y, null, 0.0)(x, t)[:, :2], labelled_output(x, t, null)[:, :2], **EXACT)
 
 
-def test_guidance_of_scale_two_reflects_the_unconditional_prediction_at_the_conditional():
-    x, y, t = normal(3, 2, 1, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 5, 9])
-    null = torch.full_like(y, NULL)
-    centre = (guided(labelled_output, y, null, 2.0)(x, t)[:, :2] + labelled_output(x, t, null)[:, :2]) / 2
-    assert_close(centre, labelled_output(x, t, y)[:, :2], **EXACT)
-
-
 @given(st.floats(-3, 10), st.floats(-3, 10), shapes, seeds)
 def test_guidance_is_affine_in_its_scale(scale1, scale2, shape, seed):
     x, y, t = normal(*shape, seed=seed), torch.arange(shape[0]), torch.zeros(shape[0], dtype=torch.long)
@@ -1211,13 +1177,6 @@ def test_the_unconditional_label_defaults_to_the_networks_own():
     assert labels == [[1, 2, NULL, NULL], [1, 2, 0, 0]]
 
 
-def test_samplers_pass_the_condition_on():
-    for sampler in SAMPLERS:
-        conditions, y = [], torch.tensor([4, 5])
-        sample(Diffusion(linear_betas(3)), lambda x, t, y: conditions.append(y) or 0.1 * x, (2, 1, 2, 2), y, sampler)
-        assert len(conditions) == 3 and all(condition is y for condition in conditions)
-
-
 # What is refused
 
 X, DIFFUSION = torch.zeros(2, 1, 2, 3), Diffusion(linear_betas(10))
@@ -1265,7 +1224,6 @@ def test_impossible_respacings_are_refused(steps):
 @pytest.mark.parametrize("options, message", [
     ({"sampler": "euler"}, "unknown sampler"),
     ({"steps": 11}, "cannot take 11 steps out of 10"), ({"steps": 0}, "cannot take 0"),
-    ({"steps": 11, "sampler": "ddim"}, "cannot take 11 steps"), ({"steps": 0, "sampler": "ddim"}, "cannot take 0"),
     ({"steps": 11, "sampler": "dpm++"}, "cannot take 11 steps"), ({"steps": 0, "sampler": "dpm++"}, "cannot take 0"),
     ({"cfg_scale": 2.0, "y": torch.tensor([1, 2])}, "unconditional"), ({"cfg_scale": 2.0, "y_null": 3}, "unconditional"),
     ({"seeds": [1]}, "1 seeds for 2 images"), ({"seeds": [1, 2, 3]}, "3 seeds for 2 images"),

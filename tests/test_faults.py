@@ -38,7 +38,7 @@ import vit
 import tables
 from tables import Table
 from refusals import refusal
-from test_train import ROOT, SMALLER, TWO_PROCESSES, assert_same_run, rows_of, saved_autoencoder
+from test_train import ROOT, SMALLER, assert_same_run, rows_of, saved_autoencoder
 
 FORK = multiprocessing.get_context("fork")
 slow = pytest.mark.slow
@@ -106,6 +106,15 @@ CONFIGURATIONS = {                     # of train.py, in the folder of inputs
     "points": "--data swissroll",
     "two processes": "--size Ti/4 --data images.npz",
 }
+TWO_PROCESSES = """
+import sys
+import dit
+import reports
+import train
+dit.SIZES["Ti"] = dict(dim=64, depth=2, heads=2)
+reports.LOG_EVERY = 3
+train.main(sys.argv[1:])
+"""
 TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
 
 
@@ -151,7 +160,7 @@ def forked_training(argv, seconds):
 def torchrun_training(argv, seconds):
     """Kills one of two processes, of which torchrun then ends the other, or all at once."""
     with open("log", "a") as log:
-        process = subprocess.Popen([*TORCHRUN, "--", "two.py", "none", *argv], stdout=log, stderr=log,
+        process = subprocess.Popen([*TORCHRUN, "--", "two.py", *argv], stdout=log, stderr=log,
                                    env={**os.environ, "PYTHONPATH": str(ROOT)})
         if seconds is None:
             return process.wait()
@@ -166,7 +175,7 @@ def torchrun_training(argv, seconds):
 def test_a_run_killed_at_random_moments_and_resumed_is_the_undisturbed_one(inputs, tmp_path, monkeypatch, name, kills):
     folder = shutil.copytree(inputs, tmp_path / "work")
     monkeypatch.chdir(folder)
-    Path("two.py").write_text(TWO_PROCESSES.replace("LOG_EVERY, honest = 2", "LOG_EVERY, honest = 3"))
+    Path("two.py").write_text(TWO_PROCESSES)
     launch, idle = (torchrun_training, 0.5) if name == "two processes" else (forked_training, 0.3)
     argv = [*CONFIGURATIONS[name].split(), *STEPS, *([] if name == "points" else ["--cache", "cache"])]
     killed, runs = trained_under_kills(folder, argv, kills, np.random.default_rng(len(name)), launch, idle)
@@ -569,8 +578,9 @@ def filled(inputs, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("trials", [1, pytest.param(10, marks=slow)])
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write, trials", [
+    *((write, 1) for write in ("a run", "decoded images", "samples", "an archive", "a film", "a reference")),
+    *(pytest.param(write, 10, marks=slow) for write in WRITES)])       # the others write by the same functions
 def test_a_full_disk_leaves_no_torn_file_and_one_line_that_names_the_file(filled, tmp_path, monkeypatch, write, trials):
     (command, largest), random = WRITES[write], np.random.default_rng(len(write))
     shutil.copytree(filled, tmp_path / "whole")

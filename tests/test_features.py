@@ -18,6 +18,7 @@ import inception
 import metrics
 from refusals import refusal
 from scoring import METRICS
+from test_scoring import extract
 
 CPU = torch.device("cpu")
 
@@ -100,10 +101,10 @@ def test_a_vits_pooled_features_are_its_class_token_and_its_probabilities_those_
 
 @pytest.mark.parametrize("tf1", [True, False])
 def test_inceptions_features_are_those_of_its_network_by_the_resize_asked_for(network, digits, tf1):
-    found, theirs = features.inception_space(network, CPU, tf1).extract(digits[:2]), network.features(digits[:2], tf1)
+    found, theirs = features.inception_space(network, CPU, tf1).extract(digits[:1]), network.features(digits[:1], tf1)
     assert torch.equal(found["pool"], theirs["pool"]) and torch.equal(found["spatial"], theirs["spatial"])
-    assert torch.equal(found["probabilities"], theirs["logits"].softmax(dim=1)) and found["probabilities"].shape == (2, 1008)
-    assert not torch.equal(found["pool"], network.features(digits[:2], not tf1)["pool"])
+    assert torch.equal(found["probabilities"], theirs["logits"].softmax(dim=1)) and found["probabilities"].shape == (1, 1008)
+    assert not torch.equal(found["pool"], network.features(digits[:1], not tf1)["pool"])
 
 
 def test_a_space_knows_its_classes_by_name(judge, space):
@@ -195,8 +196,9 @@ def test_nothing_measured_is_nothing_and_merges_as_nothing(judge, digits):
     assert torch.equal(some.merge(empty).rows, features.measure([digits[:4]], judge).rows) and some.n == 4
 
 
-def test_a_merge_is_the_images_of_one_behind_those_of_the_other(measured, space, digits):
-    first, second = features.measure([digits[:2]], space), features.measure([digits[2:6]], space)
+def test_a_merge_is_the_images_of_one_behind_those_of_the_other(digits):
+    space = features.Space("pixels", 64 * "a", extract, None, CPU)
+    first, second, measured = (features.measure([digits[a:b]], space) for a, b in ((0, 2), (2, 6), (0, 6)))
     whole = features.Measured().merge(first).merge(second)
     assert whole.n == 6 and len(whole.rows) == len(whole.probabilities) == 6
     torch.testing.assert_close(whole.rows, measured.rows)

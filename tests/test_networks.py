@@ -103,9 +103,8 @@ def test_output_is_an_image_like_x_with_twice_the_channels_if_the_variance_is_le
 
 @every_network
 def test_a_single_number_is_a_square(name):
-    square, rectangle = filled(name, image_size=4), filled(name, image_size=(4, 4))
-    assert square.image_size == (4, 4)
-    assert torch.equal(square(**batch(square)), rectangle(**batch(square)))
+    with torch.device("meta"):
+        assert fresh(name, image_size=4).image_size == (4, 4)
 
 
 # What the output depends on
@@ -171,12 +170,6 @@ def test_a_state_dict_carries_the_whole_network(name):
     assert torch.equal(other(**batch(network)), network(**batch(network)))
 
 
-@every_network
-def test_without_dropout_a_network_holds_no_randomness(name):
-    network = filled(name).train()
-    assert torch.equal(network(**batch(network)), network(**batch(network)))
-
-
 @every_unet
 def test_dropout_is_random_while_training_and_gone_afterwards(name):
     network = filled(name, dropout=0.5).train()
@@ -210,10 +203,8 @@ def test_times_may_be_fractions_and_whole_floats_equal_integers(name, dtype):
 
 
 @every_label_network
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
-def test_no_labels_means_the_null_label(name, dtype):
+def test_no_labels_means_the_null_label(name):
     network, inputs = filled(name), batch(filled(name))
-    inputs["t"] = inputs["t"].to(dtype)
     assert network.null_label == 5
     assert torch.equal(network(**inputs | dict(y=None)), network(**inputs | dict(y=torch.full((3,), 5))))
 
@@ -250,7 +241,8 @@ def test_an_unconditional_network_has_no_label_table_and_refuses_labels(name):
 
 @every_text_network
 def test_a_text_network_has_no_classes(name):
-    network = fresh(name, num_classes=5)
+    with torch.device("meta"):
+        network = fresh(name, num_classes=5)
     assert network.num_classes is None and network.null_label is None and table(network) is None
 
 
@@ -312,7 +304,7 @@ WRONG = [
 
 @pytest.mark.parametrize("name, wrong, message", WRONG, ids=[f"{name} {message[:30]}" for name, _, message in WRONG])
 def test_an_input_of_another_shape_or_kind_is_an_error_that_says_what_is_wanted(name, wrong, message):
-    network = fresh(name)
+    network = filled_once(name)
     with pytest.raises(ValueError, match=re.escape(message)):
         network(**batch(network) | wrong)
 
@@ -320,7 +312,7 @@ def test_an_input_of_another_shape_or_kind_is_an_error_that_says_what_is_wanted(
 @every_label_network
 @pytest.mark.parametrize("label", [6, -1])
 def test_a_label_that_is_no_class_is_an_error(name, label):
-    network = fresh(name).double()
+    network = filled_once(name)
     with pytest.raises(IndexError):
         network(**batch(network) | dict(y=torch.tensor([0, label, 2])))
 
@@ -330,10 +322,11 @@ def test_a_label_that_is_no_class_is_an_error(name, label):
 def test_a_size_that_cannot_be_is_an_error_that_names_the_nearest_ones_which_can(name, size, side, nearest):
     what, changes = (("the U-Net's total stride", dict(multipliers=(2, 2, 2))) if name.startswith("unet") else
                      ("patch size", dict(patch_size=4)))
-    with pytest.raises(ValueError, match=f"^image size {side} is not a multiple of {what} 4: use {nearest}$"):
-        fresh(name, image_size=size, **changes)
-    for side in nearest.split(" or "):
-        fresh(name, image_size=int(side), **changes)
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match=f"^image size {side} is not a multiple of {what} 4: use {nearest}$"):
+            fresh(name, image_size=size, **changes)
+        for side in nearest.split(" or "):
+            fresh(name, image_size=int(side), **changes)
 
 
 @every_network

@@ -4,9 +4,7 @@ names it; what an earlier call wrote for the same purpose is.
 Two tables: OUTPUTS, every flag that names an output, and THERE, what may stand at its place.
 """
 import itertools
-import multiprocessing
 import os
-import resource
 import shutil
 import stat
 import time
@@ -20,16 +18,19 @@ from PIL import Image
 
 import checkpoint
 import companion
+import dit
 import evaluate
 import features
 import files
 import plot
 import reports
 import sample
+import sampling
 import train
-from files import PURPOSES, append, check_output, known, mark, output_file
+from files import PURPOSES, check_output, known, mark
 from pictures import grid, points_picture, save_image, write_gif
 from refusals import refusal
+from test_train import SMALLER
 
 DRAWN = ["--ckpt", "run.pt", "--n", "2", "--steps", "1", "--device", "cpu"]
 TINY = ["--size", "Ti/16", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
@@ -99,6 +100,15 @@ THERE = {                              # what is at the place of an output, and 
     "a device": lambda path: os.symlink("/dev/null", path),
     "itself": lambda path: os.symlink(Path(path).name, path),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smaller(tiny_run):
+    """What is trained is of a hundredth of the usual size, and its samples take two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dit.SIZES, "Ti", SMALLER)
+        patch.setattr(sampling, "STEPS", 2)
+        yield
 
 
 @pytest.fixture
@@ -403,37 +413,6 @@ def test_a_resumed_run_replaces_its_own_picture_also_of_an_earlier_version_and_n
 
 
 # The disk
-
-def in_a_fork(call):
-    """The exit status of a call in a process of its own, whose files hold 1,000 bytes at most: as on a disk that is full."""
-    def run():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        call()
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(60)
-    return process.exitcode
-
-
-def write_arrays(path):
-    with output_file(path, "images") as file:
-        np.savez(file, arr_0=IMAGES)
-
-
-def write_tensors(path):
-    with output_file(path, "run") as file:
-        torch.save(torch.zeros(9999), file)              # which hides the disk's error behind one of its own
-
-
-@pytest.mark.parametrize("name, write", [
-    ("new.png", lambda path: save_image(path, grid(IMAGES, 3), "samples")), ("new.npz", write_arrays),
-    ("new.csv", lambda path: append(path, "0" * 2000)), ("new.pt", write_tensors),
-    ("new.gif", lambda path: write_gif(path, [grid(IMAGES, 3)], "way"))])
-def test_a_full_disk_is_a_line_that_names_the_file_and_the_remedy(tmp_path, name, write):
-    path = tmp_path / name
-    assert in_a_fork(lambda: refusal(lambda: write(path), f"cannot write {path}", "make room", kind=OSError)) == 0
-    assert os.listdir(tmp_path) == (["new.csv"] if name == "new.csv" else [])
-
 
 def test_a_place_that_may_not_be_written_is_refused_before_the_work(folder, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)          # which root never sees by itself

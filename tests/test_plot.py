@@ -15,7 +15,7 @@ import plot
 import sample
 import train
 from pictures import COLOURS
-from plot import drift, numbers, read_rows, reverse, smooth
+from plot import drift, reverse, smooth
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,6 @@ def test_a_smoothed_value_is_the_mean_of_as_many_neighbours_on_either_side(value
         assert means[i] == pytest.approx(np.mean(values[i - half:i + half + 1]), abs=1e-9)
 
 
-@given(n=st.integers(1, 30), slope=st.floats(-5, 5), offset=st.floats(-5, 5))
-def test_smoothing_leaves_a_straight_line_straight(n, slope, offset):
-    line = slope * np.arange(n) + offset
-    assert np.allclose(smooth(line), line, atol=1e-9)
-
-
 def test_curves_of_several_runs_stand_in_one_chart_and_the_claim_names_the_lowest(folder, capsys):
     runs = [log(folder / "high.csv", [1.0, 0.9, 0.8, 0.7]), log(folder / "low.csv", [2.0, 0.4, 0.2, 0.1])]
     plot.main(runs)
@@ -87,11 +81,6 @@ def test_runs_of_one_name_go_by_their_paths_and_rows_without_a_loss_are_left_out
     other = log(folder / "b" / "run.csv", [0.5])
     plot.main([one, other])
     assert f"{other} ends with the lowest loss, 0.5, a mean of 1 rows" in capsys.readouterr().out
-
-
-def test_a_log_that_train_wrote_is_drawn(roll_run, folder, capsys):
-    plot.main([str(roll_run.with_suffix(".csv")), "--out", "own.png"])
-    assert "wrote own.png: run ends" in capsys.readouterr().out and picture("own.png").shape == (560, 900, 3)
 
 
 # Forward
@@ -175,14 +164,9 @@ def test_figure_2_1_has_three_rows_of_five_and_a_way_of_60_frames(roll_run, fold
     with Image.open("way.gif") as way:
         assert way.n_frames == 60 and way.size == (460, 460)
     assert capsys.readouterr().out.startswith("wrote swissroll.png and way.gif: ")
-
-
-def test_a_figure_of_a_run_is_the_same_again_and_another_with_another_seed(roll_run, folder, monkeypatch):
-    monkeypatch.setattr(plot, "CHAIN", 10)
-    for out, seed in (("a.png", "0"), ("b.png", "0"), ("c.png", "1")):
-        plot.main(["swissroll", "--ckpt", str(roll_run), "--out", out, "--seed", seed])
-    a, b, c = (picture(out) for out in ("a.png", "b.png", "c.png"))
-    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    for seed in (0, 1):                                  # the same again, and another with another seed
+        plot.main(["swissroll", "--ckpt", str(roll_run), "--out", "again.png", "--seed", str(seed)])
+        assert np.array_equal(picture("again.png"), picture("swissroll.png")) == (seed == 0)
 
 
 # Bad input
@@ -207,34 +191,27 @@ def unlabelled(run):
 
 FILES = {
     "empty.csv": b"", "header.csv": b"step,loss\n", "no-loss.csv": b"step,accuracy\n50,0.5\n",
-    "words.csv": b"step,loss\n50,high\n", "short.csv": b"step,loss\n50\n", "nan.csv": b"step,loss\n50,nan\n",
-    "zero.csv": b"step,loss\n50,0\n", "binary.csv": bytes(range(256)), "nul.csv": b"step,loss\n\0,\0\n",
+    "words.csv": b"step,loss\n50,high\n", "nan.csv": b"step,loss\n50,nan\n60,0\n", "binary.csv": bytes(range(256)), "nul.csv": b"step,loss\n\0,\0\n",
     "log.csv": b"step,loss\n50,1.0\n",
 }
 
 
 @pytest.mark.parametrize("argv, words", [
     (["missing.csv"], ["missing.csv", "no such file", "schedules"]),
-    (["schedule"], ["schedule: there is no such file", "schedules"]),
     (["empty.csv"], ["empty.csv has no column step; it has none"]),
     (["header.csv"], ["header.csv has a header and no rows"]),
     (["no-loss.csv"], ["no-loss.csv has no column loss; it has step, accuracy"]),
     (["words.csv"], ["words.csv", "column loss", "no number"]),
-    (["short.csv"], ["short.csv", "column loss", "no number"]),
     (["nan.csv"], ["nan.csv has no loss above 0"]),
-    (["zero.csv"], ["zero.csv has no loss above 0"]),
     (["binary.csv"], ["binary.csv"]),
     (["nul.csv"], ["nul.csv"]),
     (["log.csv"] * 8, ["8 runs", "7"]),
-    (["log.csv", "--out", "curves.jpg"], ["curves.jpg", ".png"]),
-    (["log.csv", "--out", "no/curves.png"], ["no", "does not exist"]),
     ([], ["command"]),
     (["noising", "--digit", "1000"], ["--digit 1000", "1000 held-out digits"]),
     (["schedules", "log.csv"], ["log.csv"]),
     (["guidance", "--ckpt", "roll.pt"], ["roll.pt", "classes"]),
     (["guidance", "--ckpt", "unlabelled.pt"], ["unlabelled.pt", "classes"]),
     (["swissroll", "--ckpt", "images.pt"], ["images.pt draws images", "--data swissroll"]),
-    (["swissroll", "--ckpt", "roll.pt", "--gif", "way.png"], ["way.png", ".gif"]),
 ])
 def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(folder, tiny_run, roll_run, capsys, argv, words):
     for name, content in FILES.items():
@@ -247,8 +224,3 @@ def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(folder, tin
     refused(capsys, argv, *words)
     assert sorted(path.name for path in folder.iterdir()) == before
 
-
-def test_a_column_is_read_as_numbers(folder):
-    path = log(folder / "run.csv", [0.5, 1e-3], extra=["x", "y"])
-    rows = read_rows(path, "loss")
-    assert numbers(path, rows, "loss").tolist() == [0.5, 1e-3] and rows[1]["extra"] == "y"

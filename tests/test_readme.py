@@ -16,11 +16,16 @@ from PIL import Image
 import cascade
 import companion
 import data
+import dit
 import plot
 import restoration
 import sampling
 import settings
+import unet
+import uvit
+import vit
 from reports import first_line
+from test_train import SMALLER
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md", "CHANGING.md")}
@@ -116,7 +121,8 @@ def test_the_librarys_lines_run(tiny_run, tmp_path, monkeypatch):
 
 
 def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatch, capsys):
-    """With two steps of eight images, two evaluations a sample, 100 images of each data set, 50 points, and a reader's files."""
+    """With small networks, two steps of eight images, one evaluation a sample, 100 images of each data set, 50 points, and a
+    reader's files."""
     def few_images(*args, load=data.load, **options):
         dataset = load(*args, **options)
         dataset.rows = dataset.rows[:None if "swissroll" in args else 100]
@@ -124,8 +130,11 @@ def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", few_images)
     for module in (cascade, sampling, restoration):
-        monkeypatch.setattr(module, "STEPS", 2)
+        monkeypatch.setattr(module, "STEPS", 1)
     monkeypatch.setattr(plot, "CHAIN", 50)
+    for sizes, smaller in ((dit.SIZES, SMALLER), (uvit.SIZES, SMALLER), (vit.SIZES, SMALLER), (unet.SIZES, dict(multipliers=(1, 1)))):
+        for size in {"Nano", "Ti", "Ti-up"} & sizes.keys():
+            monkeypatch.setitem(sizes, size, {**sizes[size], **smaller})
     pixels = np.pad(np.full((14, 14), 255, np.uint8), 9)
     for name, image in (("digit", 255 - pixels), ("noisy", pixels), ("mask", pixels), ("small", pixels[::4, ::4])):
         Image.fromarray(image).save(f"{name}.png")

@@ -65,17 +65,6 @@ def operators(draw):
     return masked(torch.rand(1, 1, H, W, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))).round()), (C, H, W)
 
 
-@given(operators(), st.integers(0, 99))
-def test_the_pseudo_inverse_solves_penroses_equations(operator, seed):
-    (A, A_plus), shape = operator
-    x, other = normal(3, *shape, seed=seed), normal(3, *shape, seed=seed + 1)
-    y = A(other)
-    assert_close(A(A_plus(A(x))), A(x), **EXACT)
-    assert_close(A_plus(A(A_plus(y))), A_plus(y), **EXACT)
-    assert_close((A_plus(A(x)) * other).sum(), (x * A_plus(A(other))).sum(), **EXACT)    # A+ A is symmetric
-    assert_close((A(A_plus(A(x))) * y).sum(), (A(x) * A(A_plus(y))).sum(), **EXACT)      # so is A A+
-
-
 @given(operators())
 def test_the_pseudo_inverse_is_that_of_the_operators_matrix(operator):
     (A, A_plus), shape = operator
@@ -141,12 +130,10 @@ def test_pixels_independent_of_the_known_ones_have_their_exact_mean_and_covarian
     assert_moments(x[..., 2:], MEAN[2:], HIDDEN)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_what_the_means_of_squares_do_not_see_of_independent_pixels_has_its_exact_moments(sampler):
+def test_what_the_means_of_squares_do_not_see_of_independent_pixels_has_its_exact_moments():
     betas, A_plus_A = cosine_betas(1000), torch.full((4, 4), 0.25).double()
     y = torch.tensor(0.9).double().expand(2000, 1, 1, 1)
-    x = drawn(betas, gaussian(betas, MEAN, 0.25 * torch.eye(4).double()), y, pooled(2), sampler=sampler,
-              steps=100 if sampler == "dpm++" else None)
+    x = drawn(betas, gaussian(betas, MEAN, 0.25 * torch.eye(4).double()), y, pooled(2), sampler="dpm++", steps=100)
     unseen = torch.eye(4).double() - A_plus_A
     mean, S = unseen @ MEAN + 0.9, 0.25 * unseen
     assert_close(x.mean(dim=(2, 3), keepdim=True), y, **EXACT)
@@ -433,16 +420,11 @@ INPAINT = ["--inpaint", "digit.png", "--mask", "mask.png"]
     (["--upscale", "digit.png", "--factor", "3"], "--factor"),
     (["--inpaint", "digit.png", "--mask", "large_mask.png"], "mask large_mask.png has 64x64 pixels, --inpaint digit.png 32x32"),
     (["--inpaint", "gone.png", "--mask", "mask.png"], "gone.png"),
-    (["--inpaint", "digit.png", "--mask", "gone.png"], "gone.png"),
     (["--inpaint", "digit.png", "--mask", "torn.png"], "cannot read the image torn.png"),
     (["--denoise", "long.png", "--sigma", "0.5"], "long.png has 100000x1 pixels, where 32x32 are needed"),
     (["--denoise", "digit.png", "--sigma", "0.001"], "sigma 0.001 is beyond the schedule"),
-    (["--denoise", "digit.png", "--sigma", "1e9"], "sigma 1e+09 is beyond the schedule"),
     ([*INPAINT, "--cfg-scale", "2"], "name it with --classes"),
-    ([*INPAINT, "--classes", "11"], "'11' is not a class"),
-    ([*INPAINT, "--steps", "2000"], "--steps 2000"),
-    ([*INPAINT, "--sampler", "dpm++", "--repeats", "2"], "dpm++ cannot repeat its steps"),
-    ([*INPAINT, "--out", "nowhere/strip.png"], "does not exist")], ids=" ".join)
+    ([*INPAINT, "--sampler", "dpm++", "--repeats", "2"], "dpm++ cannot repeat its steps")], ids=" ".join)
 def test_what_cannot_be_restored_ends_in_one_line(tiny_run, folder, capsys, argv, said):
     (folder / "torn.png").write_bytes((folder / "mask.png").read_bytes()[:60])
     Image.fromarray(np.zeros((1, 100_000), np.uint8)).save("long.png")
@@ -460,7 +442,7 @@ def assert_refused(run, argv, said, capsys):
 def changed(run, path, network={}, by=0.02, **fields):
     """The run with its network made anew from other arguments, and other fields."""
     content = checkpoint.load(run)
-    arguments = {**content.network["arguments"], **network}
+    arguments = {**content.network["arguments"], "depth": 1, **network}
     state = nudged(dit.DiT(**arguments), by)
     checkpoint.save(path, replace(content, network={"class": "DiT", "arguments": arguments}, model=state, ema=state, **fields))
     return path

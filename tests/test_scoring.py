@@ -8,12 +8,14 @@ import torch
 
 import checkpoint
 import data
+import dit
 import evaluate
 import features
 import sampling
 import scoring
 import train
 from metrics import Statistics
+from test_train import SMALLER
 
 CPU = torch.device("cpu")
 JUDGE = str(features.JUDGE)
@@ -107,6 +109,8 @@ def test_scores_of_a_network_are_those_of_the_command(tmp_path, monkeypatch, tin
 def test_a_run_is_scored_against_the_file_that_evaluate_py_saved(tmp_path, monkeypatch, capsys, images):
     """The scores equal those against the data that the file was made of, which are not the training data."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(dit.SIZES, "Ti", SMALLER)
+    monkeypatch.setattr(sampling, "STEPS", 2)
     for name, split in (("learned", "train"), ("other", "test")):
         pixels, labels = data.load(split=split).batch(np.arange(60))
         np.savez(f"{name}.npz", arr_0=pixels.numpy(), arr_1=labels.numpy())

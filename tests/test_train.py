@@ -1,11 +1,11 @@
 """train.py: a run is a function of its settings, whatever interrupts it and however its batch is split."""
 import csv
 import math
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ import latents
 import models
 import reports
 import sample
+import sampling
 import scoring
 import settings
 import train
@@ -80,8 +81,9 @@ def images_of(tmp_path, run, *argv):
 
 @pytest.fixture(scope="module", autouse=True)
 def smaller(tiny_run):
-    """What makes a run a function of its settings does not depend on its size: transformers of a hundredth."""
+    """What makes a run a function of its settings does not depend on its size: transformers of a hundredth, two steps a sample."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "STEPS", 2)
         for module in (dit, uvit, vit):
             patch.setitem(module.SIZES, "Ti", SMALLER)
         yield
@@ -200,10 +202,11 @@ def test_ema_ignores_a_step_that_was_not_taken():
 
 # Stopping and going on
 
-@every_backbone
-def test_every_backbone_resumes_bit_for_bit_with_its_dropout(tmp_path, small, monkeypatch, model):
-    monkeypatch.setitem(unet.SIZES, "Nano", {**unet.SIZES["Nano"], "dropout": 0.5})
-    argv = [*small, "--model", model, "--size", BACKBONES[model], "--decay", "none"]
+@pytest.mark.parametrize("model, size", [*BACKBONES.items(), ("unet", "Ti-up")])
+def test_every_backbone_resumes_bit_for_bit_with_its_dropout(tmp_path, small, monkeypatch, model, size):
+    for name in ("Nano", "Ti-up"):
+        monkeypatch.setitem(unet.SIZES, name, {**unet.SIZES[name], "dropout": 0.5})
+    argv = [*small, "--model", model, "--size", size, "--decay", "none"]
     train.main([*argv, "--steps", "4", "--out", str(tmp_path / "whole.pt")])
     train.main([*argv, "--steps", "2", "--out", str(tmp_path / "cut.pt")])
     torch.rand(5)                                          # elsewhere the global generator is where it may be
@@ -230,41 +233,39 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on_which_is_bit_iden
     assert_same_run(whole, cut)
 
 
-# What torchrun starts: rows every two steps, and an end before a step as by a crash
-TWO_PROCESSES = """
-import sys
-import dit
-import reports
-import train
-dit.SIZES["Ti"] = dict(dim=64, depth=2, heads=2)
-reports.LOG_EVERY, honest = 2, train.train_step
+def two_processes(*argv):
+    """Train in two processes, of which torchrun would tell each by the same variables -> their exit statuses."""
+    with socket.create_server(("localhost", 0)) as free:
+        group = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
 
-def stopping(state, model, objective, batch, step, *rest):
-    if str(step) == sys.argv[1]:
-        raise ValueError("stopped")
-    honest(state, model, objective, batch, step, *rest)
-train.train_step = stopping
-train.main(sys.argv[2:])
-"""
+    def run(rank):
+        os.environ.update(group, RANK=rank, LOCAL_RANK=rank)
+        train.main([*map(str, argv)])
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=rank) for rank in "01"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
 
 def test_two_processes_train_stop_and_resume_as_one_process_trains(tmp_path, monkeypatch):
-    def launched(stop, *argv):
-        command = [*"-m torch.distributed.run --standalone --nproc-per-node 2".split(), tmp_path / "two.py", stop, *argv]
-        return subprocess.run([sys.executable, *command, "--out", two], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    def stopping(state, model, objective, batch, step, *rest, honest=train.train_step):
+        if step == 3:
+            raise ValueError("stopped")
+        honest(state, model, objective, batch, step, *rest)
     monkeypatch.setattr(reports, "LOG_EVERY", 2)
-    cards = "import os, train; train.gpu_memory = lambda device: (10 ** 9, 4_900_000)[int(os.environ['RANK'])]"
-    (tmp_path / "two.py").write_text(cards + TWO_PROCESSES)
     argv = ["--steps", "6", "--save-every", "3", "--sample-every", "1000", "--warmup", "0", "--lr", "0.001"]
     one, two, alone = trained(tmp_path / "one.pt", *argv), tmp_path / "two.pt", tmp_path / "alone.pt"
-    launched("3", *TINY, *argv)                          # saved after three steps: the losses of the third are of both processes
-    assert checkpoint.load(two).step == 3
+    with monkeypatch.context() as patch:                 # saved after three steps: the losses of the third are of both processes
+        patch.setattr(train, "train_step", stopping)
+        assert two_processes(*TINY, *argv, "--out", two) == [2, 2] and checkpoint.load(two).step == 3
     for ending in (".pt", ".csv"):
         shutil.copy(two.with_suffix(ending), alone.with_suffix(ending))
     train.main(["--resume", "--out", str(alone)])        # by another number of processes
-    done = launched("none", "--resume", "--accumulate", "auto")          # on two unlike GPUs, of which the first needs no parts
-    assert done.returncode == 0, done.stderr
+    with monkeypatch.context() as patch:                 # on two unlike GPUs, of which the first needs no parts
+        patch.setattr(train, "gpu_memory", lambda device: (10 ** 9, 4_900_000)[int(os.environ["RANK"])])
+        assert two_processes("--resume", "--accumulate", "auto", "--out", two) == [0, 0]
     assert checkpoint.load(two).config["accumulate"] == 2
     rows, *others = ([{name: float(value) for name, value in row.items()} for row in rows_of(run)] for run in (one, two, alone))
     weights, *their_weights = (checkpoint.load(run).model for run in (one, two, alone))
