@@ -60,6 +60,7 @@ def held_out_digits():
 
 HOLE = torch.zeros(1, 1, 32, 32)
 HOLE[..., 9:23, 9:23] = 1
+HOW = dict(steps=restoration.STEPS, repeats=restoration.REPEATS, clip=True)      # as sample.py restores
 SIGMA = 0.5                                              # of the noise that is removed
 TASKS = {"centre 14x14 filled in": restoration.masked(HOLE), "4 times enlarged": restoration.pooled(4)}
 
@@ -70,7 +71,7 @@ def restored_share(path, seed, task, label):
     real, real_labels, space, _ = digits()
     (images, labels), (A, _) = held_out_digits(), TASKS[task]
     x = restoration.restore(diffusion, network, A(images), TASKS[task], labels if label == "given" else None,
-                            seeds=[(seed, i) for i in range(DIGITS)], clip=True)
+                            seeds=[(seed, i) for i in range(DIGITS)], **HOW)
     kept = space.extract(data.to_uint8(x))["probabilities"].argmax(dim=1) == labels
     neighbours = nearest(A(images), A(data.to_float(real)), k=1)[:, 0]
     return dict(kept=kept.double().mean().item(), nearest=(real_labels[neighbours] == labels).double().mean().item())
@@ -138,18 +139,31 @@ def drawn_digits(path):
     return grid(torch.cat([part for _, part in images]).numpy(), 10)
 
 
-def restored_digits(path):
-    """One held-out digit a class: what was known, and what a run with the label makes of it, three times; and the originals."""
-    _, network, diffusion = drawable(path)
+def one_a_class():
+    """One held-out digit of each class, its label and its number."""
     images, labels = held_out_digits()
     chosen = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
-    images, labels, rows = images[chosen], labels[chosen], []
+    return images[chosen], labels[chosen], chosen
+
+
+def restored_digits(path):
+    """What was known of a digit a class, and what a run with the label made of it, for each of the TASKS; and the originals."""
+    _, network, diffusion = drawable(path)
+    images, labels, chosen = one_a_class()
+    rows = []
     for A, A_plus in TASKS.values():
         rows += [A_plus(A(images)), restoration.restore(diffusion, network, A(images), (A, A_plus), labels,
-                                                        seeds=[(0, i) for i in chosen], clip=True)]
+                                                        seeds=[(0, i) for i in chosen], **HOW)]
+    return grid(data.to_uint8(torch.cat([*rows, images])).numpy(), len(chosen))
+
+
+def denoised_digits(path):
+    """A digit a class with noise, what a run made of it without the label and with it, and the originals."""
+    _, network, diffusion = drawable(path)
+    images, labels, chosen = one_a_class()
     noisy = with_noise(images, 0, chosen)
-    rows += [noisy, restoration.denoise(diffusion, network, noisy, SIGMA, labels, clip=True), images]
-    return grid(data.to_uint8(torch.cat(rows)).numpy(), len(chosen))
+    rows = [restoration.denoise(diffusion, network, noisy, SIGMA, y, clip=True) for y in (None, labels)]
+    return grid(data.to_uint8(torch.cat([noisy, *rows, images])).numpy(), len(chosen))
 
 
 def prompts_drawn(path):

@@ -41,7 +41,7 @@ from settings import MAY_CHANGE, read_settings
 ROOT = Path(__file__).parent
 RESULTS, ASSETS = ROOT / "RESULTS.md", ROOT / "assets"
 OF_MACHINES = MAY_CHANGE - {"steps", "lr", "warmup", "decay", "clip_grad"}       # settings that change no result
-ABOUT = ("run", "seed", "minutes", "threads", "steps", "parameters", "gflops", "machine", "torch", "date")
+ABOUT = ("run", "seed", "minutes", "threads", "training_steps", "parameters", "gflops", "machine", "torch", "date")
 
 
 class Study(NamedTuple):
@@ -61,7 +61,8 @@ class Study(NamedTuple):
 
 # Runs: flags of train.py, besides --seed and --out
 
-RUNS = {"digits": "", "uvit": "--model uvit", "unet": "--model unet", "vae": "--model vae", "latents": "--vae {vae} --size Ti/2", "roll": "--data swissroll",
+RUNS = {"digits": "", "uvit": "--model uvit", "unet": "--model unet", "vae": "--model vae",
+        "latents": "--vae {vae} --size Ti/2", "roll": "--data swissroll",
         **{name: f"--conditioning {name}" for name in BLOCKS if name != "adaln-zero"},                   # that of `digits`
         **{f"{prediction} {schedule} {size}": f"--prediction {prediction} --schedule {schedule} --size {size} --steps 1400"
            for prediction, schedule, size in product(PREDICTIONS, ("linear", "cosine"), ("Ti/8", "Ti/4"))},
@@ -141,7 +142,7 @@ def score_run(name, run, seed, minutes, folder, threads, done):
     network, _ = trained.build()
     parameters, multiply_adds = count(network, *inputs_of(network))
     about = dict(run=run, seed=seed, minutes=minutes and f"{minutes:.1f}", threads=threads or torch.get_num_threads(),
-                 steps=trained.step, parameters=parameters, gflops=f"{multiply_adds / 1e9:.4g}", machine=machine(),
+                 training_steps=trained.step, parameters=parameters, gflops=f"{multiply_adds / 1e9:.4g}", machine=machine(),
                  torch=torch.__version__, date=date.today())
     for setting in study.settings:
         if (run, str(seed), *map(str, setting.values())) in done:
@@ -246,9 +247,15 @@ def sampled(study, rows):
     return " ".join(text)
 
 
-def as_table(study, rows):
-    """The outcome that the table says by itself."""
-    return "See the table."
+def numbers_of(*scores):
+    """An outcome where nothing is ranked: some scores of each run in each setting."""
+    def say(study, rows):
+        text = []
+        for run, setting in product(study.runs, study.settings):
+            found = (f"{score} {spread_of(values(rows, score, run=run, **setting), study.columns[score])}" for score in scores)
+            text.append(", ".join([run, *(f"{key} {value}" for key, value in setting.items())]) + ": " + ", ".join(found))
+        return "; ".join(text) + "."
+    return say
 
 
 # Charts
@@ -295,8 +302,8 @@ SCORED = {"FD": ".2f", "precision": ".3f", "recall": ".3f", "accuracy": ".1%", "
 STUDIES = {
     "first": Study(
         "A diffusion transformer learns to draw (abstract).", ("digits", "uvit", "unet"), judges.digit_scores,
-        {**SCORED, "recognised": ".1%"}, as_table, seen(judges.drawn_digits), "A person decides whether the strokes are whole.", 50,
-        settings=({"scale": 1.0}, {"scale": 1.5})),
+        {**SCORED, "recognised": ".1%"}, numbers_of("FD", "recall"), seen(judges.drawn_digits),
+        "A person decides whether the strokes are whole.", 50, settings=({"scale": 1.0}, {"scale": 1.5})),
     "blocks": Study(
         "adaLN-Zero is the best of four block designs (§2-8-3, §4-2).",
         ("digits", *(name for name in BLOCKS if name != "adaln-zero")), judges.digit_scores, SCORED,
@@ -316,8 +323,8 @@ STUDIES = {
     "prediction": Study(
         "Predicting the noise is better than predicting the pixels (§3).",
         tuple(name for name in RUNS if name.split()[0] in PREDICTIONS), judges.digit_scores, SCORED, ranking("FD"), by_run("FD"),
-        "A patch of 8x8 pixels is 64 numbers in a token of 192. Noise needs all of them, an image few. Patches of few numbers "
-        "favour eps, and so do latents.", 120),
+        "A patch of 8x8 pixels is 64 numbers in a token of 192. Noise needs all of them, an image few. Whether eps wins "
+        "with smaller patches and on latents would settle it.", 120),
     "networks": Study(
         "Transformers can take the U-Net's place, and more Gflops give better images (§1, §2-7-1, Fig. 4-3).",
         tuple(name for name in RUNS if name.startswith(("dit ", "uvit ", "unet "))), judges.digit_scores, SCORED,
@@ -325,19 +332,21 @@ STUDIES = {
         "at its own best learning rate, until its held-out loss is flat, would settle it.", 45, seeds=(0, 1)),
     "restoration": Study(
         "A diffusion model fills in and enlarges images (§1-2).", ("digits",), judges.restored_share,
-        {"kept": ".1%", "nearest": ".1%"}, as_table, seen(judges.restored_digits), "Other images than digits.", 8, seeds=(0,),
-        settings=tuple({"task": task, "label": label} for task in judges.TASKS for label in ("given", "not given"))),
+        {"kept": ".1%", "nearest": ".1%"}, numbers_of("kept", "nearest"), seen(judges.restored_digits),
+        "Other images than digits.", 8, seeds=(0,), settings=tuple(
+            {"task": task, "label": label} for task in judges.TASKS for label in ("given", "not given"))),
     "denoising": Study(
         "A diffusion model removes noise (§1-2).", ("digits",), judges.denoised,
-        dict.fromkeys(("label given", "no label", "linear filter", "best blur", "noisy"), ".1f"), as_table,
-        seen(judges.restored_digits), "Other images than digits.", 1, seeds=(0,)),
+        dict.fromkeys(("label given", "no label", "linear filter", "best blur", "noisy"), ".1f"),
+        numbers_of("no label", "linear filter"), seen(judges.denoised_digits), "Other images than digits.", 1, seeds=(0,)),
     "captions": Study(
         "Images are drawn from text (§4-1).", ("objects", "scenes"), judges.prompts_fulfilled,
-        {"right": ".1%", "right in colour": ".1%"}, as_table, seen(judges.prompts_drawn), "A finer patch, and more steps.", 30,
-        seeds=(0,), settings=tuple({"prompts": kind} for kind in judges.KINDS)),
+        {"right": ".1%", "right in colour": ".1%"}, numbers_of("right"), seen(judges.prompts_drawn),
+        "A finer patch, and more steps.", 30, seeds=(0,), settings=tuple({"prompts": kind} for kind in judges.KINDS)),
     "roll": Study(
         "The reverse process turns noise into data (§2-1, Fig. 2-1).", ("roll",), judges.distance_to_roll,
-        {"distance": ".4f", "of data to data": ".4f"}, as_table, seen(judges.drawn_points), "Nothing in the plane.", 2),
+        {"distance": ".4f", "of data to data": ".4f"}, numbers_of("distance", "of data to data"), seen(judges.drawn_points),
+        "Nothing in the plane.", 2),
 }
 
 
@@ -347,12 +356,13 @@ def study_report(name, rows):
     """A study's table and what is said of it, in Markdown."""
     study = STUDIES[name]
     machines, dates = sorted({row["machine"] for row in rows}), sorted({row["date"] for row in rows})
+    seeds = (f"seed {study.seeds[0]}" if len(study.seeds) == 1 else
+             f"seeds {', '.join(map(str, study.seeds))}, with the range over them")
     single = "" if all(row["threads"] != "1" for row in rows) else " Rows of one thread had another run beside them."
     return "\n".join([
         score_table(study, rows), "", f"![Scores of the study](assets/study-{name}.png)", "",
         f"**Claimed.** {study.claim} **What came out.** {study.outcome(study, rows)} **Open.** {study.open}", "",
-        f"*`python study.py {name}`: seeds {', '.join(map(str, study.seeds))}, with the range over them; "
-        f"{'; '.join(machines)}; {dates[0]} to {dates[-1]}.{single}*"])
+        f"*`python study.py {name}`: {seeds}; {'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.{single}*"])
 
 
 def write(name, text):

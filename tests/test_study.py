@@ -19,7 +19,7 @@ import study
 import train
 from gflops import count, inputs_of
 from models import build, describe
-from study import Study, along, as_table, by_run, trade_off, ranking, sampled, seen
+from study import Study, along, by_run, numbers_of, ranking, sampled, seen, trade_off
 
 
 # Runs and scores
@@ -69,7 +69,7 @@ def test_each_run_is_trained_and_scored_once_in_each_setting(trial, tmp_path, ca
                      for what, how in (("trained ", ".pt"), ("", " at 1"), ("", " at 2"))]
     table = (tmp_path / "study-trial.csv").read_text()
     rows = list(csv.DictReader(table.splitlines()))
-    assert [row["FD"] for row in rows] == ["1", "2", "11", "12", "2", "3", "12", "13"] and rows[0]["steps"] == "2"
+    assert [row["FD"] for row in rows] == ["1", "2", "11", "12", "2", "3", "12", "13"] and rows[0]["training_steps"] == "2"
     assert "| a | 1.0 | 0.0" in capsys.readouterr().out
     trial.clear()
     study.main(["trial"])
@@ -141,6 +141,8 @@ def test_the_flags_of_a_run_are_train_pys(tmp_path, run):
 def test_every_study_has_its_place_in_the_results_and_every_run_its_study():
     page = study.RESULTS.read_text(encoding="utf-8")
     for name in study.STUDIES:
+        columns = study.columns_of(study.STUDIES[name])
+        assert len({*columns}) == len(columns)           # no setting and no score has another's column
         assert page.index(f"<!-- study {name}: written by study.py -->") < page.index(f"<!-- end of study {name} -->")
     assert {run for one in study.STUDIES.values() for run in one.runs} == set(study.RUNS) - {"vae"}      # which latents need
 
@@ -187,10 +189,16 @@ def test_a_sampler_reaches_250_ancestral_steps_with_the_fewest_evaluations_that_
     assert "dpm++ reaches it with 10 evaluations, at 25.0 times the images/s" in text
 
 
+def test_numbers_are_said_with_their_range_in_each_setting():
+    one = Study("", ("a",), None, {"FD": ".1f"}, None, None, "", 1, settings=({"scale": 1.0}, {"scale": 2.0}))
+    rows = made([("a", s, s + seed) for s in (1.0, 2.0) for seed in (0, 2)], "run", "scale", "FD")
+    assert numbers_of("FD")(one, rows) == "a, scale 1.0: FD 2.0 (1.0 – 3.0); a, scale 2.0: FD 3.0 (2.0 – 4.0)."
+
+
 @pytest.mark.parametrize("picture", [by_run("FD"), along("scale", "FD"), along("scale", "FD", log=True),
                                      seen(lambda path: np.zeros((480, 900, 3), np.uint8))])
 def test_every_kind_of_picture_is_drawn(picture):
-    one = Study("", ("a", "b"), None, {"FD": ".1f"}, as_table, picture, "", 1, settings=({"scale": 1.0}, {"scale": 2.0}))
+    one = Study("", ("a", "b"), None, {"FD": ".1f"}, None, picture, "", 1, settings=({"scale": 1.0}, {"scale": 2.0}))
     rows = made([(run, s, s + i) for i, run in enumerate("ab") for s in (1.0, 2.0)], "run", "scale", "FD")
     assert picture(one, rows, None).shape[1:] == (900, 3)
 
@@ -231,9 +239,9 @@ def test_restored_digits_are_judged_beside_their_nearest_neighbours(few, tiny_ru
     assert noise["noisy"] == pytest.approx(12, abs=0.1) and noise["best blur"] == pytest.approx(18.3, abs=0.3)
     assert noise["linear filter"] == pytest.approx(21.1, abs=0.3)
     picture = judges.restored_digits(tiny_run)
-    assert picture.shape == (7 * 66 + 2, 10 * 66 + 2, 1)
+    assert picture.shape == (5 * 66 + 2, 10 * 66 + 2, 1) and judges.denoised_digits(tiny_run).shape == (4 * 66 + 2, 10 * 66 + 2, 1)
     assert (picture[2:66, 2:66][18:46, 18:46] == 128).all()              # the hole, and round it the original
-    assert (picture[2:20, 2:66] == picture[6 * 66 + 2:6 * 66 + 20, 2:66]).all()
+    assert (picture[2:20, 2:66] == picture[4 * 66 + 2:4 * 66 + 20, 2:66]).all()
 
 
 def test_perfect_images_fulfil_their_prompts(few, tmp_path, monkeypatch):
