@@ -78,6 +78,7 @@ def unpacked(path):
 
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
          codecs.BOM_UTF16_BE: "utf-16"}              # byte-order marks; UTF-16's is how UTF-32's begins
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(\.\d{3})+(,\d+)?")
 DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+(?:[eE][-+]?\d+)?)")
 
 
@@ -116,7 +117,10 @@ def csv_rows(text, path, restval=None):
         rows = [row for row in reader if any(row.values())]
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file: {error}") from None
-    if delimiter != ",":
+    cells = [cell for row in rows for cell in row.values() if isinstance(cell, str)] if delimiter != "," else []
+    if any(map(DECIMAL_COMMA.fullmatch, cells)):
+        if thousands := next(filter(THOUSANDS.fullmatch, cells), None):
+            raise ValueError(f"{path} writes {thousands} for a number, with a point between thousands: save it without")
         rows = [{name: DECIMAL_COMMA.sub(r"\1.\2", cell) if isinstance(cell, str) and DECIMAL_COMMA.fullmatch(cell) else cell
                  for name, cell in row.items()} for row in rows]
     return tuple(reader.fieldnames or ()), rows

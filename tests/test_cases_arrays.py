@@ -239,6 +239,11 @@ def test_a_log_that_a_spreadsheet_saved_is_the_same_log(tmp_path, kind):
     assert read_log(path, 100) == (("step", "images", "loss"), rows, True) and plot.read_rows(path, "step", "loss") == rows
 
 
+def test_points_between_thousands_beside_decimal_commas_are_no_decimals(tmp_path):
+    (tmp_path / "run.csv").write_text("step;loss\n1.000;0,5\n")
+    refusal(lambda: plot.read_rows(tmp_path / "run.csv"), tmp_path / "run.csv", "1.000")
+
+
 def test_a_table_that_is_no_text_is_refused_by_the_chart(tmp_path):
     (tmp_path / "run.csv").write_bytes("Schritt;Verlust für alle\n1;2\n".encode("latin-1"))
     refusal(lambda: plot.read_rows(tmp_path / "run.csv"), tmp_path / "run.csv", "UTF-8")
