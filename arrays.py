@@ -99,8 +99,8 @@ def as_bytes(images):
         if least[0] <= low <= least[1] and largest[0] <= high <= largest[1]:
             as_byte = [(factor * image.astype(exact) + summand).astype(np.uint8) for image in images]
             return np.stack(as_byte), f"{found}, read as {name}"
-    raise ValueError(f"pixels, {found}, are not clearly of {' or '.join(row[2] for row in meanings)}: scale and clip them to one, or "
-                     "save them as uint8")
+    raise ValueError(f"pixels, {found}, are not clearly of {' or '.join(row[2] for row in meanings)}: scale and clip them to one, "
+                     "or save them as uint8")
 
 
 def as_classes(labels, n):

@@ -77,7 +77,7 @@ def opened(path):
     What is broken beside the pixels, as a text or a checksum of one, does not count.
     """
     try:
-        with open(readable(path), "rb") as file, warnings.catch_warnings():        # Pillow maps a TIFF with a name, and turns it wrongly
+        with open(readable(path), "rb") as file, warnings.catch_warnings():        # by a name, Pillow maps a TIFF and turns it wrongly
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             ImageFile.LOAD_TRUNCATED_IMAGES = True

@@ -181,8 +181,8 @@ def authentic_share(samples, real, neighbours):
     pixel distance. Alaa et al. 2022, section 3.2. A model that copies its data has 0."""
     samples, real = (torch.as_tensor(images).float().flatten(1) for images in (samples, real))
     places, rows = neighbours.unique(return_inverse=True)
-    own = torch.cat([torch.cdist(part, real).topk(2, largest=False).values[:, 1] for part in real[places].split(512)])   # not itself
-    return ((samples - real[neighbours]).norm(dim=1) > own[rows]).double().mean().item()
+    two = torch.cat([torch.cdist(part, real).topk(2, largest=False).values for part in real[places].split(512)])     # itself first
+    return ((samples - real[neighbours]).norm(dim=1) > two[rows, 1]).double().mean().item()
 
 
 def psnr(x, real):

@@ -145,8 +145,8 @@ class Log:
 
 
 def first_line(training):
-    """What the data of a `train.Training` was read as; below it what is trained, for how many epochs; and a third line where that is
-    no work for a CPU."""
+    """What the data of a `train.Training` was read as; below it what is trained, for how many epochs; and a third line where that
+    is no work for a CPU."""
     args, dataset, start = training.args, training.dataset, training.start
     count = sum(value.numel() for value in training.state.network.state_dict().values())
     size = "x".join(map(str, dataset.image_size)) + (" latents" if args.vae else " pixels")

@@ -313,8 +313,8 @@ def add_sampling_flags(parser):
     parser.add_argument("--batch-size", type=positive, help="images at once in each process (default: what memory holds)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network first: pays for many images")
     parser.add_argument("--seed", type=natural, default=0, help="default: 0")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of products, tf32 on CUDA only (default: bf16 on CUDA, fp32 on the "
-                        "CPU)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of products, tf32 on CUDA only (default: bf16 on CUDA, fp32 on "
+                        "the CPU)")
 
 
 def load_upsampler(path, base, labelled, shape):

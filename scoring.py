@@ -147,7 +147,7 @@ def measure_samples(dataset, n, space, file=None):
     if dataset is None:
         return with_statistics(None, file, space)
     order = np.arange(len(dataset))
-    if dataset.checksums is not None:                    # of a folder: sorted by class perhaps, which the Inception score's chunks must not be
+    if dataset.checksums is not None:                    # a folder: perhaps sorted by class, as the Inception score's chunks must not be
         order = np.random.default_rng(0).permutation(len(dataset))
     with progress_bar("measuring the samples", n or len(dataset)) as progress:
         measured = measure_dataset(dataset, order[:n], space, bar=progress)

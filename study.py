@@ -362,7 +362,8 @@ def study_report(name, rows):
     return "\n".join([
         score_table(study, rows), "", f"![Scores of the study](assets/study-{name}.png)", "",
         f"**Claimed.** {study.claim} **What came out.** {study.outcome(study, rows)} **Open.** {study.open}", "",
-        f"*`python study.py {name}`: {seeds}; {'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.{single}*"])
+        f"*`python study.py {name}`: {seeds}; {'; '.join(machines)}; "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}.{single}*"])
 
 
 def write(name, text):

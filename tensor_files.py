@@ -89,8 +89,8 @@ def read(path):
                 raise ValueError(f"{path} holds Python objects, as {found[1]}, which could run code and are not loaded: save the "
                                  "network's state_dict(), or of released weights use the .safetensors file") from None
             reason = f" ({error})" if isinstance(error, ValueError) else ""
-            raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off{reason}, or holds Python objects, "
-                             "which could run code and are not loaded (of released weights, use the .safetensors file)") from None
+            raise ValueError(f"{path} is not a checkpoint of plain tensors: it is damaged or cut off{reason}, or holds Python "
+                             "objects, which could run code and are not loaded (of released weights, use the .safetensors file)") from None
 
 
 def pickles(path, archive):
