@@ -188,11 +188,13 @@ class Diffusion:
         nll = -mean_flat(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
         return torch.where(t == 0, nll, kl) / math.log(2), x0_pred
 
-    def losses(self, model, x0, t, y, eps):
+    def losses(self, model, x0, t, y, eps, max_weight=1.0):
         """The simple loss, Ho et al. 2020, Eq. 14, or with learned variance the hybrid one, Nichol & Dhariwal 2021, Eq. 16.
 
         Returns a dict of (N,): "mse", with learned variance "vb", the bound's term in bits per dimension, and their sum "loss".
         The paper's weight 0.001 of the bound's sum over 1000 steps is the weight 1 of its mean, that of one random step.
+        max_weight: for prediction "x0", the limit of a weight of "mse". An error of v is that of x0 divided by
+        sqrt(1 - alpha_bar): without a limit, the loss would be that of v (Salimans & Ho 2022, section 4); with 1 it is simple.
         """
         xt = self.q_sample(x0, t, eps)
         prediction, interpolation = self.split(model(xt, self.original(t), y), x0)
@@ -202,7 +204,8 @@ class Diffusion:
         if interpolation is not None:
             frozen = torch.cat([prediction.detach(), interpolation], dim=1)          # the bound trains the variance only
             terms["vb"], _ = self.variational_bound(frozen, x0, xt, t)
-        return {"loss": sum(terms.values()), **terms}
+        weight = (1 / s.reshape(-1) ** 2).clamp(max=max_weight)          # (N,), from 1 up
+        return {"loss": weight * terms["mse"] + terms.get("vb", 0), **terms}
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, noise=None, clip=True):

@@ -100,13 +100,14 @@ class Denoising:
     """Predict the noise, or what the Diffusion's prediction says (§4-5).  The loss is logged by quarter of t.
 
     inputs: Pixels or LatentSamples. y_null: the unconditional input, which takes the condition's place in a share cfg_drop of the
-    samples; None if it is not learned.
+    samples; None if it is not learned. max_weight: see `Diffusion.losses`.
     """
 
     groups = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
 
-    def __init__(self, diffusion, inputs, y_null=None, cfg_drop=0.0):
+    def __init__(self, diffusion, inputs, y_null=None, cfg_drop=0.0, max_weight=1.0):
         self.diffusion, self.inputs, self.random, self.cfg_drop = diffusion, inputs, inputs.random, cfg_drop
+        self.max_weight = max_weight
         self.y_null = y_null.to(self.random.device) if torch.is_tensor(y_null) else y_null           # a caption's, or a label
 
     def draw(self, step, images, labels):
@@ -126,7 +127,7 @@ class Denoising:
 
     def loss(self, model, x0, t, y, eps):
         """Losses (n,), and the quarter of 0 .. T-1 in which each t lies."""
-        return self.diffusion.losses(model, x0, t, y, eps)["loss"], t * 4 // self.diffusion.T
+        return self.diffusion.losses(model, x0, t, y, eps, self.max_weight)["loss"], t * 4 // self.diffusion.T
 
 
 class SuperResolution(Denoising):

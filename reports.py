@@ -151,7 +151,7 @@ def first_line(training):
     count = sum(value.numel() for value in training.state.network.state_dict().values())
     size = "x".join(map(str, dataset.image_size)) + (" latents" if args.vae else " pixels")
     epochs = math.ceil(args.steps * args.batch_size / len(dataset))
-    too_long = ("\nso many images take a CPU days to months, see the minutes to go; python train.py, a DiT Ti/8 on the embedded "
+    too_long = ("\nso many images take a CPU days to months, see the minutes to go; python train.py, a DiT XS/16 on the embedded "
                 "digits, takes minutes")
     return (f"{dataset.summary}\n{training.described['class']} {args.size}, {count:,} parameters, on {size}, "
             f"{dataset.channels} channel{'s' * (dataset.channels > 1)}; {training.device}, {args.precision}, {training.world} "

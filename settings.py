@@ -15,7 +15,7 @@ from pathlib import Path
 import checkpoint
 import dit
 import unet
-from cli import PRECISIONS, Parser, natural, not_negative, parent_of, positive, rule_of
+from cli import PRECISIONS, Parser, at_least, natural, not_negative, parent_of, positive, rule_of
 from data import OWN_SETS
 from ddpm import PREDICTIONS, SCHEDULES, VARIANCES
 from files import cache_folder, check_output, readable
@@ -26,23 +26,27 @@ COMMON = dict(model="dit", size=None, conditioning=None, hybrid=False, data="mni
               text=False, clip=None, flip=False, skip_bad=False, max_pixels=None, cache=None, eval_every=None, eval_n=2000,
               features=None, reference=None, accumulate=1, seed=0, device="auto", precision=None, compile=False,
               checkpointing=False, out="run.pt", resume=False)
-LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", steps=2800, batch_size=32, lr=2e-3, warmup=100,
-              decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560, save_every=280)
+LAPTOP = dict(schedule="cosine", prediction="x0", variance="small", max_weight=1.0, steps=2800, batch_size=32, lr=2e-3,
+              warmup=100, decay="cosine", weight_decay=0.0, clip_grad=1.0, ema=0.999, cfg_drop=0.1, shift=0, sample_every=560,
+              save_every=280)
+FIRST = {**LAPTOP, "max_weight": 5.0, "steps": 2400, "batch_size": 64, "lr": 1.5e-3, "ema": 0.998,   # RESULTS.md: the first run
+         "sample_every": 480, "save_every": 240}
 FEW = {**LAPTOP, "steps": 1000, "sample_every": 250, "save_every": 125}              # a U-Net's step takes three times as long
-DIT = dict(schedule="linear", prediction="eps", variance="learned", steps=400_000, batch_size=256, lr=1e-4, warmup=0,
-           decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, shift=0, sample_every=5000, save_every=1000)
+DIT = dict(schedule="linear", prediction="eps", variance="learned", max_weight=1.0, steps=400_000, batch_size=256, lr=1e-4,
+           warmup=0, decay="none", weight_decay=0.0, clip_grad=0.0, ema=0.9999, cfg_drop=0.1, shift=0, sample_every=5000,
+           save_every=1000)
 UVIT = {**DIT, "variance": "small", "steps": 500_000, "batch_size": 128, "lr": 2e-4, "weight_decay": 0.03, "warmup": 2500}
 DDPM = {**DIT, "variance": "large", "steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "clip_grad": 1.0}
 IDDPM = {**DIT, "schedule": "cosine", "steps": 500_000, "batch_size": 128}
 VIT = {**DIT, "steps": 375_000, "batch_size": 1024, "lr": 1e-3, "weight_decay": 0.05, "warmup": 6250, "decay": "cosine",
        "clip_grad": 1.0}
 VAE = {**DIT, "steps": 250_000, "batch_size": 96}
-DENOISING = ("schedule", "prediction", "variance", "cfg_drop",           # flags of no use to the OTHERS
+DENOISING = ("schedule", "prediction", "variance", "max_weight", "cfg_drop",     # flags of no use to the OTHERS
              "eval_every", "eval_n", "features", "reference", "vae", "latent_scale", "text", "clip")
 OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "max_pixels", "eval_every", "checkpointing")     # not of points
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. REPORT.md: how papers differ
-    "dit": {"Ti": LAPTOP, None: DIT},                                    # Peebles & Xie 2023, section 4
+    "dit": {"XS": FIRST, "Ti": LAPTOP, None: DIT},                       # Peebles & Xie 2023, section 4
     "uvit": {"Nano": LAPTOP, "Ti": LAPTOP, None: UVIT},                  # Bao et al. 2023, appendix, for CIFAR-10
     "unet": {"Nano": FEW, "Ti": FEW,
              "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020, for CIFAR-10
@@ -54,7 +58,7 @@ RECIPES = {                            # by model and the size's first word; Non
     "vae": {"Ti": {**LAPTOP, "steps": 1600, "lr": 1e-3, "sample_every": 400, "save_every": 200},
             None: VAE},                                                  # ours: the paper's losses are others
 }
-DEFAULT_SIZE = {"dit": "Ti/8", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti", "mlp": "Ti"}       # for a laptop
+DEFAULT_SIZE = {"dit": "XS/16", "uvit": "Ti/8", "unet": "Ti", "vit": "Ti/8", "vae": "Ti", "mlp": "Ti"}       # for a laptop
 TEXT_LR = 7e-4                                   # upper limit with captions: at 2e-3 the class of shape is learned late
 TEXT_DIM, TEXT_TOKENS = 192, 32                  # of our text encoder: its width, and its length if no caption is shorter
 MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip_grad", "device", "precision", "compile", "checkpointing", "accumulate",
@@ -75,21 +79,23 @@ def parts_or_auto(text):
 def flags():
     """The command line; what it leaves out is None, and filled in by `read_settings`."""
     def default(key):
-        return f"default: {LAPTOP[key]} for dit Ti, {DIT[key]} for dit B; others have their own"
+        return f"default: {FIRST[key]} for dit XS, {DIT[key]} for dit B; others have their own"
     switch = dict(action="store_true", default=None)
     toggle = dict(action=argparse.BooleanOptionalAction, default=None)   # what a resumed run may be without
     parser = Parser(prog="train.py", description="Train a DiT, U-ViT or U-Net to denoise, a ViT to classify, or an autoencoder. "
                     "Flags left out take the recipe of the model and its size.")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=TRAINABLE, help="default: dit, or mlp for swissroll")
-    add("--size", help="Ti S B L XL … and the patch, as B/4; a U-Net's has no patch (default: Ti/8 or Ti, for a laptop; an "
-        "unknown one gets the list)")
+    add("--size", help="Ti XS S B L XL … and the patch, as B/4; a U-Net's has no patch (default: XS/16, Ti/8 or Ti, for a laptop; "
+        "an unknown one gets the list)")
     add("--conditioning", choices=dit.BLOCKS, help="how a DiT sees time and class (default: adaln-zero; a text: "
         "cross-attention)")
     add("--hybrid", **switch, help="a ViT's patches are a small CNN's features")
     add("--schedule", choices=SCHEDULES, help=f"of the noise ({default('schedule')})")
     add("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
     add("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
+    add("--max-weight", type=at_least(1, float), help="limit of the loss's weight, 1 / (1 - alpha_bar), when x0 is predicted "
+        f"({default('max_weight')})")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="mnist, shapes[:one], swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, or an .npz (default: "
         "mnist)")
@@ -144,6 +150,8 @@ def recipe(chosen):
     found = {**recipes.get(re.split("[/-]", size)[0], recipes[None]), "size": size}
     if chosen.get("text") or chosen.get("clip"):
         found["lr"] = min(found["lr"], TEXT_LR)
+    if chosen.get("prediction", "x0") != "x0":
+        found["max_weight"] = 1.0
     return {**found, **dict.fromkeys(DENOISING)} if model in OTHERS else found
 
 
@@ -246,6 +254,7 @@ def check_flags(args, given):
     for keys, useless, why in (
             (DENOISING, args.model in OTHERS, f"{OTHERS.get(args.model)}, it does not denoise"),
             (OF_IMAGES, args.model == "mlp", "points have no use for it"),
+            (("max_weight",), args.prediction != "x0", "it weights the errors of --prediction x0"),
             (("checkpointing",), args.model == "vae", "an autoencoder keeps its activations; use --accumulate to save memory"),
             (("eval_n", "features", "reference"), not args.eval_every, "it says how to score, which only --eval-every does"),
             (("latent_scale",), not (args.vae and args.latent_scale), "it is a number above 0, of the latents of --vae"),

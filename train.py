@@ -152,8 +152,8 @@ def build_objective(args, dataset, network, random, reader=None):
     y_null = unconditional(network, reader, args.cfg_drop)
     if args.size in UPSAMPLERS:
         report = partial(upsampling_report, load_split(args, "test"), diffusion, args.seed, device)
-        return SuperResolution(diffusion, inputs, y_null, args.cfg_drop), report, ()
-    objective = Denoising(diffusion, inputs, y_null, args.cfg_drop)
+        return SuperResolution(diffusion, inputs, y_null, args.cfg_drop, args.max_weight), report, ()
+    objective = Denoising(diffusion, inputs, y_null, args.cfg_drop, args.max_weight)
     if args.model == "mlp":
         return objective, partial(point_report, load_split(args, "test"), diffusion, args.seed), ("distance",)
     return objective, partial(sample_report, dataset, diffusion, args.seed, objective.y_null), ()

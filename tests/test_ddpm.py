@@ -573,6 +573,20 @@ def test_the_simple_loss_is_the_mean_square_of_the_networks_error(betas, predict
     assert list(losses) == ["loss", "mse"] and torch.equal(losses["loss"], losses["mse"])
 
 
+@given(schedules, seeds, st.floats(1, 100))
+def test_the_weighted_loss_is_that_of_v_up_to_the_limit_of_the_weight(betas, seed, limit):
+    """An error of x0 makes one of v, at the same x_t, which algebra gives: v = (sqrt(alpha_bar) x_t - x0) / sqrt(1 - alpha_bar)."""
+    diffusion = Diffusion(betas, "x0")
+    x0, eps, t = normal(diffusion.T, 2, 1, 3, seed=seed), normal(diffusion.T, 2, 1, 3, seed=seed + 1), every_step(diffusion)
+    guess, xt = normal(diffusion.T, 2, 1, 3, seed=seed + 2), diffusion.q_sample(x0, t, eps)
+    a, s = column(torch.tensor(np.sqrt(diffusion.alpha_bars))), column(torch.tensor(np.sqrt(1 - diffusion.alpha_bars)))
+    of_v = (((a * xt - guess) / s - (a * eps - s * x0)) ** 2).flatten(1).mean(dim=1)
+    losses = diffusion.losses(lambda x, t, y: guess, x0, t, None, eps, limit)
+    assert_close(losses["loss"], torch.minimum(of_v, limit * losses["mse"]), rtol=1e-5, atol=1e-7)
+    unlimited = diffusion.losses(lambda x, t, y: guess, x0, t, None, eps, math.inf)
+    assert_close(unlimited["loss"], of_v, rtol=1e-5, atol=1e-7)
+
+
 def test_the_loss_shows_the_network_the_noised_image_the_original_step_and_the_condition():
     diffusion, seen = Diffusion(linear_betas()).respaced(10), []
     x0, eps, t, y = normal(3, 1, 2, 2), normal(3, 1, 2, 2, seed=1), torch.tensor([0, 4, 9]), torch.tensor([7, 8, 9])

@@ -133,7 +133,7 @@ def test_the_commands_for_a_laptop_run_in_the_readmes_order(tmp_path, monkeypatc
         monkeypatch.setattr(module, "STEPS", 1)
     monkeypatch.setattr(plot, "CHAIN", 50)
     for sizes, smaller in ((dit.SIZES, SMALLER), (uvit.SIZES, SMALLER), (vit.SIZES, SMALLER), (unet.SIZES, dict(multipliers=(1, 1)))):
-        for size in {"Nano", "Ti", "Ti-up"} & sizes.keys():
+        for size in {"Nano", "Ti", "Ti-up", "XS"} & sizes.keys():
             monkeypatch.setitem(sizes, size, {**sizes[size], **smaller})
     pixels = np.pad(np.full((14, 14), 255, np.uint8), 9)
     for name, image in (("digit", 255 - pixels), ("noisy", pixels), ("mask", pixels), ("small", pixels[::4, ::4])):

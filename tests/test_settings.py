@@ -31,15 +31,16 @@ def test_the_learning_rate_rises_linearly_and_falls_to_nothing_or_not_at_all(war
 
 def test_the_embedded_recipe_is_the_default(tmp_path):
     args = settings_of(tmp_path)
-    assert (args.model, args.size, args.data, args.prediction) == ("dit", "Ti/8", "mnist", "x0")
+    assert (args.model, args.size, args.data, args.prediction, args.max_weight) == ("dit", "XS/16", "mnist", "x0", 5.0)
+    assert settings_of(tmp_path, "--prediction", "v").max_weight == 1        # of the simple loss
     paper = settings_of(tmp_path, "--size", "B/4")
     assert (paper.lr, paper.batch_size, paper.variance, paper.steps, paper.ema) == (1e-4, 256, "learned", 400_000, 0.9999)
 
 
 @pytest.mark.parametrize("model, size, recipe", [
-    ("uvit", None, settings.LAPTOP), ("uvit", "S-deep/2", settings.UVIT), ("unet", "ddpm-cifar10", settings.DDPM),
-    ("unet", "S", settings.DDPM), ("unet", "iddpm-64", settings.IDDPM), ("unet", "adm-256", settings.DIT),
-    ("dit", "Ti/4", settings.LAPTOP)])
+    ("dit", None, settings.FIRST), ("dit", "Ti/4", settings.LAPTOP), ("uvit", None, settings.LAPTOP),
+    ("uvit", "S-deep/2", settings.UVIT), ("unet", "ddpm-cifar10", settings.DDPM), ("unet", "S", settings.DDPM),
+    ("unet", "iddpm-64", settings.IDDPM), ("unet", "adm-256", settings.DIT)])
 def test_what_flags_leave_out_takes_the_recipe_of_the_model_and_size(tmp_path, model, size, recipe):
     args = vars(settings_of(tmp_path, "--model", model, *(["--size", size] if size else [])))
     assert recipe.items() <= args.items() and args["size"] == (size or settings.DEFAULT_SIZE[model])
