@@ -63,9 +63,9 @@ class Study(NamedTuple):
 
 RUNS = {"digits": "", "vae": "--model vae",
         "latents": "--vae {vae} --size Ti/2", "roll": "--data swissroll",
-        **{name: f"--conditioning {name}" for name in BLOCKS if name != "adaln-zero"},                   # that of `digits`
+        **{name: f"--conditioning {name} --steps 1200" for name in BLOCKS},
         **{f"{prediction} {schedule} {size}": f"--prediction {prediction} --schedule {schedule} --size {size} --steps 1400"
-           for prediction, schedule, size in product(PREDICTIONS, ("linear", "cosine"), ("Ti/8", "Ti/4"))},
+           for prediction, schedule, size in product(PREDICTIONS, ("linear", "cosine"), ("Ti/16", "Ti/8"))},
         **{f"{model} {size}": f"--model {model} --size {size} --steps 1400"
            for model, size in (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))},
         "objects": "--model uvit --data shapes:one --text --steps 6000",
@@ -306,9 +306,9 @@ STUDIES = {
         settings=({"scale": 1.0}, {"scale": 1.5})),
     "blocks": Study(
         "adaLN-Zero is the best of four block designs (§2-8-3, §4-2).",
-        ("digits", *(name for name in BLOCKS if name != "adaln-zero")), judges.digit_scores, SCORED,
-        ranking("FD", "digits"), by_run("FD"), "`digits` is adaLN-Zero. Its gates let a deep network begin as the identity, and "
-        "these networks have six blocks. The four designs at B/4, for 400,000 steps, would settle it.", 60),
+        tuple(BLOCKS), judges.digit_scores, SCORED, ranking("FD", "adaln-zero"), by_run("FD"),
+        "The gates of adaLN-Zero let a deep network begin as the identity, and these networks have six blocks. The four designs at "
+        "B/4, for 400,000 steps, would settle it.", 30),
     "guidance": Study(
         "Guidance trades recall for precision (§3, §4-8 … §4-10, Fig. 5-2).", ("digits", "latents"), judges.digit_scores, SCORED,
         trade_off, along("scale", "precision"), "These are ten clear classes of one data set; photographs may differ.", 40,
@@ -323,8 +323,8 @@ STUDIES = {
     "prediction": Study(
         "Predicting the noise is better than predicting the pixels (§3).",
         tuple(name for name in RUNS if name.split()[0] in PREDICTIONS), judges.digit_scores, SCORED, ranking("FD"), by_run("FD"),
-        "A patch of 8x8 pixels is 64 numbers in a token of 192. Noise needs all of them, an image few. Whether eps wins "
-        "with smaller patches and on latents would settle it.", 120),
+        "A patch of 16x16 pixels is 256 numbers in a token of 192, one of 8x8 is 64. Noise needs all of them, an image few. "
+        "Whether eps wins with smaller patches and on latents would settle it.", 60),
     "networks": Study(
         "Transformers can take the U-Net's place, and more Gflops give better images (§1, §2-7-1, Fig. 4-3).",
         tuple(name for name in RUNS if name.startswith(("dit ", "uvit ", "unet "))), judges.digit_scores, SCORED,

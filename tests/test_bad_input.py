@@ -180,7 +180,7 @@ CASES = [
     ("a missing .npz", nothing, f"{TRAIN} --data images.npz", "images.npz: there is no such file"),
     ("one image", npz(arr_0=pixels(1, 32, 32, 3)), f"{TRAIN} --data images.npz", "too few"),
     ("a size the patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --data images.npz", "use 16 or 32"),
-    ("an unknown size", nothing, f"{TRAIN} --size XXL/2", "Ti, S, B, L, XL"),
+    ("an unknown size", nothing, f"{TRAIN} --size XXL/2", "Ti, XS, S, B, L, XL"),
     ("a size without a patch", nothing, f"{TRAIN} --size S", "B/4"),
     ("a U-Net with a patch", nothing, f"{TRAIN} --model unet --size S/2", "without a patch"),
     ("a size that a U-Net cannot halve", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --model unet --size Ti --data images.npz",

@@ -4,6 +4,7 @@ fake_cuda.py runs the project's code on faked CUDA tensors, once for all tests, 
 before the first test: it takes half a minute of another core.
 """
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -30,13 +31,14 @@ def guard(folder):
         pytest.skip("this PyTorch has a guard of CUDA's own, which wants a GPU: see test_gpu.py")
     made = folder / f"guard-{torch.__version__}.so"
     if not made.exists():
-        command = ["c++", "-O0", "-shared", "-fPIC", "-std=c++20", str(TESTS / "fake_cuda_guard.cpp"), "-o", f"{made}.part",
+        part = Path(f"{made}.{os.getpid()}")             # test runs may start at the same time
+        command = ["c++", "-O0", "-shared", "-fPIC", "-std=c++20", str(TESTS / "fake_cuda_guard.cpp"), "-o", str(part),
                    f"-I{LIBRARIES.parent}/include", f"-L{LIBRARIES}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{LIBRARIES}"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no C++ compiler that makes the guard: {getattr(error, 'stderr', '') or error}")
-        Path(f"{made}.part").replace(made)
+        part.replace(made)
     return made
 
 
