@@ -193,7 +193,7 @@ class Diffusion:
 
         Returns a dict of (N,): "mse", with learned variance "vb", the bound's term in bits per dimension, and their sum "loss".
         The paper's weight 0.001 of the bound's sum over 1000 steps is the weight 1 of its mean, that of one random step.
-        max_weight: for prediction "x0", the limit of a weight of "mse". An error of v is that of x0 divided by
+        max_weight: the limit of a weight of the errors of x0, where x0 is predicted. An error of v is one of x0 divided by
         sqrt(1 - alpha_bar): without a limit, the loss would be that of v (Salimans & Ho 2022, section 4); with 1 it is simple.
         """
         xt = self.q_sample(x0, t, eps)
@@ -204,8 +204,10 @@ class Diffusion:
         if interpolation is not None:
             frozen = torch.cat([prediction.detach(), interpolation], dim=1)          # the bound trains the variance only
             terms["vb"], _ = self.variational_bound(frozen, x0, xt, t)
-        weight = (1 / s.reshape(-1) ** 2).clamp(max=max_weight)          # (N,), from 1 up
-        return {"loss": weight * terms["mse"] + terms.get("vb", 0), **terms}
+        loss = sum(terms.values())
+        if self.prediction == "x0" and max_weight > 1:
+            loss = loss + ((1 / s.flatten() ** 2).clamp(max=max_weight) - 1) * terms["mse"]
+        return {"loss": loss, **terms}
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, noise=None, clip=True):

@@ -94,8 +94,8 @@ def flags():
     add("--schedule", choices=SCHEDULES, help=f"of the noise ({default('schedule')})")
     add("--prediction", choices=PREDICTIONS, help=f"what the network outputs ({default('prediction')})")
     add("--variance", choices=VARIANCES, help=f"of the reverse step ({default('variance')})")
-    add("--max-weight", type=at_least(1, float), help="limit of the loss's weight, 1 / (1 - alpha_bar), when x0 is predicted "
-        f"({default('max_weight')})")
+    add("--max-weight", type=at_least(1, float), help="limit of the loss's weight, 1 / (1 - alpha_bar), where x0 is predicted; 1 is the "
+        "simple loss (default: 5 for dit XS, else 1)")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="mnist, shapes[:one], swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, or an .npz (default: "
         "mnist)")

@@ -101,7 +101,7 @@ def test_scores_mix_no_devices(seen, name):
     assert faults(seen[name], ("waits for the device",)) == []
 
 
-def test_the_default_step_takes_few_kernels(seen):
+def test_a_step_takes_few_kernels(seen):
     assert 0 < seen["dit adaln-zero"]["kernels"] <= 720
 
 
