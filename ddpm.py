@@ -193,21 +193,19 @@ class Diffusion:
 
         Returns a dict of (N,): "mse", with learned variance "vb", the bound's term in bits per dimension, and their sum "loss".
         The paper's weight 0.001 of the bound's sum over 1000 steps is the weight 1 of its mean, that of one random step.
-        max_weight: the limit of a weight of the errors of x0, where x0 is predicted. An error of v is one of x0 divided by
-        sqrt(1 - alpha_bar): without a limit, the loss would be that of v (Salimans & Ho 2022, section 4); with 1 it is simple.
+        max_weight limits a weight 1 / (1 - alpha_bar) of x0's "mse"; without a limit that is v's (Salimans & Ho 2022, section 4).
         """
         xt = self.q_sample(x0, t, eps)
         prediction, interpolation = self.split(model(xt, self.original(t), y), x0)
         a, s = self.at("sqrt_alpha_bar", t, x0), self.at("sqrt_one_minus_alpha_bar", t, x0)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.prediction]
         terms = {"mse": mean_flat((prediction - target) ** 2)}
+        if self.prediction == "x0" and max_weight > 1:
+            terms["mse"] = terms["mse"] * (1 / s.flatten() ** 2).clamp(max=max_weight)
         if interpolation is not None:
             frozen = torch.cat([prediction.detach(), interpolation], dim=1)          # the bound trains the variance only
             terms["vb"], _ = self.variational_bound(frozen, x0, xt, t)
-        loss = sum(terms.values())
-        if self.prediction == "x0" and max_weight > 1:
-            loss = loss + ((1 / s.flatten() ** 2).clamp(max=max_weight) - 1) * terms["mse"]
-        return {"loss": loss, **terms}
+        return {"loss": sum(terms.values()), **terms}
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, noise=None, clip=True):
@@ -336,19 +334,17 @@ def dpm_steps(diffusion, reverse, x, nodes):
     """DPM-Solver++(2M) over falling nodes, then a first-order step to no noise, where x = x0.  Yields step, x, x0."""
     alpha_bars = [diffusion.alpha_bars[i] for i in nodes]
     log_snrs = [0.5 * math.log(alpha_bar / (1 - alpha_bar)) for alpha_bar in alpha_bars]
-    x0_prev = None
+    x0_prev = None                                       # log_snrs[-1], at k = 0, is then not used
     for k, i in enumerate(nodes):
         *_, x0 = reverse(x, i)
-        before = log_snrs[k - 1]                         # at k = 0 unused, as x0_prev is None
-        x = x0 if i == nodes[-1] else dpm_update(x, x0, x0_prev, (before, *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
+        x = x0 if i == nodes[-1] else dpm_update(x, x0, x0_prev, (log_snrs[k - 1], *log_snrs[k:k + 2]), *alpha_bars[k:k + 2])
         x0_prev = x0
         yield diffusion.timesteps[i], x, x0
 
 
 def key_seed(key):
     """A seed for a key, a whole number >= 0 or a tuple of them: other keys have other, unrelated seeds."""
-    key = key if isinstance(key, tuple) else (key,)
-    entropy = (len(key), *key)                           # without the length, zeros at the end of a key would not count
+    entropy = (len(key), *key) if isinstance(key, tuple) else (1, key)       # without the length, zeros at its end would not count
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
@@ -444,8 +440,7 @@ def ddim_invert(diffusion, model, x0, y=None, steps=None):
 
     `sample(..., sampler="ddim", steps=steps, noise=x_T)` returns to x0, the nearer the more steps there are.
     """
-    process = diffusion if steps is None else diffusion.respaced(steps)
-    x = x0
+    x, process = x0, diffusion if steps is None else diffusion.respaced(steps)
     for i in range(process.T):
         t = torch.full((len(x),), i, device=x.device)
         output = model(x, process.original(t), y)

@@ -95,7 +95,7 @@ def load_data(args, run, device):
             build(description(args, size, autoencoder.latent_channels, pixels.num_classes,
                               *((TEXT_DIM, TEXT_TOKENS) if args.text else ())))
     except ValueError as error:
-        raise ValueError(f"{error}; of latents: an image's side is {factor} times that; --size Ti/2 has a smaller patch") from None
+        raise ValueError(f"{error}; of latents: an image's side is {factor} times that; --size Ti/2 has patches of 2") from None
     with autocast(device, args.precision):
         return latents(pixels, autoencoder, sha256, args.flip, args.cache)
 

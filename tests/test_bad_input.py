@@ -181,6 +181,8 @@ CASES = [
     ("one image", npz(arr_0=pixels(1, 32, 32, 3)), f"{TRAIN} --data images.npz", "too few"),
     ("a size the patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --data images.npz", "use 16 or 32"),
     ("an unknown size", nothing, f"{TRAIN} --size XXL/2", "Ti, XS, S, B, L, XL"),
+    ("a weight of errors of x0 that is not predicted", nothing, f"{TRAIN} --prediction v --max-weight 2",
+     "--max-weight: it weights the errors of --prediction x0"),
     ("a size without a patch", nothing, f"{TRAIN} --size S", "B/4"),
     ("a U-Net with a patch", nothing, f"{TRAIN} --model unet --size S/2", "without a patch"),
     ("a size that a U-Net cannot halve", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --model unet --size Ti --data images.npz",

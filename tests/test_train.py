@@ -106,6 +106,15 @@ def small(tmp_path_factory):
 
 # A step
 
+def test_the_flags_of_the_process_reach_the_loss(tmp_path):
+    args, _ = settings.read_settings([*TINY, "--max-weight", "3", "--schedule", "linear", "--out", str(tmp_path / "run.pt")])
+    training = train.Training(args, None, torch.device("cpu"), 0, 1)
+    x0, t, y, eps = training.objective.draw(0, *training.dataset.batch(np.arange(8)))
+    weight = torch.tensor(1 / (1 - np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[t])).clamp(max=3)
+    losses, _ = training.objective.loss(training.state.network, x0, t, y, eps)   # a fresh DiT puts out 0
+    assert (weight > 1.01).any() and torch.allclose(losses.double(), weight * x0.double().square().mean(dim=(1, 2, 3)), rtol=1e-5)
+
+
 def descent(tmp_path, argv, double, **changes):
     """The step of a nudged network by gradient descent with a rate of 1, and the slope of the mean loss of its whole batch."""
     args, _ = settings.read_settings([*argv, "--lr", "1024", "--warmup", "0", "--decay", "none", "--clip-grad", "0",
