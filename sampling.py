@@ -5,7 +5,10 @@ of runs, evaluate.py and study.py draw through here as well. An image depends on
 size or the number of processes: to rounding, which in float32 is at most one grey level. Who calls chooses the precision, by
 `cli.autocast`.
 """
+import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +28,7 @@ from vae import in_pieces, pieces
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
 SCATTERED = 2000                 # samples of a run on points
 STEPS = 20                       # of DPM-Solver++; more barely change the picture
+AT_ONCE = 32                     # images of a thread on the CPU: more leave its cache
 
 
 def labels_of(indices, classes):
@@ -73,22 +77,59 @@ def unconditional(network, reader=None, cfg_drop=None):
     return reader([""])[0] if reader.empty is None else reader.empty
 
 
-def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, **options):
+class Stopped(Exception):
+    """What ends a batch in another thread once nobody waits for it."""
+
+
+def side_by_side(function, parts, threads):
+    """Yield function(part, go_on) of each part, in order, computed by so many threads at once, each of which works alone.
+
+    Threads that share each operation wait for each other after it: for as long as a small one takes, and on a busy machine for
+    many times that. The function calls go_on now and then, which raises `Stopped` once its result is not wanted any more.
+    """
+    ended, half = threading.Event(), torch.is_autocast_enabled("cpu")                    # a thread does not inherit autocast
+
+    def go_on(*_):
+        if ended.is_set():
+            raise Stopped
+
+    def alone(part):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return function(part, go_on)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for i in range(0, len(parts), threads):
+                try:
+                    yield from list(pool.map(alone, parts[i:i + threads]))
+                except BaseException:
+                    ended.set()                          # before the pool waits for its threads
+                    raise
+    finally:
+        torch.set_num_threads(threads)                   # of threads to come
+
+
+def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, callback=None, **options):
     """Images number `indices` of a seed: an iterator of (indices, x (n, C, H, W) on the network's device), batch by batch.
 
-    classes: a list of numbers, or the ids (K, …) or contexts (K, L, D) of captions, in turn. options are `ddpm.sample`'s. The
-    batch is halved where the device's memory does not hold it.
+    classes: a list of numbers, or the ids (K, …) or contexts (K, L, D) of captions, in turn. callback and options are
+    `ddpm.sample`'s. On CUDA a batch is halved where the memory does not hold it; on the CPU there are as many batches at once as
+    threads, unless a callback wants to see one after the other.
     """
     parameter = next(network.parameters())
-    batch_size = batch_size or (256 if parameter.is_cuda else 64)
+    threads = 1 if parameter.is_cuda or callback else torch.get_num_threads()
+    rounds = max(1, math.ceil(len(indices) / (threads * AT_ONCE)))
+    batch_size = batch_size or (256 if parameter.is_cuda else max(1, math.ceil(len(indices) / (threads * rounds))))
     options = {"sampler": "dpm++", "steps": STEPS, **options}
     if network.context_dim is not None and options.get("y_null") is not None:
         options["y_null"] = encode_condition(network, options["y_null"][None])[0]
 
-    def drawn(batch):
+    def drawn(batch, callback=callback):
         return batch, ddpm.sample(diffusion, network, (len(batch), network.channels, *network.image_size),
-                                  encode_condition(network, labels_of(batch, classes)), seeds=[(seed, i) for i in batch], **options)
-    return pieces(drawn, indices, batch_size)
+                                  encode_condition(network, labels_of(batch, classes)), seeds=[(seed, i) for i in batch],
+                                  callback=callback, **options)
+    if threads == 1 or len(indices) <= batch_size:
+        return pieces(drawn, indices, batch_size)
+    return side_by_side(drawn, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)], threads)
 
 
 def draw_images(network, diffusion, indices, conditions=None, seed=0, autoencoder=None, scale=None, y_null=None, **options):

@@ -1,6 +1,7 @@
 """sample.py: image i of a seed is one image, however it is drawn; and what is written is what was drawn."""
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from dataclasses import replace
 from functools import partialmethod
@@ -53,6 +54,50 @@ def test_drawing_in_bfloat16_changes_an_image_little(tmp_path, tiny_run):
     exact, rounded = (drawn(tmp_path, tiny_run, "--n", "5", "--precision", precision)[0] for precision in ("fp32", "bf16"))
     apart = np.abs(exact.astype(int) - rounded.astype(int))
     assert 0 < apart.mean() < 0.02 * exact.std()         # see RESULTS.md: bfloat16 rounds to 1/256 at every product
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch with two threads, whatever the tests have otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_threads_draw_two_batches_at_once_and_what_one_draws(tmp_path, tiny_run, monkeypatch, two_threads, precision):
+    argv, original, both = ["--n", "5", "--precision", precision], ddpm.sample, threading.Barrier(2, timeout=60)
+
+    def meet(*args, **options):
+        both.wait()                                      # for the batch beside it
+        return original(*args, **options)
+    torch.set_num_threads(1)
+    one, labels = drawn(tmp_path, tiny_run, *argv, "--batch-size", "2")
+    torch.set_num_threads(2)
+    two, again = drawn(tmp_path, tiny_run, *argv, "--batch-size", "2")               # the third batch is alone
+    monkeypatch.setattr(ddpm, "sample", meet)
+    default, _ = drawn(tmp_path, tiny_run, *argv)                                    # 3 and 2 images
+    assert (one == two).all() and (labels == again).all()
+    assert precision == "bf16" or np.abs(one.astype(int) - default.astype(int)).max() <= 1
+
+
+def test_a_batch_ends_soon_after_the_one_beside_it_failed(tiny_run, two_threads):
+    network, diffusion = checkpoint.load(tiny_run).build()
+    calls, began = [], threading.Event()
+
+    def failing(x, t, y):
+        if y[0] == 0:
+            began.wait(60)
+            raise ValueError("broken")
+        calls.append(t)
+        began.set()
+        return torch.zeros_like(x)
+    failing.parameters, failing.context_dim, failing.channels, failing.image_size = network.parameters, None, 1, (32, 32)
+    with pytest.raises(ValueError, match="broken"):
+        list(sample.draw(failing, diffusion, range(4), [0, 0, 1, 1], batch_size=2, sampler="ddpm", steps=1000))
+    assert len(calls) < 1000
 
 
 def test_two_processes_draw_what_one_draws(tmp_path, tiny_run):
