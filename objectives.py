@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 import data
 from cascade import augmented, shrink
@@ -239,31 +239,23 @@ def learning_rate(step, args):
 
 
 @torch.no_grad()
-def update_ema(ema, network, step, decay, finite):
-    """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)); unchanged where finite (0 or 1) is 0."""
-    averages = list(ema.parameters())
-    change = torch._foreach_sub(list(network.parameters()), averages)
-    torch._foreach_mul_(change, finite)                  # in three calls for all tensors: a lerp by `finite` is one for each
-    torch._foreach_add_(averages, change, alpha=1 - min(decay, (1 + step) / (10 + step)))
+def update_ema(ema, network, step, decay):
+    """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)); a skipped step counts: the weights stood still."""
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
     for average, buffer in zip(ema.buffers(), network.buffers()):
         average.copy_(buffer)                            # tables and statistics are no weights: copied, not averaged
-
-
-def skip_unless(finite, optimizer):
-    """Have the fused optimizer's next step change nothing where finite, on the device, is 0.0: it reads this of a GradScaler."""
-    optimizer.grad_scale, optimizer.found_inf = None, 1 - finite
 
 
 def guarded_step(optimizer, parameters, clip):
     """Clip and take an optimizer step, unless a gradient is not finite: then weights and moments stay as they are.
 
-    Decided on the device, without waiting for it -> the gradient's norm, and whether it is finite (1.0 or 0.0).
+    Decided on the device, without waiting for it -> the gradient's norm, and whether it is finite (1.0 or 0.0). The fused
+    optimizer does both as it reads the gradients, by what it takes of a GradScaler: a factor to divide by, and whether to skip.
     """
     norm = get_total_norm([parameter.grad for parameter in parameters])
     finite = norm.isfinite().float()
-    if clip:
-        clip_grads_with_norm_(parameters, clip, norm)
-    skip_unless(finite, optimizer)
+    optimizer.grad_scale = (norm / clip).clamp(min=1) if clip else None
+    optimizer.found_inf = 1 - finite
     optimizer.step()
     optimizer.zero_grad()
     return norm, finite
@@ -286,4 +278,4 @@ def train_step(state, model, objective, batch, step, args, rank, world):
     state.norm, finite = guarded_step(state.optimizer, state.parameters, args.clip_grad)
     state.bad_steps = (state.bad_steps + 1) * (1 - finite)
     state.taken += finite
-    update_ema(state.ema, state.network, step, args.ema, finite)
+    update_ema(state.ema, state.network, step, args.ema)
