@@ -66,7 +66,7 @@ RUNS = {"digits": "", "vae": "--model vae",
         **{name: f"--conditioning {name} --steps 1200" for name in BLOCKS},
         **{f"{prediction} {schedule} {size}": f"--prediction {prediction} --schedule {schedule} --size {size} --steps 1000"
            for prediction, schedule, size in product(PREDICTIONS, ("linear", "cosine"), ("Ti/16", "Ti/8"))},
-        **{f"{model} {size}": f"--model {model} --size {size} --steps 1000"
+        **{f"{model} {size}": f"--model {model} --size {size} --steps 1400"
            for model, size in (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))},
         "objects": "--model uvit --data shapes:one --text --steps 6000",
         "scenes": "--model uvit --data shapes --text --steps 6000"}
