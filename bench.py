@@ -1,40 +1,50 @@
-"""Measure speed: a training step, a step on cached latents, the parts of the evaluator.
+"""Measure speed: a training step, a step on cached latents, the parts of the evaluator, and all of it beside the authors' code.
 
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
     python bench.py latents --vae vae.pt               a step on cached latents, beside random ones, and beside encoding each time
+    python bench.py data                               what reads batches, beside what train.py takes
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
+    python bench.py peers                              our transformers in turn with their authors' code, and how much faster they are
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
+import copy
+import io
+import itertools
 import math
 import resource
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import inception
+import peers
 import train
 from checkpoint import load, load_autoencoder
 from cli import Parser, at_least, autocast, one_line_errors, positive, precision_on, processes
+from ddpm import sample
 from features import full_precision
 from gflops import count, inputs_of
-from latents import encode
+from latents import encode, latents
 from metrics import Statistics, distance, precision_recall
-from models import MODELS
-from objectives import Classification, Denoising
+from models import MODELS, build, describe
+from objectives import Classification, Denoising, train_step
 from reports import now
-from settings import DEFAULT_SIZE
+from sampling import draw
+from settings import DEFAULT_SIZE, read_settings
 
 FEATURES, TIMED_IMAGES = 2048, 64                # made up to time the evaluator: numbers a row, and images of 64 x 64
+WARM = 10                                                # steps before those that are timed
 ROUND, UNTIMED = 10, 5                            # steps of one kind in a row; the first of them read what loaders have ahead
 
 
@@ -176,6 +186,26 @@ def latent_steps(args):
           f"{c * 1e3:.1f} ms, {c / a:.2f} times a step on cached ones")
 
 
+def data_path(args):
+    """Time what reads batches, from memory, from a folder that was decoded once, and from cached latents; beside train.py's loop."""
+    device, drawn = processes(args.device)[0], np.random.default_rng(0).integers(256, size=(500, 64, 64, 3), dtype=np.uint8)
+    with stopwatch(torch.optim.AdamW, "step") as steps:
+        train_timed(args, args.size, WARM + args.steps)
+    whole = np.diff(seconds_from(steps[0][0], steps)[WARM:, 1]).mean()               # seconds a step
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        for i, image in enumerate(drawn):
+            Image.fromarray(image).save(Path(folder) / f"{i:03}.png")
+        decoded, autoencoder = data.load(folder, 64, "all", cache), build(describe("vae", "Ti", None, 3))
+        for what, dataset in {f"{args.data}, as train.py has it": data.load(args.data), "a decoded folder, mapped": decoded,
+                              "cached latents": latents(decoded, autoencoder, "made up", cache=cache)}.items():
+            batches = data.Batches(dataset, args.batch_size, 0)
+            taken = seconds_of(lambda: [None for _ in data.ahead(batches.__getitem__, range(args.steps), device)]) / args.steps
+            print(f"{what}, {'x'.join(map(str, (*dataset.image_size, dataset.channels)))}: {args.batch_size / taken:,.0f} images/s, "
+                  f"{taken / whole:.1%} of a step of dit {args.size}")
+    print(f"train.py, dit {args.size}, batch {args.batch_size}, {device}: {args.batch_size / whole:,.0f} images/s")
+
+
 def speed(args):
     """Time train.py's own loop: its forward pass, backward pass and optimizer."""
     size, device = args.size or DEFAULT_SIZE[args.model], processes(args.device)[0]
@@ -196,7 +226,72 @@ def speed(args):
           f"{warm} steps{' and compiling' * args.compile} took {losses[0, 0]:.1f} s")
 
 
-MEASUREMENTS = {"train": speed, "latents": latent_steps, "evaluate": evaluation}
+def in_turn(ours, theirs, pairs):
+    """Seconds (pairs, 2) of two operations, each done about half a second long, in turn."""
+    times = [math.ceil(0.5 / max(seconds_of(operation), 1e-6)) for operation in (ours, theirs) * 2][2:]  # the first warms up
+    return np.array([[seconds_of(lambda: [operation() for _ in range(n)]) / n for operation, n in zip((ours, theirs), times)]
+                     for _ in range(pairs)])
+
+
+def training_steps(training, peer, batch_size):
+    """train.py's step, and that of the authors' code: their AdamW and average, no clipping, nothing logged."""
+    args, objective = training.args, training.objective
+    batch = data.Batches(training.dataset, batch_size, 0, training.part)[0]
+    ema, optimizer = copy.deepcopy(peer), torch.optim.AdamW(peer.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+
+    def ours():
+        train_step(training.state, training.model, objective, objective.draw(0, *batch), 0, args, 0, 1)
+
+    def theirs():
+        losses, _ = objective.loss(peer, *objective.draw(0, *batch))
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        peers.update_ema(ema, peer, args.ema)
+    return ours, theirs
+
+
+def forward_passes(training, peer, batch_size):
+    """Both networks' forward passes."""
+    shape = (batch_size, training.dataset.channels, *training.dataset.image_size)
+    inputs = torch.randn(shape), torch.arange(batch_size), torch.arange(batch_size) % 10
+    return lambda: training.state.ema(*inputs), lambda: peer(*inputs)
+
+
+def samplings(training, peer, batch_size):
+    """sample.py's way to draw twice as many images as a batch with guidance, in 5 evaluations, and our sampler around their network."""
+    n, diffusion = 2 * batch_size, training.objective.diffusion
+    shape = (n, training.dataset.channels, *training.dataset.image_size)
+    how = dict(sampler="dpm++", steps=5, cfg_scale=1.5, clip=True)
+    return (lambda: list(draw(training.state.ema, diffusion, range(n), range(10), **how)),
+            lambda: sample(diffusion, peer, shape, torch.arange(n) % 10, y_null=10, seeds=range(n), **how))
+
+
+PARTS = {"training": training_steps, "forward": forward_passes, "sampling": samplings}
+
+
+def beside_peers(args):
+    """Time our transformers and the same networks as their authors wrote them, with the same weights, in turn."""
+    if processes(args.device)[0].type != "cpu":
+        raise ValueError("peers are measured on the CPU: --device cpu")
+    print(f"batch {args.batch_size}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.pairs} pairs, "
+          "and of their ratios, with the range\n\n| | network | ours | theirs | times as fast |\n|---|---|---|---|---|")
+    for part, name in itertools.product(args.parts or PARTS, args.networks or PEERS):
+        model, size = name.split()
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            settings, _ = read_settings(["--model", model, "--size", size, "--batch-size", str(args.batch_size), "--device", "cpu",
+                                         "--out", str(Path(folder) / "run.pt")])
+            training = train.Training(settings, None, torch.device("cpu"), 0, 1)
+        peer = peers.peer(training.described, training.state.network.state_dict())
+        with torch.set_grad_enabled(part == "training"):
+            seconds = in_turn(*PARTS[part](training, peer, args.batch_size), args.pairs)
+        ours, theirs, ratios = *np.median(seconds, axis=0), seconds[:, 1] / seconds[:, 0]
+        print(f"| {part} | {name} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {np.median(ratios):.2f} ({ratios.min():.2f} – "
+              f"{ratios.max():.2f}) |", flush=True)
+
+
+PEERS = ("dit Ti/8", "dit S/8", "dit S/4", "uvit Ti/8", "uvit S/4")
+MEASUREMENTS = {"train": speed, "latents": latent_steps, "data": data_path, "evaluate": evaluation, "peers": beside_peers}
 
 
 def flags():
@@ -209,14 +304,18 @@ def flags():
         for name in names.split():
             commands[name].add_argument(flag, default=default, help=f"{help} (default: {default})", **options)
     add("evaluate", "--n", 10_000, "rows on each side", type=positive)
-    add("train latents", "--steps", 40, "to time", type=at_least(2, int))
+    add("train latents data", "--steps", 40, "to time", type=at_least(2, int))
     add("train", "--model", "dit", "what to train", choices=MODELS)
     commands["train"].add_argument("--size", help="as for train.py (default: its own)")
     commands["train"].add_argument("--compile", action="store_true")
     commands["latents"].add_argument("--vae", required=True, help="an autoencoder of train.py or a released one")
     add("latents", "--size", "Ti/2", "of a DiT")
-    add("train latents", "--data", "mnist", "as for train.py")
-    add("train latents", "--batch-size", 32, "images a step", type=positive)
+    add("data", "--size", DEFAULT_SIZE["dit"], "of a DiT")
+    add("train latents data", "--data", "mnist", "as for train.py")
+    add("train latents data peers", "--batch-size", 32, "images a step", type=positive)
+    commands["peers"].add_argument("--parts", nargs="+", choices=PARTS, help="what to time (default: all)")
+    commands["peers"].add_argument("--networks", nargs="+", choices=PEERS, help="of which (default: all)")
+    add("peers", "--pairs", 7, "of measurements", type=positive)
     add(" ".join(MEASUREMENTS), "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
     return parser
 

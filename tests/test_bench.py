@@ -1,15 +1,21 @@
 """bench.py: rates stand beside a ruler, and its stopwatch changes nothing."""
+import itertools
+import re
+import time
 
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import bench
 import checkpoint
 import data
 import latents
+import peers
 import train
 import vae
+from models import build, describe
 from objectives import Classification, Denoising
 
 
@@ -50,6 +56,50 @@ def test_the_evaluators_parts_are_timed_beside_a_product_and_a_convolution(capsy
     said = capsys.readouterr().out
     assert all(part in said for part in ("Fréchet distance, 64 features", "100 x 100", "images/s"))
     assert rulers == ["product"] * 2 + ["convolution"] * 2
+
+
+@pytest.mark.parametrize("model, learn_sigma", [("dit", False), ("dit", True), ("uvit", False)])
+def test_a_peer_is_our_network_in_other_words(model, learn_sigma):
+    """In output and gradients, of a number of images that is not the number of tokens, and whatever the weights are."""
+    torch.manual_seed(0)
+    described = describe(model, "Ti/4", (16, 16), 3, 5, learn_sigma=learn_sigma)
+    ours = build(described)
+    for weight in ours.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    peer = peers.peer(described, ours.state_dict())
+    x, t, y = torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5])
+    slopes = [torch.autograd.grad(network(x, t, y).square().mean(), [weight for weight in network.parameters()
+                                                                      if weight.requires_grad]) for network in (ours, peer)]
+    assert ours(x, t, y).std() > 0.1
+    assert_close(peer(x, t, y), ours(x, t, y), rtol=1e-4, atol=1e-4)
+    names = [[name for name, weight in network.named_parameters() if weight.requires_grad] for network in (ours, peer)]
+    for name, slope in zip(*(names[0], slopes[0])):
+        assert_close(slopes[1][names[1].index(name)], slope, rtol=1e-3, atol=1e-5)
+
+
+def test_what_reads_batches_is_timed_beside_the_training_loop(capsys, no_picture):
+    bench.main(["data", "--size", "Ti/16", "--steps", "3", "--batch-size", "4", "--device", "cpu"])
+    *_, memory, decoded, cached, loop = capsys.readouterr().out.splitlines()
+    assert [re.search(r"(\d+x\d+x\d+): [\d,]+ images/s, [\d.]+% of a step of dit Ti/16$", line)[1] for line in (memory, decoded, cached)
+            ] == ["32x32x1", "64x64x3", "16x16x4"]
+    assert re.fullmatch(r"train.py, dit Ti/16, batch 4, cpu: \d+ images/s", loop)
+
+
+def test_pairs_are_timed_in_turn():
+    calls = []
+    seconds = bench.in_turn(lambda: calls.append("ours") or time.sleep(0.1), lambda: calls.append("theirs") or time.sleep(0.3), 3)
+    assert seconds.shape == (3, 2) and (seconds > 0.09).all()
+    kept = [name for name, _ in itertools.groupby(calls)]
+    assert kept == ["ours", "theirs"] * 5                # twice before, to warm up and to see how often fills half a second
+    assert calls.count("ours") > calls.count("theirs")
+
+
+def test_our_networks_are_timed_beside_their_authors(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "in_turn", lambda ours, theirs, pairs: (ours(), theirs(), np.tile([0.1, 0.2], (pairs, 1)))[2])
+    bench.main(["peers", "--networks", "dit Ti/8", "uvit Ti/8", "--batch-size", "2", "--pairs", "3", "--device", "cpu"])
+    rows = capsys.readouterr().out.splitlines()[4:]
+    assert rows == [f"| {part} | {network} | 100.0 ms | 200.0 ms | 2.00 (2.00 – 2.00) |" for part in bench.PARTS
+                    for network in ("dit Ti/8", "uvit Ti/8")]
 
 
 @pytest.mark.parametrize("model, size, ruler", [("dit", "Ti/4", "product"), ("vit", "Ti/4", "product"),

@@ -1,0 +1,181 @@
+"""The networks again, as their authors wrote them: what bench.py measures ours against.
+
+Report §2-6, §2-8, §4-1 … §4-4. Nothing else here uses them. They are written for PyTorch's eager mode as the papers' code is: one
+matrix for q, k and v, PyTorch's attention, a modulation in each block, AdamW as PyTorch sets it, and an average of the weights
+that goes from parameter to parameter. Their state-dict names are ours, so that both have the same weights, and the tests find the
+same outputs. Shapes: N images, C channels, L tokens, D width, p patch.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import vit
+from vit import sincos_position_embedding, timestep_embedding
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens (N, L, D), as timm's."""
+
+    def __init__(self, dim, heads, qkv_bias=True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        N, L, D = x.shape
+        q, k, v = self.qkv(x).reshape(N, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)     # (N, h, L, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, L, D))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an activation, as timm's."""
+
+    def __init__(self, dim, activation):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, 4 * dim), activation, nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution with a stride, as timm's: (N, C, H, W) -> (N, L, D)."""
+
+    def __init__(self, patch_size, channels, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(x, patch_size, channels):
+    """Tokens (N, L, p p C) of a square image -> (N, C, H, W), as in DiT's code."""
+    side = int(x.shape[1] ** 0.5)
+    x = x.reshape(len(x), side, side, patch_size, patch_size, channels)
+    return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), channels, side * patch_size, side * patch_size)
+
+
+def modulate(x, shift, scale):
+    """adaLN's modulation of normalised tokens (N, L, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class DiTBlock(nn.Module):
+    """The adaLN-Zero block, as in DiT's code."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
+        self.attn = Attention(dim, heads)
+        self.mlp = Mlp(dim, nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """The adaptive norm and the decoder, as in DiT's code."""
+
+    def __init__(self, dim, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """DiT of square images with adaLN-Zero (Peebles & Xie 2023)."""
+
+    def __init__(self, image_size, patch_size, channels, dim, depth, heads, num_classes, learn_sigma):
+        super().__init__()
+        self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
+        self.x_embedder = PatchEmbed(patch_size, channels, dim)
+        self.t_embedder, self.y_embedder = nn.Module(), nn.Module()
+        self.t_embedder.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.y_embedder.embedding_table = nn.Embedding(num_classes + 1, dim)
+        side = image_size // patch_size
+        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, side, side)[None], requires_grad=False)
+        self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
+        self.final_layer = FinalLayer(dim, patch_size, self.out_channels)
+
+    def forward(self, x, t, y):
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder.mlp(timestep_embedding(t, 256)) + self.y_embedder.embedding_table(y)
+        for block in self.blocks:
+            x = block(x, c)
+        return unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
+
+
+class UViTBlock(nn.Module):
+    """A block of U-ViT's code, with the linear layer of a long skip or without."""
+
+    def __init__(self, dim, heads, skip=False):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads, qkv_bias=False)
+        self.mlp = Mlp(dim, nn.GELU())
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, x, skip=None):
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(nn.Module):
+    """U-ViT of square images and labels (Bao et al. 2023)."""
+
+    def __init__(self, image_size, patch_size, channels, dim, depth, heads, num_classes):
+        super().__init__()
+        self.dim, self.patch_size, self.channels = dim, patch_size, channels
+        self.patch_embed = PatchEmbed(patch_size, channels, dim)
+        self.label_emb = nn.Embedding(num_classes + 1, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + (image_size // patch_size) ** 2, dim))
+        self.in_blocks = nn.ModuleList([UViTBlock(dim, heads) for _ in range(depth // 2)])
+        self.mid_block = UViTBlock(dim, heads)
+        self.out_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=True) for _ in range(depth // 2)])
+        self.norm = nn.LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, patch_size ** 2 * channels)
+        self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, t, y):
+        x = self.patch_embed(x)
+        x = torch.cat([timestep_embedding(t, self.dim).unsqueeze(1), x], dim=1)
+        x = torch.cat([self.label_emb(y).unsqueeze(1), x], dim=1) + self.pos_embed
+        skips = []
+        for block in self.in_blocks:
+            x = block(x)
+            skips.append(x)
+        x = self.mid_block(x)
+        for block in self.out_blocks:
+            x = block(x, skips.pop())
+        x = self.decoder_pred(self.norm(x))[:, 2:]
+        return self.final_layer(unpatchify(x, self.patch_size, self.channels))
+
+
+def peer(described, weights):
+    """The network of a description of models.py, a DiT with adaLN-Zero or a U-ViT, of square images and classes, with its weights."""
+    a = described["arguments"]
+    common = [a[name] for name in ("image_size", "patch_size", "channels", "dim", "depth", "heads", "num_classes")]
+    common[0], = set(vit.pair(common[0]))
+    network = DiT(*common, a["learn_sigma"]) if described["class"] == "DiT" else UViT(*common)
+    network.load_state_dict(weights)
+    return network
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """The average of the weights, parameter by parameter."""
+    averages = dict(ema.named_parameters())
+    for name, parameter in model.named_parameters():
+        averages[name].mul_(decay).add_(parameter, alpha=1 - decay)
