@@ -64,8 +64,8 @@ class Study(NamedTuple):
 RUNS = {"digits": "", "vae": "--model vae",
         "latents": "--vae {vae} --size Ti/2", "roll": "--data swissroll",
         **{name: f"--conditioning {name} --steps 1200" for name in BLOCKS},
-        **{f"{prediction} {schedule} {size}": f"--prediction {prediction} --schedule {schedule} --size {size} --steps 700"
-           for prediction, schedule, size in product(PREDICTIONS, ("linear", "cosine"), ("Ti/16", "Ti/8"))},
+        **{f"{prediction} {schedule} {size}": f"--prediction {prediction} --schedule {schedule} --size {size} --steps 600"
+           for size, prediction, schedule in product(("Ti/16", "Ti/8"), PREDICTIONS, ("linear", "cosine"))},
         **{f"{model} {size}": f"--model {model} --size {size} --steps 1400"
            for model, size in (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))},
         "objects": "--model uvit --data shapes:one --text --steps 6000",
