@@ -220,6 +220,24 @@ def ranking(score, claimed=None, best=min):
     return say
 
 
+def duels(score, claimed, other):
+    """An outcome: whether runs whose name begins with `claimed` have a lower score than those of the same name with `other`."""
+    def say(study, rows):
+        text, better, worse = [], 0, 0
+        names = list(dict.fromkeys(run.partition(" ")[2] for run in study.runs))         # what the first words are tried with
+        for name in names:
+            found = {run.split()[0]: values(rows, score, run=run) for run in study.runs if run.partition(" ")[2] == name}
+            order = sorted(found, key=lambda word: found[word].mean())
+            text.append(f"{name}: " + ", ".join(f"{word} {spread_of(found[word], study.columns[score])}" for word in order))
+            better += found[claimed].max() < found[other].min()
+            worse += found[claimed].min() > found[other].max()
+        verdict = ("agrees with" if better and not worse else "contradicts" if worse and not better else
+                   "neither confirms nor contradicts")
+        return (f"{score}, from the best: {'; '.join(text)}. All seeds of {claimed} are better than those of {other} in {better} of "
+                f"{len(names)} cases, and worse in {worse}. This {verdict} the report.")
+    return say
+
+
 def trade_off(study, rows):
     """The outcome of guidance: what precision and recall do as its scale rises."""
     text, low, high = [], study.settings[0]["scale"], study.settings[-1]["scale"]
@@ -260,13 +278,13 @@ def numbers_of(*scores):
 
 # Charts
 
-def by_run(score):
+def by_run(score, log=False):
     """A chart of a score: a row a run, a disc a seed."""
     def draw(study, rows, path):
         found = [values(rows, score, run=run) for run in study.runs]
-        low, high = spread(*found)
-        chart = Chart((low, high + 0.3 * (high - low)), (0.5, len(found) + 0.5), x_label=score, width=900,
-                      height=110 + 34 * len(found))
+        low, high = spread(*found, log=log)
+        room = high * (high / low) ** 0.3 if log else high + 0.3 * (high - low)          # for names
+        chart = Chart((low, room), (0.5, len(found) + 0.5), x_label=score, width=900, height=110 + 34 * len(found), log_x=log)
         chart.y_ticks = []                               # rows have names
         for row, run, scored, colour in zip(range(len(found), 0, -1), study.runs, found, COLOURS * 3):
             chart.points(scored, np.full(len(scored), row), colour, 6)
@@ -322,9 +340,9 @@ STUDIES = {
             for steps in numbers)),
     "prediction": Study(
         "Predicting the noise is better than predicting the pixels (§3).",
-        tuple(name for name in RUNS if name.split()[0] in PREDICTIONS), judges.digit_scores, SCORED, ranking("FD"), by_run("FD"),
-        "A patch of 16x16 pixels is 256 numbers in a token of 192, one of 8x8 is 64. Noise needs all of them, an image few. "
-        "Whether eps wins with smaller patches and on latents would settle it.", 60),
+        tuple(name for name in RUNS if name.split()[0] in PREDICTIONS), judges.digit_scores, SCORED, duels("FD", "eps", "x0"),
+        by_run("FD", log=True), "A patch of 16x16 pixels is 256 numbers in a token of 192, one of 8x8 is 64. Noise needs all of "
+        "them, an image few. Whether eps wins with smaller patches and on latents would settle it.", 60),
     "networks": Study(
         "Transformers can take the U-Net's place, and more Gflops give better images (§1, §2-7-1, Fig. 4-3).",
         tuple(name for name in RUNS if name.startswith(("dit ", "uvit ", "unet "))), judges.digit_scores, SCORED,

@@ -19,7 +19,7 @@ import study
 import train
 from gflops import count, inputs_of
 from models import build, describe
-from study import Study, along, by_run, numbers_of, ranking, sampled, seen, trade_off
+from study import Study, along, by_run, duels, numbers_of, ranking, sampled, seen, trade_off
 
 
 # Runs and scores
@@ -169,6 +169,15 @@ def test_a_ranking_agrees_with_the_report_only_where_the_ranges_lie_apart(a, b, 
     assert ("lie apart" in text) == (said != "neither") and text.index(f"{min((a, b))[0]}.0 –") > 0
 
 
+@pytest.mark.parametrize("eps, verdict", [((1, 1), "agrees with"), ((9, 9), "contradicts"), ((1, 9), "neither"), ((4, 4), "neither")])
+def test_two_kinds_of_runs_are_compared_case_by_case(eps, verdict):
+    one = Study("", ("eps a", "x0 a", "eps b", "x0 b"), None, {"FD": ".0f"}, None, None, "", 1)
+    rows = made([(run, value + seed) for run, value in zip(one.runs, (eps[0], 4, eps[1], 4)) for seed in (0, 2)], "run", "FD")
+    text = duels("FD", "eps", "x0")(one, rows)
+    assert f"This {verdict}" in text and text.startswith("FD, from the best: a: ") and "x0 5 (4 – 6)" in text
+    assert f"in {sum(e == 1 for e in eps)} of 2 cases, and worse in {sum(e == 9 for e in eps)}" in text
+
+
 def test_guidance_is_said_to_trade_recall_for_precision_only_if_it_does():
     one = study.STUDIES["guidance"]
     columns = ("run", "scale", "precision", "recall", "FD")
@@ -195,7 +204,7 @@ def test_numbers_are_said_with_their_range_in_each_setting():
     assert numbers_of("FD")(one, rows) == "a, scale 1.0: FD 2.0 (1.0 – 3.0); a, scale 2.0: FD 3.0 (2.0 – 4.0)."
 
 
-@pytest.mark.parametrize("picture", [by_run("FD"), along("scale", "FD"), along("scale", "FD", log=True),
+@pytest.mark.parametrize("picture", [by_run("FD"), by_run("FD", log=True), along("scale", "FD"), along("scale", "FD", log=True),
                                      seen(lambda path: np.zeros((480, 900, 3), np.uint8))])
 def test_every_kind_of_picture_is_drawn(picture):
     one = Study("", ("a", "b"), None, {"FD": ".1f"}, None, picture, "", 1, settings=({"scale": 1.0}, {"scale": 2.0}))
