@@ -1,23 +1,22 @@
-"""Measure speed: a training step, a step on cached latents, the parts of the evaluator, and all of it beside the authors' code.
+"""Measure speed: of training, of reading data, of the evaluator, and of our transformers beside plain ones.
 
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
     python bench.py latents --vae vae.pt               a step on cached latents, beside random ones, and beside encoding each time
     python bench.py data                               what reads batches, beside what train.py takes
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
-    python bench.py peers                              our transformers in turn with their authors' code, and how much faster they are
+    python bench.py peers                              our transformers in turn with those of peers.py, and how much faster they are
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import copy
-import io
 import itertools
 import math
 import resource
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -187,7 +186,7 @@ def latent_steps(args):
 
 
 def data_path(args):
-    """Time what reads batches, from memory, from a folder that was decoded once, and from cached latents; beside train.py's loop."""
+    """Time what reads batches, from memory, from a folder decoded before, and from cached latents; beside train.py's loop."""
     device, drawn = processes(args.device)[0], np.random.default_rng(0).integers(256, size=(500, 64, 64, 3), dtype=np.uint8)
     with stopwatch(torch.optim.AdamW, "step") as steps:
         train_timed(args, args.size, WARM + args.steps)
@@ -200,6 +199,7 @@ def data_path(args):
         for what, dataset in {f"{args.data}, as train.py has it": data.load(args.data), "a decoded folder, mapped": decoded,
                               "cached latents": latents(decoded, autoencoder, "made up", cache=cache)}.items():
             batches = data.Batches(dataset, args.batch_size, 0)
+            batches[0]                                   # the first makes the epoch's order
             taken = seconds_of(lambda: [None for _ in data.ahead(batches.__getitem__, range(args.steps), device)]) / args.steps
             print(f"{what}, {'x'.join(map(str, (*dataset.image_size, dataset.channels)))}: {args.batch_size / taken:,.0f} images/s, "
                   f"{taken / whole:.1%} of a step of dit {args.size}")
@@ -227,14 +227,19 @@ def speed(args):
 
 
 def in_turn(ours, theirs, pairs):
-    """Seconds (pairs, 2) of two operations, each done about half a second long, in turn."""
-    times = [math.ceil(0.5 / max(seconds_of(operation), 1e-6)) for operation in (ours, theirs) * 2][2:]  # the first warms up
-    return np.array([[seconds_of(lambda: [operation() for _ in range(n)]) / n for operation, n in zip((ours, theirs), times)]
-                     for _ in range(pairs)])
+    """Seconds (pairs, 2) of two operations, each repeated for half a second, in turn; every second pair begins with theirs."""
+    operations, seconds = (ours, theirs), np.empty((pairs, 2))
+    for operation in operations:
+        operation()                                      # warms up
+    times = [math.ceil(0.5 / seconds_of(operation)) for operation in operations]
+    for pair in range(pairs):
+        for i in ((0, 1), (1, 0))[pair % 2]:
+            seconds[pair, i] = seconds_of(lambda: [operations[i]() for _ in range(times[i])]) / times[i]
+    return seconds
 
 
 def training_steps(training, peer, batch_size):
-    """train.py's step, and that of the authors' code: their AdamW and average, no clipping, nothing logged."""
+    """train.py's step, and a plain one: PyTorch's default AdamW, `peers.update_ema`, no clipping, nothing logged."""
     args, objective = training.args, training.objective
     batch = data.Batches(training.dataset, batch_size, 0, training.part)[0]
     ema, optimizer = copy.deepcopy(peer), torch.optim.AdamW(peer.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -259,7 +264,7 @@ def forward_passes(training, peer, batch_size):
 
 
 def samplings(training, peer, batch_size):
-    """sample.py's way to draw twice as many images as a batch with guidance, in 5 evaluations, and our sampler around their network."""
+    """Twice as many images as a batch, drawn as sample.py does; and by our sampler around the peer, all at once.  With guidance."""
     n, diffusion = 2 * batch_size, training.objective.diffusion
     shape = (n, training.dataset.channels, *training.dataset.image_size)
     how = dict(sampler="dpm++", steps=5, cfg_scale=1.5, clip=True)
@@ -271,14 +276,12 @@ PARTS = {"training": training_steps, "forward": forward_passes, "sampling": samp
 
 
 def beside_peers(args):
-    """Time our transformers and the same networks as their authors wrote them, with the same weights, in turn."""
-    if processes(args.device)[0].type != "cpu":
-        raise ValueError("peers are measured on the CPU: --device cpu")
+    """Time our transformers and the same networks in their authors' style, with the same weights, in turn, on the CPU."""
     print(f"batch {args.batch_size}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.pairs} pairs, "
-          "and of their ratios, with the range\n\n| | network | ours | theirs | times as fast |\n|---|---|---|---|---|")
+          "and of their ratios with the range\n\n| | network | ours | theirs | times as fast |\n|---|---|---|---|---|")
     for part, name in itertools.product(args.parts or PARTS, args.networks or PEERS):
         model, size = name.split()
-        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        with tempfile.TemporaryDirectory() as folder:
             settings, _ = read_settings(["--model", model, "--size", size, "--batch-size", str(args.batch_size), "--device", "cpu",
                                          "--out", str(Path(folder) / "run.pt")])
             training = train.Training(settings, None, torch.device("cpu"), 0, 1)
@@ -296,7 +299,7 @@ MEASUREMENTS = {"train": speed, "latents": latent_steps, "data": data_path, "eva
 
 def flags():
     """The command line: one subcommand a measurement."""
-    parser = Parser(prog="bench.py", description="Measure the speed of training and of the evaluator.")
+    parser = Parser(prog="bench.py", description="Measure speed, on the CPU or CUDA.")
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     commands = {name: subparsers.add_parser(name, help=function.__doc__) for name, function in MEASUREMENTS.items()}
 
@@ -316,7 +319,7 @@ def flags():
     commands["peers"].add_argument("--parts", nargs="+", choices=PARTS, help="what to time (default: all)")
     commands["peers"].add_argument("--networks", nargs="+", choices=PEERS, help="of which (default: all)")
     add("peers", "--pairs", 7, "of measurements", type=positive)
-    add(" ".join(MEASUREMENTS), "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    add("train latents data evaluate", "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
     return parser
 
 

@@ -240,7 +240,7 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def update_ema(ema, network, step, decay):
-    """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)); a skipped step counts: the weights stood still."""
+    """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)), also after a skipped step."""
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
     for average, buffer in zip(ema.buffers(), network.buffers()):
         average.copy_(buffer)                            # tables and statistics are no weights: copied, not averaged
@@ -250,7 +250,8 @@ def guarded_step(optimizer, parameters, clip):
     """Clip and take an optimizer step, unless a gradient is not finite: then weights and moments stay as they are.
 
     Decided on the device, without waiting for it -> the gradient's norm, and whether it is finite (1.0 or 0.0). The fused
-    optimizer does both as it reads the gradients, by what it takes of a GradScaler: a factor to divide by, and whether to skip.
+    optimizer does both while it reads the gradients, through the two attributes that a GradScaler sets: what to divide them by,
+    and whether to skip the step.
     """
     norm = get_total_norm([parameter.grad for parameter in parameters])
     finite = norm.isfinite().float()

@@ -1,16 +1,15 @@
-"""The networks again, as their authors wrote them: what bench.py measures ours against.
+"""The transformers again, in the style of their authors' code: what bench.py measures ours against.
 
-Report §2-6, §2-8, §4-1 … §4-4. Nothing else here uses them. They are written for PyTorch's eager mode as the papers' code is: one
-matrix for q, k and v, PyTorch's attention, a modulation in each block, AdamW as PyTorch sets it, and an average of the weights
-that goes from parameter to parameter. Their state-dict names are ours, so that both have the same weights, and the tests find the
-same outputs. Shapes: N images, C channels, L tokens, D width, p patch.
+Report §2-6, §2-8, §4-1 … §4-4. Nothing else here uses them. They were written anew, but as the papers' code is: patches by a
+convolution, one matrix for q, k and v, PyTorch's attention, norms and modulation apart, and an average of the weights that goes
+from parameter to parameter. Their state-dict names are ours, so that both have the same weights; tests compare outputs and
+gradients. Shapes: N images, C channels, L tokens, D width, p patch.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import vit
-from vit import sincos_position_embedding, timestep_embedding
+from vit import pair, sincos_position_embedding, timestep_embedding
 
 
 class Attention(nn.Module):
@@ -51,7 +50,7 @@ class PatchEmbed(nn.Module):
 
 
 def unpatchify(x, patch_size, channels):
-    """Tokens (N, L, p p C) of a square image -> (N, C, H, W), as in DiT's code."""
+    """Tokens (N, L, p p C) of a square image -> (N, C, H, W), as DiT's code has it."""
     side = int(x.shape[1] ** 0.5)
     x = x.reshape(len(x), side, side, patch_size, patch_size, channels)
     return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), channels, side * patch_size, side * patch_size)
@@ -63,7 +62,7 @@ def modulate(x, shift, scale):
 
 
 class DiTBlock(nn.Module):
-    """The adaLN-Zero block, as in DiT's code."""
+    """The adaLN-Zero block, as DiT's code has it."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -79,7 +78,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The adaptive norm and the decoder, as in DiT's code."""
+    """The adaptive norm and the decoder, as DiT's code has it."""
 
     def __init__(self, dim, patch_size, out_channels):
         super().__init__()
@@ -116,7 +115,7 @@ class DiT(nn.Module):
 
 
 class UViTBlock(nn.Module):
-    """A block of U-ViT's code, with the linear layer of a long skip or without."""
+    """A block as U-ViT's code has it, with the linear layer of a long skip or without."""
 
     def __init__(self, dim, heads, skip=False):
         super().__init__()
@@ -164,10 +163,10 @@ class UViT(nn.Module):
 
 
 def peer(described, weights):
-    """The network of a description of models.py, a DiT with adaLN-Zero or a U-ViT, of square images and classes, with its weights."""
+    """The network of a description of models.py with its weights: an adaLN-Zero DiT or a U-ViT of square images and classes."""
     a = described["arguments"]
     common = [a[name] for name in ("image_size", "patch_size", "channels", "dim", "depth", "heads", "num_classes")]
-    common[0], = set(vit.pair(common[0]))
+    common[0], = set(pair(common[0]))
     network = DiT(*common, a["learn_sigma"]) if described["class"] == "DiT" else UViT(*common)
     network.load_state_dict(weights)
     return network

@@ -2,13 +2,13 @@
 
 Report §4-5 (inference), §2-5 (latents are decoded), §4-1 (a text is encoded), §3 (guidance). sample.py is the command; pictures
 of runs, evaluate.py and study.py draw through here as well. An image depends on the seed and its number alone, whatever the batch
-size or the number of processes: to rounding, which in float32 is at most one grey level. Who calls chooses the precision, by
-`cli.autocast`.
+size, the number of threads or of processes: to rounding, which in float32 is at most one grey level. Who calls chooses the
+precision, by `cli.autocast`.
 """
 import math
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from vae import in_pieces, pieces
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
 SCATTERED = 2000                 # samples of a run on points
 STEPS = 20                       # of DPM-Solver++; more barely change the picture
-AT_ONCE = 32                     # images of a thread on the CPU: more leave its cache
+LEAST = 16                       # images for a thread of its own
 
 
 def labels_of(indices, classes):
@@ -81,44 +81,47 @@ class Stopped(Exception):
     """What ends a batch in another thread once nobody waits for it."""
 
 
-def side_by_side(function, parts, threads):
-    """Yield function(part, go_on) of each part, in order, computed by so many threads at once, each of which works alone.
+def side_by_side(function, parts, workers):
+    """Yield function(part, go_on) of each part, in order, computed by so many Python threads at once, each with its share of
+    PyTorch's.
 
     Threads that share each operation wait for each other after it: for as long as a small one takes, and on a busy machine for
     many times that. The function calls go_on now and then, which raises `Stopped` once its result is not wanted any more.
     """
-    ended, half = threading.Event(), torch.is_autocast_enabled("cpu")                    # a thread does not inherit autocast
+    threads, half, ended = torch.get_num_threads(), torch.is_autocast_enabled("cpu"), threading.Event()
 
     def go_on(*_):
         if ended.is_set():
             raise Stopped
 
     def alone(part):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        torch.set_num_threads(threads // workers)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):        # which a thread does not inherit
             return function(part, go_on)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for i in range(0, len(parts), threads):
-                try:
-                    yield from list(pool.map(alone, parts[i:i + threads]))
-                except BaseException:
-                    ended.set()                          # before the pool waits for its threads
-                    raise
-    finally:
-        torch.set_num_threads(threads)                   # of threads to come
+
+    with ThreadPoolExecutor(workers) as pool:
+        for i in range(0, len(parts), workers):
+            jobs = [pool.submit(alone, part) for part in parts[i:i + workers]]
+            try:
+                for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                    job.result()                         # raises an error as soon as it is there
+            except BaseException:
+                ended.set()                              # before the pool waits for the others
+                raise
+            finally:
+                torch.set_num_threads(threads)           # the default of new threads, which the workers changed
+            yield from (job.result() for job in jobs)
 
 
 def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, callback=None, **options):
     """Images number `indices` of a seed: an iterator of (indices, x (n, C, H, W) on the network's device), batch by batch.
 
     classes: a list of numbers, or the ids (K, …) or contexts (K, L, D) of captions, in turn. callback and options are
-    `ddpm.sample`'s. On CUDA a batch is halved where the memory does not hold it; on the CPU there are as many batches at once as
-    threads, unless a callback wants to see one after the other.
+    `ddpm.sample`'s. Where a GPU's memory does not hold a batch it is halved. On the CPU it is drawn in parts side by side, unless
+    a callback wants to see the batches one after the other, or the network is compiled, which threads must not do together.
     """
-    parameter = next(network.parameters())
-    threads = 1 if parameter.is_cuda or callback else torch.get_num_threads()
-    rounds = max(1, math.ceil(len(indices) / (threads * AT_ONCE)))
-    batch_size = batch_size or (256 if parameter.is_cuda else max(1, math.ceil(len(indices) / (threads * rounds))))
+    device = next(network.parameters()).device
+    batch_size = batch_size or (64 if device.type == "cpu" else 256)
     options = {"sampler": "dpm++", "steps": STEPS, **options}
     if network.context_dim is not None and options.get("y_null") is not None:
         options["y_null"] = encode_condition(network, options["y_null"][None])[0]
@@ -127,9 +130,14 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, cal
         return batch, ddpm.sample(diffusion, network, (len(batch), network.channels, *network.image_size),
                                   encode_condition(network, labels_of(batch, classes)), seeds=[(seed, i) for i in batch],
                                   callback=callback, **options)
-    if threads == 1 or len(indices) <= batch_size:
+    alone = callback or device.type != "cpu" or any(module._compiled_call_impl for module in network.modules())
+    at_once = math.ceil(len(indices) / max(1, math.ceil(len(indices) / batch_size)))     # in batches of equal size
+    workers = min(torch.get_num_threads(), at_once // LEAST)
+    if alone or workers < 2:
         return pieces(drawn, indices, batch_size)
-    return side_by_side(drawn, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)], threads)
+    part = math.ceil(at_once / workers)
+    return side_by_side(lambda batch, go_on: drawn(batch, callback=go_on),
+                        [indices[i:i + part] for i in range(0, len(indices), part)], workers)
 
 
 def draw_images(network, diffusion, indices, conditions=None, seed=0, autoencoder=None, scale=None, y_null=None, **options):

@@ -233,8 +233,8 @@ def duels(score, claimed, other):
             worse += found[claimed].min() > found[other].max()
         verdict = ("agrees with" if better and not worse else "contradicts" if worse and not better else
                    "neither confirms nor contradicts")
-        return (f"{score}, from the best: {'; '.join(text)}. All seeds of {claimed} are better than those of {other} in {better} of "
-                f"{len(names)} cases, and worse in {worse}. This {verdict} the report.")
+        return (f"{score}, from the best: {'; '.join(text)}. All seeds of {claimed} are better than those of {other} in {better} "
+                f"of {len(names)} cases, and worse in {worse}. This {verdict} the report.")
     return say
 
 

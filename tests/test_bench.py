@@ -1,7 +1,5 @@
 """bench.py: rates stand beside a ruler, and its stopwatch changes nothing."""
-import itertools
 import re
-import time
 
 import numpy as np
 import pytest
@@ -73,30 +71,33 @@ def test_a_peer_is_our_network_in_other_words(model, learn_sigma):
     assert ours(x, t, y).std() > 0.1
     assert_close(peer(x, t, y), ours(x, t, y), rtol=1e-4, atol=1e-4)
     names = [[name for name, weight in network.named_parameters() if weight.requires_grad] for network in (ours, peer)]
-    for name, slope in zip(*(names[0], slopes[0])):
-        assert_close(slopes[1][names[1].index(name)], slope, rtol=1e-3, atol=1e-5)
+    assert_close(dict(zip(names[1], slopes[1])), dict(zip(names[0], slopes[0])), rtol=1e-3, atol=1e-5)
 
 
 def test_what_reads_batches_is_timed_beside_the_training_loop(capsys, no_picture):
     bench.main(["data", "--size", "Ti/16", "--steps", "3", "--batch-size", "4", "--device", "cpu"])
     *_, memory, decoded, cached, loop = capsys.readouterr().out.splitlines()
-    assert [re.search(r"(\d+x\d+x\d+): [\d,]+ images/s, [\d.]+% of a step of dit Ti/16$", line)[1] for line in (memory, decoded, cached)
-            ] == ["32x32x1", "64x64x3", "16x16x4"]
+    for line, shape in ((memory, "32x32x1"), (decoded, "64x64x3"), (cached, "16x16x4")):
+        assert re.search(rf", {shape}: [\d,]+ images/s, [\d.]+% of a step of dit Ti/16$", line)
     assert re.fullmatch(r"train.py, dit Ti/16, batch 4, cpu: \d+ images/s", loop)
 
 
-def test_pairs_are_timed_in_turn():
+def test_pairs_are_timed_in_turn_and_each_is_first_as_often(monkeypatch):
     calls = []
-    seconds = bench.in_turn(lambda: calls.append("ours") or time.sleep(0.1), lambda: calls.append("theirs") or time.sleep(0.3), 3)
-    assert seconds.shape == (3, 2) and (seconds > 0.09).all()
-    kept = [name for name, _ in itertools.groupby(calls)]
-    assert kept == ["ours", "theirs"] * 5                # twice before, to warm up and to see how often fills half a second
-    assert calls.count("ours") > calls.count("theirs")
+
+    def seconds_of(operation):
+        before = len(calls)
+        operation()
+        return 0.25 * calls[before:].count("ours") + 0.5 * calls[before:].count("theirs")
+    monkeypatch.setattr(bench, "seconds_of", seconds_of)
+    seconds = bench.in_turn(lambda: calls.append("ours"), lambda: calls.append("theirs"), 2)
+    assert calls == ["ours", "theirs"] * 2 + ["ours", "ours", "theirs", "theirs", "ours", "ours"]
+    assert (seconds == [[0.25, 0.5]] * 2).all()
 
 
 def test_our_networks_are_timed_beside_their_authors(capsys, monkeypatch):
     monkeypatch.setattr(bench, "in_turn", lambda ours, theirs, pairs: (ours(), theirs(), np.tile([0.1, 0.2], (pairs, 1)))[2])
-    bench.main(["peers", "--networks", "dit Ti/8", "uvit Ti/8", "--batch-size", "2", "--pairs", "3", "--device", "cpu"])
+    bench.main(["peers", "--networks", "dit Ti/8", "uvit Ti/8", "--batch-size", "2", "--pairs", "3"])
     rows = capsys.readouterr().out.splitlines()[4:]
     assert rows == [f"| {part} | {network} | 100.0 ms | 200.0 ms | 2.00 (2.00 – 2.00) |" for part in bench.PARTS
                     for network in ("dit Ti/8", "uvit Ti/8")]

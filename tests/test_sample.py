@@ -23,6 +23,7 @@ import features
 import files
 import models
 import sample
+import sampling
 import vae
 
 ROOT = Path(__file__).parents[1]
@@ -57,47 +58,67 @@ def test_drawing_in_bfloat16_changes_an_image_little(tmp_path, tiny_run):
 
 
 @pytest.fixture
-def two_threads():
-    """PyTorch with two threads, whatever the tests have otherwise."""
+def two_threads(monkeypatch):
+    """PyTorch with two threads, whatever the tests have otherwise, of which each draws two images at least."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    monkeypatch.setattr(sampling, "LEAST", 2)
     yield
-    assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_threads_draw_two_batches_at_once_and_what_one_draws(tmp_path, tiny_run, monkeypatch, two_threads, precision):
-    argv, original, both = ["--n", "5", "--precision", precision], ddpm.sample, threading.Barrier(2, timeout=60)
+def test_two_threads_draw_parts_of_a_batch_at_once_and_what_one_draws(tmp_path, tiny_run, monkeypatch, two_threads, precision):
+    argv, original, both, sizes = ["--n", "6", "--precision", precision], ddpm.sample, threading.Barrier(2, timeout=60), []
 
-    def meet(*args, **options):
-        both.wait()                                      # for the batch beside it
-        return original(*args, **options)
+    def meet(diffusion, model, shape, *args, **options):
+        sizes.append((shape[0], torch.get_num_threads()))
+        both.wait()                                      # for the part beside it
+        return original(diffusion, model, shape, *args, **options)
     torch.set_num_threads(1)
-    one, labels = drawn(tmp_path, tiny_run, *argv, "--batch-size", "2")
+    one, labels = drawn(tmp_path, tiny_run, *argv, "--batch-size", "3")
     torch.set_num_threads(2)
-    two, again = drawn(tmp_path, tiny_run, *argv, "--batch-size", "2")               # the third batch is alone
     monkeypatch.setattr(ddpm, "sample", meet)
-    default, _ = drawn(tmp_path, tiny_run, *argv)                                    # 3 and 2 images
-    assert (one == two).all() and (labels == again).all()
-    assert precision == "bf16" or np.abs(one.astype(int) - default.astype(int)).max() <= 1
+    two, again = drawn(tmp_path, tiny_run, *argv)
+    assert (one == two).all() and (labels == again).all() and sizes == [(3, 1)] * 2
 
 
-def test_a_batch_ends_soon_after_the_one_beside_it_failed(tiny_run, two_threads):
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_part_ends_soon_after_the_one_beside_it_failed(tiny_run, monkeypatch, two_threads, broken):
     network, diffusion = checkpoint.load(tiny_run).build()
-    calls, began = [], threading.Event()
+    steps, began = [], threading.Event()
 
     def failing(x, t, y):
-        if y[0] == 0:
+        if y[0] == broken:
             began.wait(60)
             raise ValueError("broken")
-        calls.append(t)
+        steps.append(t)
         began.set()
         return torch.zeros_like(x)
-    failing.parameters, failing.context_dim, failing.channels, failing.image_size = network.parameters, None, 1, (32, 32)
+    monkeypatch.setattr(network, "forward", failing)
     with pytest.raises(ValueError, match="broken"):
-        list(sample.draw(failing, diffusion, range(4), [0, 0, 1, 1], batch_size=2, sampler="ddpm", steps=1000))
-    assert len(calls) < 1000
+        list(sample.draw(network, diffusion, range(4), [0, 0, 1, 1], sampler="ddpm", steps=1000))
+    assert 0 < len(steps) < 1000
+
+
+def test_drawing_leaves_the_number_of_threads_as_it_was(tiny_run, two_threads):
+    network, diffusion = checkpoint.load(tiny_run).build()
+    batches, found = sample.draw(network, diffusion, range(8), [0], batch_size=4, steps=1), []
+    for _ in range(2):                                   # after the first round, and once nobody wants the next
+        next(batches)
+        another = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        another.start()
+        another.join()
+        batches.close() if found[1:] else None
+    assert found == [2, 2] and torch.get_num_threads() == 2
+
+
+def test_a_compiled_network_and_a_callback_see_one_batch_after_the_other(tiny_run, monkeypatch, two_threads):
+    network, diffusion = checkpoint.load(tiny_run).build()
+    monkeypatch.setattr(sampling, "side_by_side", None)
+    assert len(list(sample.draw(network, diffusion, range(8), [0], batch_size=4, steps=1, callback=print))) == 2
+    network.compile(backend="eager")
+    assert len(list(sample.draw(network, diffusion, range(8), [0], batch_size=4, steps=1))) == 2
 
 
 def test_two_processes_draw_what_one_draws(tmp_path, tiny_run):
