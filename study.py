@@ -239,15 +239,19 @@ def duels(score, claimed, other):
 
 
 def trade_off(study, rows):
-    """The outcome of guidance: what precision and recall do as its scale rises."""
-    text, low, high = [], study.settings[0]["scale"], study.settings[-1]["scale"]
+    """The outcome of guidance: what precision and recall do up to the scale of the highest precision, and beyond it."""
+    text, scales = [], [setting["scale"] for setting in study.settings]
     for run in study.runs:
-        (p, q), (r, s) = ([values(rows, score, run=run, scale=scale).mean() for scale in (low, high)]
-                          for score in ("precision", "recall"))
-        distances = {setting["scale"]: values(rows, "FD", run=run, **setting).mean() for setting in study.settings}
-        text.append(f"{run}: from scale {low:g} to {high:g} precision goes from {p:.3f} to {q:.3f} and recall from {r:.3f} to "
-                    f"{s:.3f}, " + ("as the report says" if q > p and s < r else "which contradicts the report")
-                    + f"; FD is lowest at scale {min(distances, key=distances.get):g}.")
+        p, r, distance = ({scale: values(rows, score, run=run, scale=scale).mean() for scale in scales}
+                          for score in ("precision", "recall", "FD"))
+        first, best, last = scales[0], max(p, key=p.get), scales[-1]
+        if best == first or r[best] >= r[first]:
+            said = f"recall is {r[best]:.3f} at scale {best:g}, where precision is highest, which contradicts the report"
+        else:
+            said = (f"from scale {first:g} to {best:g} precision goes from {p[first]:.3f} to {p[best]:.3f} and recall from "
+                    f"{r[first]:.3f} to {r[best]:.3f}, as the report says")
+        beyond = f"; at scale {last:g} precision is {p[last]:.3f} and recall {r[last]:.3f}" if best != last else ""
+        text.append(f"{run}: {said}{beyond}; FD is lowest at scale {min(distance, key=distance.get):g}.")
     return " ".join(text)
 
 
@@ -309,6 +313,21 @@ def along(key, score, lines="run", log=False):
     return draw
 
 
+def against(x, y, key):
+    """A chart of a score against another: a line a run through the means in its settings, whose `key` is said; discs are seeds."""
+    def draw(study, rows, path):
+        chart = Chart(spread(values(rows, x)), spread(values(rows, y)), x_label=x, y_label=y, width=900, height=480)
+        for run, colour in zip(study.runs, COLOURS):
+            seeds = [[values(rows, score, run=run, **setting) for score in (x, y)] for setting in study.settings]
+            means = np.array(seeds).mean(axis=2)                         # (settings, 2)
+            chart.line(*means.T, colour, label=run)
+            for pair, mean, setting in zip(seeds, means, study.settings):
+                chart.points(*pair, colour, 4)
+                chart.text(*mean, f"{setting[key]:g}", colour)
+        return chart.image()
+    return draw
+
+
 def seen(picture):
     """Samples of the first run, as a picture of judges.py shows them."""
     return lambda study, rows, path: picture(path)
@@ -329,7 +348,7 @@ STUDIES = {
         "B/4, for 400,000 steps, would settle it.", 30),
     "guidance": Study(
         "Guidance trades recall for precision (§3, §4-8 … §4-10, Fig. 5-2).", ("digits", "latents"), judges.digit_scores, SCORED,
-        trade_off, along("scale", "precision"), "These are ten clear classes of one data set; photographs may differ.", 40,
+        trade_off, against("recall", "precision", "scale"), "These are ten clear classes of one data set; photographs may differ.", 40,
         settings=tuple({"scale": scale} for scale in (1.0, 1.5, 3.0, 6.0))),
     "samplers": Study(
         "Improved samplers need fewer steps (§3).", ("digits",), judges.digit_scores, {**SCORED, "images_per_s": ".1f"},
