@@ -239,7 +239,7 @@ def in_turn(ours, theirs, pairs):
 
 
 def training_steps(training, peer, batch_size):
-    """train.py's step, and a plain one: PyTorch's default AdamW, `peers.update_ema`, no clipping, nothing logged."""
+    """train.py's step, and a plain one: PyTorch's default AdamW, `peers.average_each`, no clipping, nothing logged."""
     args, objective = training.args, training.objective
     batch = data.Batches(training.dataset, batch_size, 0, training.part)[0]
     ema, optimizer = copy.deepcopy(peer), torch.optim.AdamW(peer.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -252,7 +252,7 @@ def training_steps(training, peer, batch_size):
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()
-        peers.update_ema(ema, peer, args.ema)
+        peers.average_each(ema, peer, args.ema)
     return ours, theirs
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from vit import pair, sincos_position_embedding, timestep_embedding
 
 
-class Attention(nn.Module):
+class PlainAttention(nn.Module):
     """Multi-head attention of tokens (N, L, D), as timm's."""
 
     def __init__(self, dim, heads, qkv_bias=True):
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, L, D))
 
 
-class Mlp(nn.Module):
+class PlainMlp(nn.Module):
     """Two linear layers around an activation, as timm's."""
 
     def __init__(self, dim, activation):
@@ -38,7 +38,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class PatchEmbed(nn.Module):
+class PlainPatchEmbed(nn.Module):
     """A convolution with a stride, as timm's: (N, C, H, W) -> (N, L, D)."""
 
     def __init__(self, patch_size, channels, dim):
@@ -49,35 +49,35 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-def unpatchify(x, patch_size, channels):
+def plain_unpatchify(x, patch_size, channels):
     """Tokens (N, L, p p C) of a square image -> (N, C, H, W), as DiT's code has it."""
     side = int(x.shape[1] ** 0.5)
     x = x.reshape(len(x), side, side, patch_size, patch_size, channels)
     return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), channels, side * patch_size, side * patch_size)
 
 
-def modulate(x, shift, scale):
+def plain_modulate(x, shift, scale):
     """adaLN's modulation of normalised tokens (N, L, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class DiTBlock(nn.Module):
+class PlainDiTBlock(nn.Module):
     """The adaLN-Zero block, as DiT's code has it."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
-        self.attn = Attention(dim, heads)
-        self.mlp = Mlp(dim, nn.GELU(approximate="tanh"))
+        self.attn = PlainAttention(dim, heads)
+        self.mlp = PlainMlp(dim, nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_msa.unsqueeze(1) * self.attn(plain_modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(plain_modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
-class FinalLayer(nn.Module):
+class PlainFinalLayer(nn.Module):
     """The adaptive norm and the decoder, as DiT's code has it."""
 
     def __init__(self, dim, patch_size, out_channels):
@@ -88,40 +88,40 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(plain_modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+class PlainDiT(nn.Module):
     """DiT of square images with adaLN-Zero (Peebles & Xie 2023)."""
 
     def __init__(self, image_size, patch_size, channels, dim, depth, heads, num_classes, learn_sigma):
         super().__init__()
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
-        self.x_embedder = PatchEmbed(patch_size, channels, dim)
+        self.x_embedder = PlainPatchEmbed(patch_size, channels, dim)
         self.t_embedder, self.y_embedder = nn.Module(), nn.Module()
         self.t_embedder.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.y_embedder.embedding_table = nn.Embedding(num_classes + 1, dim)
         side = image_size // patch_size
         self.pos_embed = nn.Parameter(sincos_position_embedding(dim, side, side)[None], requires_grad=False)
-        self.blocks = nn.ModuleList([DiTBlock(dim, heads) for _ in range(depth)])
-        self.final_layer = FinalLayer(dim, patch_size, self.out_channels)
+        self.blocks = nn.ModuleList([PlainDiTBlock(dim, heads) for _ in range(depth)])
+        self.final_layer = PlainFinalLayer(dim, patch_size, self.out_channels)
 
     def forward(self, x, t, y):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder.mlp(timestep_embedding(t, 256)) + self.y_embedder.embedding_table(y)
         for block in self.blocks:
             x = block(x, c)
-        return unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
+        return plain_unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
 
 
-class UViTBlock(nn.Module):
+class PlainUViTBlock(nn.Module):
     """A block as U-ViT's code has it, with the linear layer of a long skip or without."""
 
     def __init__(self, dim, heads, skip=False):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads, qkv_bias=False)
-        self.mlp = Mlp(dim, nn.GELU())
+        self.attn = PlainAttention(dim, heads, qkv_bias=False)
+        self.mlp = PlainMlp(dim, nn.GELU())
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def forward(self, x, skip=None):
@@ -131,18 +131,18 @@ class UViTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class UViT(nn.Module):
+class PlainUViT(nn.Module):
     """U-ViT of square images and labels (Bao et al. 2023)."""
 
     def __init__(self, image_size, patch_size, channels, dim, depth, heads, num_classes):
         super().__init__()
         self.dim, self.patch_size, self.channels = dim, patch_size, channels
-        self.patch_embed = PatchEmbed(patch_size, channels, dim)
+        self.patch_embed = PlainPatchEmbed(patch_size, channels, dim)
         self.label_emb = nn.Embedding(num_classes + 1, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, 2 + (image_size // patch_size) ** 2, dim))
-        self.in_blocks = nn.ModuleList([UViTBlock(dim, heads) for _ in range(depth // 2)])
-        self.mid_block = UViTBlock(dim, heads)
-        self.out_blocks = nn.ModuleList([UViTBlock(dim, heads, skip=True) for _ in range(depth // 2)])
+        self.in_blocks = nn.ModuleList([PlainUViTBlock(dim, heads) for _ in range(depth // 2)])
+        self.mid_block = PlainUViTBlock(dim, heads)
+        self.out_blocks = nn.ModuleList([PlainUViTBlock(dim, heads, skip=True) for _ in range(depth // 2)])
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, patch_size ** 2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
@@ -159,7 +159,7 @@ class UViT(nn.Module):
         for block in self.out_blocks:
             x = block(x, skips.pop())
         x = self.decoder_pred(self.norm(x))[:, 2:]
-        return self.final_layer(unpatchify(x, self.patch_size, self.channels))
+        return self.final_layer(plain_unpatchify(x, self.patch_size, self.channels))
 
 
 def peer(described, weights):
@@ -167,13 +167,13 @@ def peer(described, weights):
     a = described["arguments"]
     common = [a[name] for name in ("image_size", "patch_size", "channels", "dim", "depth", "heads", "num_classes")]
     common[0], = set(pair(common[0]))
-    network = DiT(*common, a["learn_sigma"]) if described["class"] == "DiT" else UViT(*common)
+    network = PlainDiT(*common, a["learn_sigma"]) if described["class"] == "DiT" else PlainUViT(*common)
     network.load_state_dict(weights)
     return network
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
+def average_each(ema, model, decay):
     """The average of the weights, parameter by parameter."""
     averages = dict(ema.named_parameters())
     for name, parameter in model.named_parameters():

@@ -126,7 +126,7 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, cal
     if network.context_dim is not None and options.get("y_null") is not None:
         options["y_null"] = encode_condition(network, options["y_null"][None])[0]
 
-    def drawn(batch, callback=callback):
+    def drawn(batch, callback):
         return batch, ddpm.sample(diffusion, network, (len(batch), network.channels, *network.image_size),
                                   encode_condition(network, labels_of(batch, classes)), seeds=[(seed, i) for i in batch],
                                   callback=callback, **options)
@@ -134,10 +134,9 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, cal
     at_once = math.ceil(len(indices) / max(1, math.ceil(len(indices) / batch_size)))     # in batches of equal size
     workers = min(torch.get_num_threads(), at_once // LEAST)
     if alone or workers < 2:
-        return pieces(drawn, indices, batch_size)
+        return pieces(lambda batch: drawn(batch, callback), indices, batch_size)
     part = math.ceil(at_once / workers)
-    return side_by_side(lambda batch, go_on: drawn(batch, callback=go_on),
-                        [indices[i:i + part] for i in range(0, len(indices), part)], workers)
+    return side_by_side(drawn, [indices[i:i + part] for i in range(0, len(indices), part)], workers)
 
 
 def draw_images(network, diffusion, indices, conditions=None, seed=0, autoencoder=None, scale=None, y_null=None, **options):

@@ -217,6 +217,17 @@ def test_ema_is_its_closed_sum_and_copies_buffers():
     assert torch.allclose(ema.weight, torch.full((3,), expected)) and torch.equal(ema.running_mean, torch.full((3,), 3.0))
 
 
+def test_a_skipped_step_brings_no_nan_into_the_average_which_goes_on_towards_the_weights():
+    network, ema = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    expected = [0.9 * a.detach() + 0.1 * w.detach() for a, w in zip(ema.parameters(), network.parameters())]
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    _, finite = guarded_step(torch.optim.AdamW(network.parameters(), fused=True), list(network.parameters()), clip=1.0)
+    update_ema(ema, network, 1000, 0.9)
+    assert finite == 0
+    assert_close(list(ema.parameters()), expected)
+
+
 # Stopping and going on
 
 @pytest.mark.parametrize("model, size", [*BACKBONES.items(), ("unet", "Ti-up")])
