@@ -193,9 +193,13 @@ class DiT(nn.Module):
         return unpatchify(x, self.grid, self.patch_size)                             # (N, out_channels, H, W)
 
 
-SIZES = {                                          # §4-3; Peebles & Xie 2023, table 1; Ti and XS are ours, for a laptop
+SIZES = {                                          # §4-3; Peebles & Xie 2023, table 1
+    "Nano": dict(dim=96, depth=6, heads=4),        # ours, for a laptop
     "Ti": dict(dim=192, depth=6, heads=4),
     "XS": dict(dim=256, depth=6, heads=4),
+    "Nano-deep": dict(dim=96, depth=12, heads=4),  # ours, of the study of scaling
+    "Ti-deep": dict(dim=192, depth=12, heads=4),
+    "S-shallow": dict(dim=384, depth=6, heads=6),
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),
     "L": dict(dim=1024, depth=24, heads=16),

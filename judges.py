@@ -15,6 +15,7 @@ import points
 import restoration
 import shapes
 from features import JUDGE, measure, space_of
+from gflops import count, inputs_of
 from metrics import authentic_share, nearest, psnr, unique_share, vote
 from pictures import grid, points_picture
 from sampling import (SCATTERED, STEPS, decoder, draw_images, draw_points, drawable, labels_of, read_prompts, text_reader,
@@ -56,6 +57,27 @@ def held_out_digits():
     """The first held-out digits, in [-1, 1], and their labels."""
     images, labels = data.load(split="test").batch(np.arange(DIGITS))
     return data.to_float(images), labels
+
+
+@torch.no_grad()
+def held_out_loss(path, seed):
+    """The loss that a run minimised, on held-out digits at 10 times t each, evenly spread; the noise is that of the seed."""
+    run, network, diffusion = drawable(path)
+    (x0, y), autoencoder = held_out_digits(), decoder(None, run, network)
+    if autoencoder:
+        x0 = autoencoder.scale * autoencoder.encode(x0)[0]               # (n, c, h, w): the mean
+    t, n, losses = torch.arange(DIGITS) * diffusion.T // DIGITS, 10, []
+    for i in range(n):
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=ddpm.keyed_generator((seed, i, j))) for j in range(DIGITS)])
+        losses.append(diffusion.losses(network, x0, t.roll(i * DIGITS // n), y, eps, run.config["max_weight"])["loss"])
+    return {"held-out loss": torch.cat(losses).mean().item()}
+
+
+def loss_and_scores(path, seed):
+    """The held-out loss of a run, the scores of its samples, and what its training cost, three forward passes an image."""
+    run, network, _ = drawable(path)
+    flops = 2 * 3 * count(network, *inputs_of(network))[1] * run.step * run.config["batch_size"]
+    return {**held_out_loss(path, seed), **digit_scores(path, seed), "training TFLOP": flops / 1e12}
 
 
 HOLE = torch.zeros(1, 1, 32, 32)

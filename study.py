@@ -25,7 +25,6 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import judges
@@ -35,7 +34,9 @@ from ddpm import PREDICTIONS
 from dit import BLOCKS
 from files import append, atomic_file
 from gflops import count, inputs_of
-from pictures import COLOURS, Chart, save_image, spread
+from outcomes import (against, along, by_run, duels, falls_with, numbers_of, ranking, sampled, scattered, score_table, seen,
+                      trade_off)
+from pictures import save_image
 from settings import MAY_CHANGE, read_settings
 
 ROOT = Path(__file__).parent
@@ -59,28 +60,50 @@ class Study(NamedTuple):
     settings: tuple = ({},)            # ways in which each run is sampled
 
 
-# Runs: flags of train.py, besides --seed and --out
+# Runs: flags of train.py, besides --seed and --out. "{vae}" is the autoencoder, "{rate}" the best rate of the study `rates`.
 
+LATENT = "--vae {vae}"
+FAIR = ("--schedule cosine --prediction x0 --variance small --max-weight 5 --batch-size 32 --warmup 100 --decay cosine "
+        "--weight-decay 0 --clip-grad 1 --ema 0.998")    # whatever the network
+BACKBONES = {f"{model} on {what}": f"--model {model} --size {size} {flags} {FAIR}"      # at equal Gflops
+             for what, flags, sizes in (("pixels", "", ("Nano", "Nano/4", "Ti/4")), ("latents", LATENT, ("Nano-latent", "Nano/2", "Ti/2")))
+             for model, size in zip(("unet", "uvit", "dit"), sizes)}
+RATES = ("0.0005", "0.0012", "0.003")
+WIDTHS = {"Nano": "0.004", "Nano-deep": "0.004", "Ti": "0.002", "Ti-deep": "0.002", "S-shallow": "0.001", "S": "0.001"}   # rates
 RUNS = {"digits": "", "vae": "--model vae",
-        "latents": "--vae {vae} --size Ti/2", "roll": "--data swissroll",
+        "latents": f"{LATENT} --size Ti/2", "roll": "--data swissroll",
         **{name: f"--conditioning {name} --steps 1200" for name in BLOCKS},
         **{f"{prediction} {schedule} {size}": f"--prediction {prediction} --schedule {schedule} --size {size} --steps 600"
            for size, prediction, schedule in product(("Ti/16", "Ti/8"), PREDICTIONS, ("linear", "cosine"))},
-        **{f"{model} {size}": f"--model {model} --size {size} --steps 1400"
-           for model, size in (("dit", "Ti/4"), ("uvit", "Nano/4"), ("unet", "Nano"), ("dit", "Ti/8"), ("dit", "Ti/16"))},
+        **{f"{name}, rate {rate}": f"{flags} --lr {rate} --steps 400" for name, flags in BACKBONES.items() for rate in RATES},
+        **{name: f"{flags} --lr {{rate}} --steps 1200" for name, flags in BACKBONES.items()},
+        **{f"{size}/{patch}, {steps} steps": f"{LATENT} --size {size}/{patch} {FAIR} --lr {rate} --steps {steps}"
+           for steps in (400, 1000) for size, rate in WIDTHS.items() for patch in ((2, 4, 1) if size == "Ti" else (2,))},
+        **{f"U-ViT {size}": f"--model uvit --size {size}/8 --steps 1000" for size in ("Ti", "Ti-no-skips", "Ti-no-conv")},
         "objects": "--model uvit --data shapes:one --text --steps 6000",
         "scenes": "--model uvit --data shapes --text --steps 6000"}
 
 
+def best_rate(name):
+    """The rate of the least held-out loss of a network, of those in RATES, by the study `rates`.  ValueError if one is missing."""
+    losses = {row["run"]: float(row["held-out loss"]) for row in read_scores("rates")}
+    missing = [rate for rate in RATES if f"{name}, rate {rate}" not in losses]
+    if missing:
+        raise ValueError(f"the rate of {name!r} follows from the study rates, which has not tried {', '.join(missing)} yet: "
+                         "python study.py rates")
+    return min(RATES, key=lambda rate: losses[f"{name}, rate {rate}"])
+
+
 def flags_of(name, seed, folder):
     """The command line of a run, without the word train.py."""
-    words = [str(path_of("vae", 0, folder)) if word == "{vae}" else word for word in RUNS[name].split()]
+    found = {"{vae}": lambda: path_of("vae", 0, folder), "{rate}": lambda: best_rate(name)}
+    words = [str(found[word]()) if word in found else word for word in RUNS[name].split()]
     return [*words, "--seed", str(seed), "--sample-every", "1000000", "--out", str(path_of(name, seed, folder))]
 
 
 def path_of(name, seed, folder):
     """Where a run lies."""
-    return Path(folder) / f"{re.sub('[ /]', '-', name)}-{seed}.pt"
+    return Path(folder) / f"{re.sub('[ ,/]+', '-', name)}-{seed}.pt"
 
 
 def train_run(name, seed, folder, threads):
@@ -162,180 +185,26 @@ def complete(name, folder, together):
     done = {(row["run"], row["seed"], *(row[key] for key in study.settings[0])) for row in read_scores(name)}
     wanted = [(run, seed) for seed, run in product(study.seeds, study.runs)
               if any((run, str(seed), *map(str, setting.values())) not in done for setting in study.settings)]
+    for run in wanted:
+        flags_of(*run, folder)                           # refuses what cannot be, before anything is trained
     if any("{vae}" in RUNS[run] for run, _ in wanted):
         train_run("vae", 0, folder, None)
-    for i in range(0, len(wanted), together):
-        at_once = wanted[i:i + together]
-        with ThreadPoolExecutor(together) as pool:
-            minutes = list(pool.map(lambda run: train_run(*run, folder, threads), at_once))
-        for (run, seed), taken in zip(at_once, minutes):
-            score_run(name, run, seed, taken, folder, threads, done)
+
+    def train_and_score(run, seed):
+        score_run(name, run, seed, train_run(run, seed, folder, threads), folder, threads, done)
+    pool = ThreadPoolExecutor(together, initializer=torch.set_num_threads, initargs=(threads or torch.get_num_threads(),))
+    try:
+        for future in [pool.submit(train_and_score, *run) for run in wanted]:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)               # what runs comes to its end
     return read_scores(name)
-
-
-# What came out
-
-def values(rows, score, **chosen):
-    """The values (n,) of a score in the rows of a run, or of a setting."""
-    return np.array([float(row[score]) for row in rows if all(row[key] == str(value) for key, value in chosen.items())])
-
-
-def spread_of(values, form):
-    """A mean and the range of several seeds, in words."""
-    mean, low, high = (format(value, form) for value in (values.mean(), values.min(), values.max()))
-    return mean if low == high else f"{mean} ({low} – {high})"
-
-
-def score_table(study, rows):
-    """The scores of a study in Markdown: a line a run and setting, each a mean and a range over seeds."""
-    keys = list(study.settings[0])
-    lines = [["run", *keys, "Gflops", "minutes", *study.columns]]
-    lines += [["---"] * len(lines[0])]
-    for run, setting in product(study.runs, study.settings):
-        mine = [row for row in rows if row["run"] == run and all(row[key] == str(value) for key, value in setting.items())]
-        if not mine:
-            continue
-        minutes = [float(row["minutes"]) for row in mine if row["minutes"]]
-        lines.append([run, *map(str, setting.values()), f"{float(mine[0]['gflops']):.3g}",
-                      f"{np.mean(minutes):.1f}" if minutes else "",
-                      *(spread_of(values(mine, score), form) for score, form in study.columns.items())])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def ranking(score, claimed=None, best=min):
-    """An outcome: the runs from the best to the worst mean of a score; claimed: the run that the report expects to be first."""
-    def say(study, rows):
-        found = {run: values(rows, score, run=run) for run in study.runs}
-        order = sorted(found, key=lambda run: found[run].mean(), reverse=best is max)
-        first, second = order[:2]
-        apart = (found[first].max() < found[second].min() if best is min else found[first].min() > found[second].max())
-        means = ", ".join(f"{run} {spread_of(found[run], study.columns[score])}" for run in order)
-        text = (f"{score}, from the best: {means}. The ranges of {first} and {second} "
-                + ("lie apart." if apart else "overlap: these seeds do not tell them apart."))
-        if claimed:
-            text += " " + ("This agrees with the report." if first == claimed and apart else
-                           "This contradicts the report." if first != claimed and found[first].max() < found[claimed].min() else
-                           "This neither confirms the report nor contradicts it.")
-        return text
-    return say
-
-
-def duels(score, claimed, other):
-    """An outcome: whether runs whose name begins with `claimed` have a lower score than those of the same name with `other`."""
-    def say(study, rows):
-        text, better, worse = [], 0, 0
-        names = list(dict.fromkeys(run.partition(" ")[2] for run in study.runs))         # what the first words are tried with
-        for name in names:
-            found = {run.split()[0]: values(rows, score, run=run) for run in study.runs if run.partition(" ")[2] == name}
-            order = sorted(found, key=lambda word: found[word].mean())
-            text.append(f"{name}: " + ", ".join(f"{word} {spread_of(found[word], study.columns[score])}" for word in order))
-            better += found[claimed].max() < found[other].min()
-            worse += found[claimed].min() > found[other].max()
-        verdict = ("agrees with" if better and not worse else "contradicts" if worse and not better else
-                   "neither confirms nor contradicts")
-        return (f"{score}, from the best: {'; '.join(text)}. All seeds of {claimed} are better than those of {other} in {better} "
-                f"of {len(names)} cases, and worse in {worse}. This {verdict} the report.")
-    return say
-
-
-def trade_off(study, rows):
-    """The outcome of guidance: what precision and recall do up to the scale of the highest precision, and beyond it."""
-    text, scales = [], [setting["scale"] for setting in study.settings]
-    for run in study.runs:
-        p, r, distance = ({scale: values(rows, score, run=run, scale=scale).mean() for scale in scales}
-                          for score in ("precision", "recall", "FD"))
-        first, best, last = scales[0], max(p, key=p.get), scales[-1]
-        if best == first or r[best] >= r[first]:
-            said = f"recall is {r[best]:.3f} at scale {best:g}, where precision is highest, which contradicts the report"
-        else:
-            said = (f"from scale {first:g} to {best:g} precision goes from {p[first]:.3f} to {p[best]:.3f} and recall from "
-                    f"{r[first]:.3f} to {r[best]:.3f}, as the report says")
-        beyond = f"; at scale {last:g} precision is {p[last]:.3f} and recall {r[last]:.3f}" if best != last else ""
-        text.append(f"{run}: {said}{beyond}; FD is lowest at scale {min(distance, key=distance.get):g}.")
-    return " ".join(text)
-
-
-def sampled(study, rows):
-    """The outcome of samplers: what each needs at least to reach the distance of 250 ancestral steps, and how fast that is."""
-    full = dict(sampler="ddpm", steps=250)
-    distance, rate = (values(rows, score, **full) for score in ("FD", "images_per_s"))
-    text = [f"250 ancestral steps reach an FD of {spread_of(distance, '.2f')}."]
-    for sampler in ("ddpm", "ddim", "dpm++"):
-        enough = [setting for setting in study.settings
-                  if setting["sampler"] == sampler and values(rows, "FD", **setting).mean() <= distance.max()]
-        text.append(f"{sampler} does not reach it." if not enough else
-                    f"{sampler} reaches it with {enough[0]['steps']} evaluations, at "
-                    f"{values(rows, 'images_per_s', **enough[0]).mean() / rate.mean():.1f} times the images/s.")
-    return " ".join(text)
-
-
-def numbers_of(*scores):
-    """An outcome where nothing is ranked: some scores of each run in each setting."""
-    def say(study, rows):
-        text = []
-        for run, setting in product(study.runs, study.settings):
-            found = (f"{score} {spread_of(values(rows, score, run=run, **setting), study.columns[score])}" for score in scores)
-            text.append(", ".join([run, *(f"{key} {value}" for key, value in setting.items())]) + ": " + ", ".join(found))
-        return "; ".join(text) + "."
-    return say
-
-
-# Charts
-
-def by_run(score, log=False):
-    """A chart of a score: a row a run, a disc a seed."""
-    def draw(study, rows, path):
-        found = [values(rows, score, run=run) for run in study.runs]
-        low, high = spread(*found, log=log)
-        room = high * (high / low) ** 0.3 if log else high + 0.3 * (high - low)          # for names
-        chart = Chart((low, room), (0.5, len(found) + 0.5), x_label=score, width=900, height=110 + 34 * len(found), log_x=log)
-        chart.y_ticks = []                               # rows have names
-        for row, run, scored, colour in zip(range(len(found), 0, -1), study.runs, found, COLOURS * 3):
-            chart.points(scored, np.full(len(scored), row), colour, 6)
-            chart.text(scored.max(), row, run, colour)
-        return chart.image()
-    return draw
-
-
-def along(key, score, lines="run", log=False):
-    """A chart of the mean of a score along a setting, a line each run, or each value of another setting; discs are seeds."""
-    def draw(study, rows, path):
-        x, y = values(rows, key), values(rows, score)
-        chart = Chart(spread(x, log=log), spread(y), x_label=key, y_label=score, width=900, height=480, log_x=log)
-        for name, colour in zip(dict.fromkeys(row[lines] for row in rows), COLOURS):
-            places = sorted({float(row[key]) for row in rows if row[lines] == name})
-            mine = [np.array([float(row[score]) for row in rows if row[lines] == name and float(row[key]) == place])
-                    for place in places]
-            chart.line(places, [scored.mean() for scored in mine], colour, label=name)
-            for place, scored in zip(places, mine):
-                chart.points(np.full(len(scored), place), scored, colour, 4)
-        return chart.image()
-    return draw
-
-
-def against(x, y, key):
-    """A chart of a score against another: a line a run through the means in its settings, whose `key` is said; discs are seeds."""
-    def draw(study, rows, path):
-        chart = Chart(spread(values(rows, x)), spread(values(rows, y)), x_label=x, y_label=y, width=900, height=480)
-        for run, colour in zip(study.runs, COLOURS):
-            seeds = [[values(rows, score, run=run, **setting) for score in (x, y)] for setting in study.settings]
-            means = np.array(seeds).mean(axis=2)                         # (settings, 2)
-            chart.line(*means.T, colour, label=run)
-            for pair, mean, setting in zip(seeds, means, study.settings):
-                chart.points(*pair, colour, 4)
-                chart.text(*mean, f"{setting[key]:g}", colour)
-        return chart.image()
-    return draw
-
-
-def seen(picture):
-    """Samples of the first run, as a picture of judges.py shows them."""
-    return lambda study, rows, path: picture(path)
 
 
 # The studies
 
 SCORED = {"FD": ".2f", "precision": ".3f", "recall": ".3f", "accuracy": ".1%", "unique": ".0%", "authentic": ".0%"}
+FITTED = {"held-out loss": ".4f", **SCORED, "training TFLOP": ".2f"}
 STUDIES = {
     "first": Study(
         "A diffusion transformer learns to draw (abstract).", ("digits",), judges.digit_scores, {**SCORED, "recognised": ".1%"},
@@ -363,11 +232,21 @@ STUDIES = {
         by_run("FD", log=True), "After 600 steps of 32 images only x0 draws digits: this shows which is learned first, not where "
         "each ends. A patch of 16x16 pixels is 256 numbers in a token of 192, one of 8x8 is 64: noise needs all of them, an image "
         "few. Longer runs, smaller patches and latents would settle it.", 60),
-    "networks": Study(
-        "Transformers can take the U-Net's place, and more Gflops give better images (§1, §2-7-1, Fig. 4-3).",
-        tuple(name for name in RUNS if name.startswith(("dit ", "uvit ", "unet "))), judges.digit_scores, SCORED,
-        ranking("FD", "dit Ti/4"), along("gflops", "FD", log=True), "1,400 steps are few, and the recipe is DiT's. Each network "
-        "at its own best learning rate, until its held-out loss is flat, would settle it.", 45, seeds=(0, 1)),
+    "rates": Study(
+        "Each network of the study backbones has a learning rate of its own.",
+        tuple(name for name in RUNS if ", rate " in name), judges.held_out_loss, {"held-out loss": ".4f"},
+        numbers_of("held-out loss"), by_run("held-out loss", log=True), "Rates between these.", 40, seeds=(0,)),
+    "backbones": Study(
+        "Transformers can take the U-Net's place (abstract, §4, §5).", tuple(BACKBONES), judges.loss_and_scores, FITTED,
+        duels("FD", "dit", "unet"), by_run("FD", log=True), "Where each ends.", 100, seeds=(1, 2, 3)),
+    "scaling": Study(
+        "More Gflops give a lower FID, whatever they are spent on (§2-7-1, §4-2-3, Fig. 4-3).",
+        tuple(name for name in RUNS if name.endswith(" steps")), judges.loss_and_scores, FITTED,
+        falls_with((("gflops", "400 steps"), ("gflops", "1000 steps"), ("training TFLOP", "")), ("held-out loss", "FD")),
+        scattered(("gflops", "training TFLOP"), "FD", ("400 steps", "1000 steps")), "Where each ends.", 60, seeds=(0,)),
+    "skips": Study(
+        "Long skips and the last convolution matter (§3, §4-1).", tuple(name for name in RUNS if name.startswith("U-ViT")),
+        judges.loss_and_scores, FITTED, ranking("FD", "U-ViT Ti"), by_run("FD"), "Where each ends.", 20),
     "restoration": Study(
         "A diffusion model fills in and enlarges images (§1-2).", ("digits",), judges.restored_share,
         {"kept": ".1%", "nearest": ".1%"}, numbers_of("kept", "nearest"), seen(judges.restored_digits),

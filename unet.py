@@ -340,6 +340,7 @@ SIZES = {
     "Nano": dict(dim=32, res_blocks=1, multipliers=(1, 1, 2), attention_ds=(4,), head_dim=32, **ADM),
     "Ti": dict(dim=32, res_blocks=1, multipliers=(1, 2, 2), attention_ds=(4,), head_dim=32, **ADM),
     "Ti-up": dict(dim=32, res_blocks=1, multipliers=(1, 1, 2), attention_ds=(), head_dim=32, **ADM),
+    "Nano-latent": dict(dim=64, res_blocks=2, multipliers=(1, 1), attention_ds=(2,), head_dim=32, **ADM),    # as DiT-Ti/2, on 8x8
     "S": dict(dim=128, res_blocks=2, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
     "B": dict(dim=192, res_blocks=3, multipliers=(1, 2, 2, 2), attention_ds=(2, 4), head_dim=64, **ADM),
     "ldm-coco": dict(image_size=32, dim=128, attention_ds=(2, 4), context_dim=768),      # a guess at the 53M U-Net of Fig. 5-1

@@ -105,6 +105,8 @@ class UViT(nn.Module):
 SIZES = {                                                # Bao et al. 2023, table 1, which counts the middle block too
     "Nano": dict(dim=192, depth=4, heads=4),             # ours: at patch 4 it costs what DiT-Ti/4 does
     "Ti": dict(dim=192, depth=6, heads=4),               # ours, for a laptop
+    "Ti-no-skips": dict(dim=192, depth=6, heads=4, skip=False),      # and without what the study of skips leaves out
+    "Ti-no-conv": dict(dim=192, depth=6, heads=4, conv=False),
     "S": dict(dim=512, depth=12, heads=8),
     "S-deep": dict(dim=512, depth=16, heads=8),          # of MS-COCO
     "M": dict(dim=768, depth=16, heads=12),

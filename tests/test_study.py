@@ -19,7 +19,9 @@ import study
 import train
 from gflops import count, inputs_of
 from models import build, describe
-from study import Study, against, along, by_run, duels, numbers_of, ranking, sampled, seen, trade_off
+from outcomes import (against, along, by_run, duels, falls_with, numbers_of, rank_correlation, ranking, sampled, scattered, seen,
+                      trade_off)
+from study import Study
 
 
 # Runs and scores
@@ -132,10 +134,30 @@ def test_the_list_has_each_study_its_minutes_and_its_claim(capsys):
 
 
 @pytest.mark.parametrize("run", study.RUNS)
-def test_the_flags_of_a_run_are_train_pys(tmp_path, run):
+def test_the_flags_of_a_run_are_train_pys(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(study, "best_rate", lambda name: study.RATES[0])
     (tmp_path / "vae-0.pt").touch()
     args, _ = study.read_settings(study.flags_of(run, 3, tmp_path))
     assert args.seed == 3 and args.out == str(study.path_of(run, 3, tmp_path))
+
+
+def test_no_two_runs_share_a_file():
+    assert len({study.path_of(run, 0, "").name for run in study.RUNS}) == len(study.RUNS)
+
+
+def test_the_best_rate_has_the_least_held_out_loss_and_waits_for_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "ASSETS", tmp_path)
+    rates = study.STUDIES["rates"]
+    losses = {run: i + 10 * (study.RATES[1] not in run) for i, run in enumerate(rates.runs)}
+    lines = [",".join(columns := study.columns_of(rates))]
+    lines += [",".join({"run": f'"{run}"', "held-out loss": str(loss)}.get(column, "0") for column in columns) for run, loss in losses.items()]
+    study.table_path("rates").write_text("\n".join(lines) + "\n")
+    assert {study.best_rate(name) for name in study.BACKBONES} == {study.RATES[1]}
+    study.table_path("rates").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        study.main(["backbones", "--runs", str(tmp_path / "runs")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "has not tried 0.003 yet: python study.py rates" in said
 
 
 def test_every_study_has_its_place_in_the_results_and_every_run_its_study():
@@ -147,10 +169,19 @@ def test_every_study_has_its_place_in_the_results_and_every_run_its_study():
     assert {run for one in study.STUDIES.values() for run in one.runs} == set(study.RUNS) - {"vae"}      # which latents need
 
 
-def test_the_networks_compared_cost_alike_and_the_other_transformers_less_and_less():
+def network_of(run, folder):
+    """The network of a run on digits, or on their latents."""
+    args, _ = study.read_settings(study.flags_of(run, 0, folder))
+    return build(describe(args.model, args.size, *((8, 4) if args.vae else (32, 1)), 10))
+
+
+@pytest.mark.parametrize("where", ["pixels", "latents"])
+def test_the_networks_compared_cost_alike(monkeypatch, tmp_path, where):
+    monkeypatch.setattr(study, "best_rate", lambda name: study.RATES[0])
+    (tmp_path / "vae-0.pt").touch()
     costs = [count(network, *inputs_of(network))[1] for network in (
-        build(describe(*run.split(), (32, 32), 1, 10)) for run in study.STUDIES["networks"].runs)]
-    assert max(costs[:3]) < 1.15 * min(costs[:3]) and costs[0] > 3 * costs[3] > 9 * costs[4]
+        network_of(run, tmp_path) for run in study.BACKBONES if run.endswith(where))]
+    assert len(costs) == 3 and max(costs) < 1.2 * min(costs)
 
 
 # What is said
@@ -176,6 +207,22 @@ def test_two_kinds_of_runs_are_compared_case_by_case(eps, verdict):
     text = duels("FD", "eps", "x0")(one, rows)
     assert f"This {verdict}" in text and text.startswith("FD, from the best: a: ") and "x0 5 (4 – 6)" in text
     assert f"in {sum(e == 1 for e in eps)} of 2 cases, and worse in {sum(e == 9 for e in eps)}" in text
+
+
+def test_the_rank_correlation_is_that_of_ranks_and_shares_those_of_equal_values():
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1) and rank_correlation(x, -x ** 3) == pytest.approx(-1)
+    assert rank_correlation(np.array([1.0, 1, 2]), np.array([5.0, 6, 7])) == pytest.approx(3 ** 0.5 / 2)
+    assert rank_correlation(np.array([3.0, 1, 2, 5, 4]), np.arange(5)) == pytest.approx(1 - 6 * 8 / 120)
+
+
+@pytest.mark.parametrize("slope, verdict", [(-1, "agrees with"), (1, "contradicts"), (0, "neither")])
+def test_a_score_falls_with_a_cost_where_the_whole_interval_is_below_zero(slope, verdict):
+    noise = np.random.default_rng(1).permutation(8)
+    one = Study("", tuple(f"{i}, {end}" for end in ("few", "many") for i in range(8)), None, {}, None, None, "", 1, seeds=(0,))
+    rows = made([(run, i % 8, slope * (i % 8) + (slope == 0) * noise[i % 8]) for i, run in enumerate(one.runs)], "run", "cost", "FD")
+    text = falls_with((("cost", "many"), ("cost", "")), ("FD",))(one, rows)
+    assert f"This {verdict}" in text and "FD with cost, 8 runs of many: " in text and "FD with cost, 16 runs: " in text
 
 
 def test_guidance_is_said_to_trade_recall_for_precision_up_to_the_scale_where_it_does():
@@ -205,12 +252,12 @@ def test_numbers_are_said_with_their_range_in_each_setting():
     assert numbers_of("FD")(one, rows) == "a, scale 1.0: FD 2.0 (1.0 – 3.0); a, scale 2.0: FD 3.0 (2.0 – 4.0)."
 
 
-@pytest.mark.parametrize("picture", [by_run("FD"), by_run("FD", log=True), along("scale", "FD"), against("FD", "FD", "scale"), along("scale", "FD", log=True),
+@pytest.mark.parametrize("picture", [by_run("FD"), by_run("FD", log=True), along("scale", "FD"), against("FD", "FD", "scale"), along("scale", "FD", log=True), scattered(("scale", "FD"), "FD", ("a", "b")),
                                      seen(lambda path: np.zeros((480, 900, 3), np.uint8))])
 def test_every_kind_of_picture_is_drawn(picture):
     one = Study("", ("a", "b"), None, {"FD": ".1f"}, None, picture, "", 1, settings=({"scale": 1.0}, {"scale": 2.0}))
     rows = made([(run, s, s + i) for i, run in enumerate("ab") for s in (1.0, 2.0)], "run", "scale", "FD")
-    assert picture(one, rows, None).shape[1:] == (900, 3)
+    assert picture(one, rows, None).shape[1:] in ((900, 3), (2 * 640, 3))
 
 
 # Judges
@@ -237,6 +284,24 @@ def test_real_digits_are_recognised_and_copies_are_not_authentic(few, tiny_run, 
     found = judges.digit_scores(tiny_run, 0)
     assert found["accuracy"] > 0.95 and found["recognised"] > 0.85 and found["unique"] == 1 and found["authentic"] == 0
     assert 0 <= found["precision"] <= 1 and found["FD"] > 0 and found["images_per_s"] > 0
+
+
+def test_the_held_out_loss_of_a_network_that_sees_nothing_is_that_of_the_data(few, tiny_run, monkeypatch):
+    run, network, diffusion = judges.drawable(tiny_run)
+    blind = lambda x, t, y: torch.zeros_like(x)                                          # noqa: E731
+    monkeypatch.setattr(judges, "drawable", lambda path: (run, blind, diffusion))
+    assert run.config["prediction"] == "x0" and run.config["max_weight"] == 1
+    images, _ = judges.held_out_digits()
+    assert judges.held_out_loss(tiny_run, 0)["held-out loss"] == pytest.approx((images ** 2).mean().item(), rel=1e-5)
+
+
+def test_a_run_is_scored_with_its_held_out_loss_and_its_cost(tiny_run, monkeypatch):
+    monkeypatch.setattr(judges, "digit_scores", lambda path, seed: {"FD": 1})
+    run, network, _ = judges.drawable(tiny_run)
+    found = judges.loss_and_scores(tiny_run, 0)
+    assert found["FD"] == 1 and found["held-out loss"] > 0
+    assert found["training TFLOP"] == pytest.approx(
+        6 * count(network, *inputs_of(network))[1] * run.config["steps"] * run.config["batch_size"] / 1e12)
 
 
 def test_restored_digits_are_judged_beside_their_nearest_neighbours(few, tiny_run, monkeypatch):
