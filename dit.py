@@ -125,8 +125,8 @@ class DiT(nn.Module):
 
     image_size is one number or (H, W) and counts what the network sees: latents where there is an autoencoder.
     num_classes=None builds no label table: y must then be None. null_class adds the unconditional row, which y=None means.
-    learn_sigma: also put out a variance. context_dim: width of the text tokens that cross-attention sees as [t, text] in place
-    of [t, label]. ValueError on a size the patch does not divide, heads that do not divide the width, a y that does not fit.
+    learn_sigma: also put out a variance. context_dim: width of the tokens of a text, which takes the label's place.
+    ValueError on a size the patch does not divide, heads that do not divide the width, a y that does not fit.
     """
 
     def __init__(self, image_size=32, patch_size=2, channels=4, dim=1152, depth=28, heads=16, num_classes=1000,
@@ -134,8 +134,6 @@ class DiT(nn.Module):
         super().__init__()
         if conditioning not in BLOCKS:
             raise ValueError(f"unknown conditioning {conditioning!r}: one of {', '.join(BLOCKS)}")
-        if context_dim is not None and conditioning != "cross-attention":
-            raise ValueError(f"a text context needs conditioning 'cross-attention', not {conditioning!r}")
         self.image_size, self.patch_size, self.channels = pair(image_size), patch_size, channels
         self.grid = token_grid(image_size, patch_size)
         self.conditioning, self.context_dim = conditioning, context_dim
@@ -173,12 +171,16 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     def condition(self, t, y):
-        """The condition c of the blocks: one vector t + y (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two."""
-        t_embedding = self.t_embedder(t)                                             # (N, D)
+        """The condition c of the blocks: one vector (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two.
+
+        The vector is t + y, where a text y, which is a sequence, counts with the mean of its tokens.
+        """
+        t, vector = self.t_embedder(t), self.conditioning.startswith("adaln")        # (N, D)
         if self.context_dim is not None:
-            return torch.cat([t_embedding.unsqueeze(1), self.context_embedder(y)], dim=1)        # (N, 1 + M, D)
-        embeddings = [t_embedding] if y is None else [t_embedding, self.y_embedder(y)]
-        return sum(embeddings) if self.conditioning.startswith("adaln") else torch.stack(embeddings, dim=1)
+            text = self.context_embedder(y)                                          # (N, M, D)
+            return t + text.mean(dim=1) if vector else torch.cat([t.unsqueeze(1), text], dim=1)
+        embeddings = [t] if y is None else [t, self.y_embedder(y)]
+        return sum(embeddings) if vector else torch.stack(embeddings, dim=1)
 
     def forward(self, x, t, y=None):
         y = checked_condition(self, x, t, y)

@@ -68,8 +68,6 @@ def check_options(model, size, learn_sigma=False, conditioning=None, context_dim
         raise ValueError(f"--hybrid is a choice of ViT's, not of {model}")
     if learn_sigma and model not in ("dit", "unet"):
         raise ValueError(f"--variance learned: {model} puts out no variance; use small or large")
-    if context_dim is not None and conditioning not in (None, "cross-attention"):
-        raise ValueError(f"--conditioning {conditioning}: a DiT reads a text by cross-attention only")
 
 
 def describe(model, size, image_size, channels, num_classes=None, null_class=True, learn_sigma=False, conditioning=None,

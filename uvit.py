@@ -12,7 +12,8 @@ import math
 import torch
 import torch.nn as nn
 
-from vit import Block, PatchEmbed, checked_condition, pair, run_block, timestep_embedding, token_grid, unpatchify
+from vit import (Block, PatchEmbed, checked_condition, pair, run_block, sincos_position_embedding, timestep_embedding, token_grid,
+                 unpatchify)
 
 
 class UViTBlock(Block):
@@ -34,12 +35,13 @@ class UViT(nn.Module):
 
     image_size, num_classes and null_class: as in dit.py. context_dim: the width of a text of exactly context_tokens tokens,
     which takes the label's place. mlp_time_embed passes the time's embedding through an MLP. conv=False and skip=False leave
-    out the last convolution and the long skips, as in the paper's ablations.
+    out the last convolution and the long skips, as in the paper's ablations. dit_init begins as DiT does.
     ValueError on a size the patch does not divide, heads that do not divide the width, a y that does not fit.
     """
 
     def __init__(self, image_size=32, patch_size=2, channels=3, dim=512, depth=12, heads=8, num_classes=None, null_class=True,
-                 context_dim=None, context_tokens=77, mlp_time_embed=False, conv=True, skip=True):
+                 context_dim=None, context_tokens=77, mlp_time_embed=False, conv=True, skip=True,
+                 dit_init=False):
         super().__init__()
         self.image_size, self.patch_size, self.channels = pair(image_size), patch_size, channels
         self.grid = token_grid(image_size, patch_size)
@@ -65,14 +67,20 @@ class UViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.decoder_pred = nn.Linear(dim, patch_size ** 2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
-        self.initialize()
+        self.initialize(dit_init)
 
-    def initialize(self):
-        """The authors': weights normal with deviation 0.02, biases zero; convolutions and label table as PyTorch's."""
+    def initialize(self, dit_init):
+        """The authors': weights normal with deviation 0.02, biases zero; convolutions and label table as PyTorch's.
+
+        That suits wide networks and long trainings. With dit_init products are Xavier-uniform and the positions of patches sines
+        and cosines, as DiT's: a short training then learns much earlier where patches lie and what the label says (RESULTS.md).
+        """
         nn.init.normal_(self.pos_embed, std=0.02)
+        if dit_init:
+            self.pos_embed.data[:, self.extras:] = sincos_position_embedding(self.dim, *self.grid)               # (L, D)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight) if dit_init else nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -103,10 +111,10 @@ class UViT(nn.Module):
 
 
 SIZES = {                                                # Bao et al. 2023, table 1, which counts the middle block too
-    "Nano": dict(dim=192, depth=4, heads=4),             # ours: at patch 4 it costs what DiT-Ti/4 does
-    "Ti": dict(dim=192, depth=6, heads=4),               # ours, for a laptop
-    "Ti-no-skips": dict(dim=192, depth=6, heads=4, skip=False),      # and without what the study of skips leaves out
-    "Ti-no-conv": dict(dim=192, depth=6, heads=4, conv=False),
+    "Nano": dict(dim=192, depth=4, heads=4, dit_init=True),            # ours: at patch 4 it costs what DiT-Ti/4 does
+    "Ti": dict(dim=192, depth=6, heads=4, dit_init=True),              # ours, for a laptop
+    "Ti-no-skips": dict(dim=192, depth=6, heads=4, dit_init=True, skip=False),     # and without what the study of skips leaves out
+    "Ti-no-conv": dict(dim=192, depth=6, heads=4, dit_init=True, conv=False),
     "S": dict(dim=512, depth=12, heads=8),
     "S-deep": dict(dim=512, depth=16, heads=8),          # of MS-COCO
     "M": dict(dim=768, depth=16, heads=12),

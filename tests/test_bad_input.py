@@ -247,7 +247,6 @@ CASES = [
     ("a CLIP without its vocabulary", clip_without_vocabulary, f"{TRAIN} --data shapes --clip clip", "no merges clip"),
     ("captions of digits", nothing, f"{TRAIN} --text", "mnist has no captions"),
     ("a text for a classifier", nothing, "train.py --model vit --text --out new.pt", "--text: a ViT classifies"),
-    ("a text by adaLN", nothing, f"{TRAIN} --data shapes --text --conditioning adaln", "by cross-attention only"),
     ("a scale of no latents", nothing, f"{TRAIN} --latent-scale 2",
      "--latent-scale: it is a number above 0, of the latents of --vae"),
     ("MS-COCO without its captions", lambda: os.mkdir("coco"), f"{TRAIN} --data coco:coco --image-size 32", "it has none"),

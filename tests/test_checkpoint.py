@@ -405,7 +405,8 @@ SIZES = [
       for size in dit.SIZES.values() for image_size, patch_size in ((32, 2), (64, 8))),
     *((ViT, dict(image_size=224, patch_size=16, channels=3, **size, num_classes=1000)) for size in vit.SIZES.values()),
     *((UViT, dict(image_size=32, patch_size=4, channels=3, num_classes=10, null_class=True, mlp_time_embed=False, skip=True,
-                  conv=True) | size) for size in uvit.SIZES.values()),
+                  conv=True) | {name: size[name] for name in size if name != "dit_init"})
+      for size in uvit.SIZES.values()),
 ]
 
 

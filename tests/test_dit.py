@@ -305,16 +305,16 @@ def test_moving_patches_without_their_positions_does_not(conditioning):
 # A text instead of labels
 
 @pytest.mark.parametrize("length", [1, 4])
-def test_a_text_context_of_any_length_gives_an_image_like_x(length):
+@every_design
+def test_a_text_of_any_length_gives_an_image_like_x_and_every_token_counts(length, conditioning):
     x, t, _ = batch()
-    network = dit("cross-attention", context_dim=7)
-    assert network(x, t, normal(3, length, 7)).shape == (3, 6, 4, 6)
-
-
-@pytest.mark.parametrize("conditioning", [name for name in BLOCKS if name != "cross-attention"])
-def test_text_needs_cross_attention(conditioning):
-    with pytest.raises(ValueError, match=f"a text context needs conditioning 'cross-attention', not '{conditioning}'"):
-        fresh(conditioning, context_dim=7)
+    network, text = dit(conditioning, context_dim=7), normal(3, length, 7)
+    image = network(x, t, text)
+    assert image.shape == (3, 6, 4, 6)
+    for i in range(length):
+        other = text.clone()
+        other[:, i] += 1
+        assert not torch.allclose(network(x, t, other), image, atol=1e-4)
 
 
 # Wrong arguments

@@ -104,8 +104,6 @@ def test_a_name_that_there_is_not_is_refused_with_the_list(model, size):
       for model, size in (("dit", "S/4"), ("uvit", "S/4"), ("unet", "S"), ("vae", "Ti"), ("mlp", "Ti"))),
     *((model, size, dict(learn_sigma=True), f"--variance learned: {model} puts out no variance")
       for model, size in (("uvit", "S/4"), ("vit", "S/4"), ("vae", "Ti"), ("mlp", "Ti"))),
-    *(("dit", "S/4", dict(context_dim=7, conditioning=block), f"--conditioning {block}: a DiT reads a text by cross-attention only")
-      for block in ("adaln-zero", "adaln", "in-context")),
 ])
 def test_an_option_that_does_not_go_with_the_model_is_refused_by_its_name_also_before_the_data_is_known(model, size, options, said):
     for refuse in (check_options, functools.partial(describe, image_size=64, channels=3, num_classes=10)):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from formula import fill, golden, golden_json
 from uvit import SIZES, UViT
-from vit import timestep_embedding
+from vit import sincos_position_embedding, timestep_embedding
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 LABELS, TEXT = dict(num_classes=5), dict(context_dim=7, context_tokens=4)
@@ -190,6 +190,16 @@ def test_products_positions_and_labels_start_normal_with_the_authors_deviation(n
     assert value.std().item() == pytest.approx(deviation, rel=5 / (2 * value.numel()) ** 0.5)          # five standard errors
     assert abs(value.mean()) < 5 * deviation / value.numel() ** 0.5
     assert value.abs().max() > 3 * deviation         # 4224 normal numbers or more: a uniform one stays below 1.8 deviations
+
+
+def test_a_small_network_may_start_as_dit_does():
+    torch.manual_seed(0)
+    network = UViT(image_size=(8, 4), patch_size=2, dim=64, depth=2, heads=4, num_classes=3, dit_init=True)
+    positions, product = network.pos_embed, network.out_blocks[0].skip_linear
+    assert torch.equal(positions[0, 2:], sincos_position_embedding(64, 4, 2)) and positions.requires_grad
+    assert positions[0, :2].std().item() == pytest.approx(0.02, rel=0.4)
+    bound = (6 / (128 + 64)) ** 0.5
+    assert 0.95 * bound < product.weight.abs().max() <= bound and not product.bias.any()
 
 
 @pytest.mark.parametrize("name, inputs", [("patch_embed.proj", 2 * 2 * 4), ("final_layer", 3 * 3 * 4)])
