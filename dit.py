@@ -173,12 +173,12 @@ class DiT(nn.Module):
     def condition(self, t, y):
         """The condition c of the blocks: one vector (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two.
 
-        The vector is t + y, where a text y, which is a sequence, counts with the mean of its tokens.
+        The vector is t + y. A text y, a sequence, enters it with the sum of its M tokens, divided by sqrt(M) to be as large as one.
         """
         t, vector = self.t_embedder(t), self.conditioning.startswith("adaln")        # (N, D)
         if self.context_dim is not None:
             text = self.context_embedder(y)                                          # (N, M, D)
-            return t + text.mean(dim=1) if vector else torch.cat([t.unsqueeze(1), text], dim=1)
+            return t + text.sum(dim=1) / text.shape[1] ** 0.5 if vector else torch.cat([t.unsqueeze(1), text], dim=1)
         embeddings = [t] if y is None else [t, self.y_embedder(y)]
         return sum(embeddings) if vector else torch.stack(embeddings, dim=1)
 

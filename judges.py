@@ -74,10 +74,13 @@ def held_out_loss(path, seed):
 
 
 def loss_and_scores(path, seed):
-    """The held-out loss of a run, the scores of its samples, and what its training cost, three forward passes an image."""
+    """The held-out loss of a run, the scores of its samples, and what its training cost, three forward passes an image.
+
+    Ten steps of dpm++ reach the distance of 250 ancestral ones (study `samplers`).
+    """
     run, network, _ = drawable(path)
     flops = 2 * 3 * count(network, *inputs_of(network))[1] * run.step * run.config["batch_size"]
-    return {**held_out_loss(path, seed), **digit_scores(path, seed), "training TFLOP": flops / 1e12}
+    return {**held_out_loss(path, seed), **digit_scores(path, seed, steps=10), "training TFLOP": flops / 1e12}
 
 
 HOLE = torch.zeros(1, 1, 32, 32)

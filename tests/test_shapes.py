@@ -245,6 +245,14 @@ def test_a_data_set_takes_the_pictures_for_its_images():
     assert (dataset.channels, dataset.image_size, dataset.num_classes) == (3, (48, 48), 24)
 
 
+@pytest.mark.parametrize("spec, alone", [("shapes", 1 / 2), ("shapes:one", 1), ("shapes:many", 1 / 6)])
+def test_a_part_of_the_scenes_has_its_share_of_single_objects_and_their_own_captions(spec, alone):
+    dataset = data.load(spec, split="all")
+    captions = [dataset.captions[row][0] for row in dataset.rows]
+    assert np.mean([len(shapes.parse(caption)[0]) == 1 for caption in captions]) == pytest.approx(alone, abs=0.02)
+    assert 9000 < len(dataset) < 20000 and matches(captions[-50:], dataset.images[dataset.rows[-50:]]).all()
+
+
 # The judge: what is so
 
 @pytest.mark.parametrize("side, count", [(32, 1000), (33, 100), (48, 300), (64, 300), (100, 100), (255, 20)])

@@ -296,7 +296,7 @@ def test_the_held_out_loss_of_a_network_that_sees_nothing_is_that_of_the_data(fe
 
 
 def test_a_run_is_scored_with_its_held_out_loss_and_its_cost(tiny_run, monkeypatch):
-    monkeypatch.setattr(judges, "digit_scores", lambda path, seed: {"FD": 1})
+    monkeypatch.setattr(judges, "digit_scores", lambda path, seed, steps: {"FD": 1})
     run, network, _ = judges.drawable(tiny_run)
     found = judges.loss_and_scores(tiny_run, 0)
     assert found["FD"] == 1 and found["held-out loss"] > 0
