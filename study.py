@@ -60,9 +60,10 @@ class Study(NamedTuple):
     settings: tuple = ({},)            # ways in which each run is sampled
 
 
-# Runs: flags of train.py, besides --seed and --out. "{vae}" is the autoencoder, "{rate}" the best rate of the study `rates`.
+# Runs: flags of train.py, besides --seed and --out. "{rate}" is the best rate of the study `rates`.
 
-LATENT = "--vae {vae}"
+AUTOENCODERS = {"{digits-vae}": "vae", "{shapes-vae}": "vae of shapes"}          # runs, by the words that stand for their files
+LATENT = "--vae {digits-vae}"
 FAIR = ("--schedule cosine --prediction x0 --variance small --max-weight 5 --batch-size 32 --warmup 100 --decay cosine "
         "--weight-decay 0 --clip-grad 1 --ema 0.998")    # whatever the network
 BACKBONES = {f"{model} on {what}": f"--model {model} --size {size} {flags} {FAIR}"      # at equal Gflops
@@ -80,8 +81,9 @@ RUNS = {"digits": "", "vae": "--model vae",
         **{f"{size}/{patch}, {steps} steps": f"{LATENT} --size {size}/{patch} {FAIR} --lr {rate} --steps {steps}"
            for steps in (400, 1000) for size, rate in WIDTHS.items() for patch in ((2, 4, 1) if size == "Ti" else (2,))},
         **{f"U-ViT {size}": f"--model uvit --size {size}/8 --steps 1000" for size in ("Ti", "Ti-no-skips", "Ti-no-conv")},
-        "objects": "--model uvit --data shapes:one --text --steps 6000",
-        "scenes": "--model uvit --data shapes --text --steps 6000"}
+        "vae of shapes": "--model vae --data shapes:many --steps 1200",
+        "text": "--data shapes:many --text --vae {shapes-vae} --size Ti/2 --conditioning adaln-zero --max-weight 5 --lr 0.001 "
+                "--steps 9000"}
 
 
 def best_rate(name):
@@ -96,8 +98,8 @@ def best_rate(name):
 
 def flags_of(name, seed, folder):
     """The command line of a run, without the word train.py."""
-    found = {"{vae}": lambda: path_of("vae", 0, folder), "{rate}": lambda: best_rate(name)}
-    words = [str(found[word]()) if word in found else word for word in RUNS[name].split()]
+    words = [str(path_of(AUTOENCODERS[word], 0, folder)) if word in AUTOENCODERS else best_rate(name) if word == "{rate}" else word
+             for word in RUNS[name].split()]
     return [*words, "--seed", str(seed), "--sample-every", "1000000", "--out", str(path_of(name, seed, folder))]
 
 
@@ -187,8 +189,9 @@ def complete(name, folder, together):
               if any((run, str(seed), *map(str, setting.values())) not in done for setting in study.settings)]
     for run in wanted:
         flags_of(*run, folder)                           # refuses what cannot be, before anything is trained
-    if any("{vae}" in RUNS[run] for run, _ in wanted):
-        train_run("vae", 0, folder, None)
+    for word, autoencoder in AUTOENCODERS.items():
+        if any(word in RUNS[run] for run, _ in wanted):
+            train_run(autoencoder, 0, folder, None)
 
     def train_and_score(run, seed):
         score_run(name, run, seed, train_run(run, seed, folder, threads), folder, threads, done)
@@ -256,10 +259,10 @@ STUDIES = {
         "A diffusion model removes noise (§1-2).", ("digits",), judges.denoised,
         dict.fromkeys(("label given", "no label", "linear filter", "best blur", "noisy"), ".1f"),
         numbers_of("no label", "linear filter"), seen(judges.denoised_digits), "Other images than digits.", 1, seeds=(0,)),
-    "captions": Study(
-        "Images are drawn from text (§4-1).", ("objects", "scenes"), judges.prompts_fulfilled,
+    "text": Study(
+        "Images are drawn from text (§4-1).", ("text",), judges.prompts_fulfilled,
         {"right": ".1%", "right in colour": ".1%"}, numbers_of("right"), seen(judges.prompts_drawn),
-        "A finer patch, and more steps.", 30, seeds=(0,), settings=tuple({"prompts": kind} for kind in judges.KINDS)),
+        "Longer training.", 20, seeds=(0,), settings=tuple({"prompts": kind} for kind in judges.KINDS)),
     "roll": Study(
         "The reverse process turns noise into data (§2-1, Fig. 2-1).", ("roll",), judges.distance_to_roll,
         {"distance": ".4f", "of data to data": ".4f"}, numbers_of("distance", "of data to data"), seen(judges.drawn_points),

@@ -88,12 +88,19 @@ class Downsample(nn.Sequential):
         super().__init__(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)))
 
 
+class Repeat(nn.Module):
+    """Repeat each pixel twice along both sides: (N, C, H, W) -> (N, C, 2 H, 2 W).  On the CPU faster than nn.Upsample."""
+
+    def forward(self, x):
+        return x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=2)
+
+
 class Upsample(nn.Sequential):
     """Repeat each pixel twice along both sides, and convolve after it or not: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
 
     def __init__(self, channels, conv):
         layer = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
-        super().__init__(OrderedDict(repeat=nn.Upsample(scale_factor=2), conv=layer))
+        super().__init__(OrderedDict(repeat=Repeat(), conv=layer))
 
 
 class ResBlock(nn.Module):
@@ -128,6 +135,11 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + convolve(dropout(activate(h)))
 
 
+def as_linear(conv, tokens):
+    """A convolution of single pixels as a linear layer of tokens (N, L, C) -> (N, L, C')."""
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
+
+
 class AttentionBlock(nn.Module):
     """Self-attention among the pixels of x (N, C, H, W), with a residual.
 
@@ -143,13 +155,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                             # (N, L, C)
-        qkv = F.linear(tokens, self.qkv.weight.squeeze(2), self.qkv.bias)            # (N, L, 3 C)
+        qkv = as_linear(self.qkv, tokens)                                            # (N, L, 3 C)
         if self.new_order:
             parts = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)                  # three of (N, L, h, d)
         else:
             parts = qkv.unflatten(2, (self.heads, 3, -1)).unbind(3)
         out = attention(*(part.transpose(1, 2) for part in parts))                   # (N, h, L, d)
-        out = F.linear(out.transpose(1, 2).flatten(2), self.proj_out.weight.squeeze(2), self.proj_out.bias)      # (N, L, C)
+        out = as_linear(self.proj_out, out.transpose(1, 2).flatten(2))               # (N, L, C)
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])                     # (N, C, H, W)
 
 
@@ -294,7 +306,7 @@ class UNet(nn.Module):
                 layers = block(width + skips.pop(), level)
                 width = widths[level]
                 if level and i == res_blocks:
-                    layers.append(res(width, width, nn.Upsample(scale_factor=2)) if updown
+                    layers.append(res(width, width, Repeat()) if updown
                                   else Upsample(width, conv_resample))
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(norm(width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1)))

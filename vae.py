@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unet import Upsample, norm
+from unet import Upsample, as_linear, norm
 from vit import attention, default_layout, divided
 
 EPS = 1e-6                             # GroupNorm epsilon of the released weights
@@ -75,7 +75,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention among the pixels of x (N, D, H, W), one head of all channels, with a residual."""
+    """Self-attention among the L = H W pixels of x (N, D, H, W), one head of all channels, with a residual."""
 
     def __init__(self, width):
         super().__init__()
@@ -83,11 +83,10 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x):
-        h = self.norm(x)
-        # contiguous: CUDA's fused kernels want a head's numbers side by side, and without them H W x H W scores are stored
-        q, k, v = (layer(h).flatten(2).mT.unsqueeze(1).contiguous() for layer in (self.q, self.k, self.v))       # (N, 1, H W, D)
-        out = attention(q, k, v).squeeze(1).transpose(1, 2)              # (N, D, H W)
-        return x + self.proj_out(out.unflatten(2, x.shape[2:]))          # (N, D, H, W)
+        tokens = self.norm(x).flatten(2).mT                              # (N, L, D)
+        q, k, v = (as_linear(layer, tokens).unsqueeze(1) for layer in (self.q, self.k, self.v))                  # (N, 1, L, D)
+        out = as_linear(self.proj_out, attention(q, k, v).squeeze(1))    # (N, L, D)
+        return x + out.mT.unflatten(2, x.shape[2:])                      # (N, D, H, W)
 
 
 def downsample(width):

@@ -136,7 +136,8 @@ def test_the_list_has_each_study_its_minutes_and_its_claim(capsys):
 @pytest.mark.parametrize("run", study.RUNS)
 def test_the_flags_of_a_run_are_train_pys(tmp_path, monkeypatch, run):
     monkeypatch.setattr(study, "best_rate", lambda name: study.RATES[0])
-    (tmp_path / "vae-0.pt").touch()
+    for autoencoder in study.AUTOENCODERS.values():
+        study.path_of(autoencoder, 0, tmp_path).touch()
     args, _ = study.read_settings(study.flags_of(run, 3, tmp_path))
     assert args.seed == 3 and args.out == str(study.path_of(run, 3, tmp_path))
 
@@ -166,7 +167,7 @@ def test_every_study_has_its_place_in_the_results_and_every_run_its_study():
         columns = study.columns_of(study.STUDIES[name])
         assert len({*columns}) == len(columns)           # no setting and no score has another's column
         assert page.index(f"<!-- study {name}: written by study.py -->") < page.index(f"<!-- end of study {name} -->")
-    assert {run for one in study.STUDIES.values() for run in one.runs} == set(study.RUNS) - {"vae"}      # which latents need
+    assert {run for one in study.STUDIES.values() for run in one.runs} == set(study.RUNS) - set(study.AUTOENCODERS.values())
 
 
 def network_of(run, folder):
@@ -178,7 +179,8 @@ def network_of(run, folder):
 @pytest.mark.parametrize("where", ["pixels", "latents"])
 def test_the_networks_compared_cost_alike(monkeypatch, tmp_path, where):
     monkeypatch.setattr(study, "best_rate", lambda name: study.RATES[0])
-    (tmp_path / "vae-0.pt").touch()
+    for autoencoder in study.AUTOENCODERS.values():
+        study.path_of(autoencoder, 0, tmp_path).touch()
     costs = [count(network, *inputs_of(network))[1] for network in (
         network_of(run, tmp_path) for run in study.BACKBONES if run.endswith(where))]
     assert len(costs) == 3 and max(costs) < 1.2 * min(costs)

@@ -263,7 +263,7 @@ SIZE_OF = {
 
 def test_every_published_denoiser_has_a_size():
     assert set(SIZE_OF) == {name for name in PUBLISHED if "classifier" not in name}
-    assert set(SIZE_OF.values()) == set(SIZES) - {"Nano", "Ti", "Ti-up", "S", "B", "ldm-coco"}         # ours
+    assert set(SIZE_OF.values()) == set(SIZES) - {"Nano", "Nano-latent", "Ti", "Ti-up", "S", "B", "ldm-coco"}         # ours
 
 
 @pytest.mark.parametrize("name", SIZE_OF)
