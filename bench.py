@@ -1,16 +1,15 @@
-"""Measure speed: of training, of reading data, of the evaluator, and of our transformers beside plain ones.
+"""Measure speed: of training, of reading data, of the evaluator, and of our networks beside plain ones.
 
     python bench.py train --model uvit --size S/4      images/s and GFLOP/s, beside a large product or convolution in the same run
     python bench.py latents --vae vae.pt               a step on cached latents, beside random ones, and beside encoding each time
     python bench.py data                               what reads batches, beside what train.py takes
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
-    python bench.py peers                              our transformers in turn with those of peers.py, and how much faster they are
+    python bench.py peers                              our networks in turn with those of peers.py, and how much faster they are
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
 import interrupts                        # noqa: F401  first, for signals while PyTorch is imported
 import copy
-import itertools
 import math
 import resource
 import sys
@@ -28,6 +27,7 @@ from PIL import Image
 import data
 import inception
 import peers
+import text
 import train
 from checkpoint import load, load_autoencoder
 from cli import Parser, at_least, autocast, one_line_errors, positive, precision_on, processes
@@ -275,25 +275,50 @@ def samplings(training, peer, batch_size):
 PARTS = {"training": training_steps, "forward": forward_passes, "sampling": samplings}
 
 
+def denoisers(part, name, batch_size):
+    """A part of our network's work and its peer's, of a model and size as train.py makes them for the digits."""
+    model, size = name.split()
+    with tempfile.TemporaryDirectory() as folder:
+        settings, _ = read_settings(["--model", model, "--size", size, "--batch-size", str(batch_size), "--device", "cpu",
+                                     "--out", str(Path(folder) / "run.pt")])
+        training = train.Training(settings, None, torch.device("cpu"), 0, 1)
+    return PARTS[part](training, peers.peer(training.described, training.state.network.state_dict()), batch_size)
+
+
+def autoencoders(part, name, batch_size):
+    """Encoding images of 64 x 64 by our autoencoder of a size and by its peer, or decoding them."""
+    described = describe("vae", name.split()[1], None, 3)
+    ours = build(described).eval()
+    theirs, factor = peers.peer(described, ours.state_dict()).eval(), ours.factor
+    x = torch.randn(batch_size, 3, 64, 64) if part == "encode" else torch.randn(batch_size, 4, 64 // factor, 64 // factor)
+    return lambda: getattr(ours, part)(x), lambda: getattr(theirs, part)(x)
+
+
+def text_encoders(part, name, batch_size):
+    """Encoding captions of 77 tokens by CLIP ViT-L/14's text encoder, ours and a peer."""
+    ours, ids = text.CLIPTextEncoder().eval(), torch.randint(49408, (batch_size, 77))
+    theirs = peers.with_plain_blocks(copy.deepcopy(ours))
+    return lambda: ours(ids), lambda: theirs(ids)
+
+
+PEERS = {**{name: (denoisers, PARTS) for name in ("dit Ti/8", "dit S/8", "dit S/4", "uvit Ti/8", "uvit S/4", "unet Ti")},
+         "vae Ti": (autoencoders, ("encode", "decode")), "clip L/14": (text_encoders, ("forward",))}      # network: makers, parts
+
+
 def beside_peers(args):
-    """Time our transformers and the same networks in their authors' style, with the same weights, in turn, on the CPU."""
+    """Time our networks and the same networks in their authors' style, with the same weights, in turn, on the CPU."""
     print(f"batch {args.batch_size}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.pairs} pairs, "
-          "and of their ratios with the range\n\n| | network | ours | theirs | times as fast |\n|---|---|---|---|---|")
-    for part, name in itertools.product(args.parts or PARTS, args.networks or PEERS):
-        model, size = name.split()
-        with tempfile.TemporaryDirectory() as folder:
-            settings, _ = read_settings(["--model", model, "--size", size, "--batch-size", str(args.batch_size), "--device", "cpu",
-                                         "--out", str(Path(folder) / "run.pt")])
-            training = train.Training(settings, None, torch.device("cpu"), 0, 1)
-        peer = peers.peer(training.described, training.state.network.state_dict())
-        with torch.set_grad_enabled(part == "training"):
-            seconds = in_turn(*PARTS[part](training, peer, args.batch_size), args.pairs)
-        ours, theirs, ratios = *np.median(seconds, axis=0), seconds[:, 1] / seconds[:, 0]
-        print(f"| {part} | {name} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {np.median(ratios):.2f} ({ratios.min():.2f} – "
-              f"{ratios.max():.2f}) |", flush=True)
+          "and of their ratios with the range\n\n| network | | ours | theirs | times as fast |\n|---|---|---|---|---|")
+    for name in args.networks or PEERS:
+        make, parts = PEERS[name]
+        for part in parts:
+            with torch.set_grad_enabled(part == "training"):
+                seconds = in_turn(*make(part, name, args.batch_size), args.pairs)
+            ours, theirs, ratios = *np.median(seconds, axis=0), seconds[:, 1] / seconds[:, 0]
+            print(f"| {name} | {part} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {np.median(ratios):.2f} ({ratios.min():.2f} – "
+                  f"{ratios.max():.2f}) |", flush=True)
 
 
-PEERS = ("dit Ti/8", "dit S/8", "dit S/4", "uvit Ti/8", "uvit S/4")
 MEASUREMENTS = {"train": speed, "latents": latent_steps, "data": data_path, "evaluate": evaluation, "peers": beside_peers}
 
 
@@ -316,7 +341,6 @@ def flags():
     add("data", "--size", DEFAULT_SIZE["dit"], "of a DiT")
     add("train latents data", "--data", "mnist", "as for train.py")
     add("train latents data peers", "--batch-size", 32, "images a step", type=positive)
-    commands["peers"].add_argument("--parts", nargs="+", choices=PARTS, help="what to time (default: all)")
     commands["peers"].add_argument("--networks", nargs="+", choices=PEERS, help="of which (default: all)")
     add("peers", "--pairs", 7, "of measurements", type=positive)
     add("train latents data evaluate", "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))

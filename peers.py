@@ -1,14 +1,19 @@
-"""The transformers again, in the style of their authors' code: what bench.py measures ours against.
+"""The networks again, in the style of their authors' code: what bench.py measures ours against.
 
-Report §2-6, §2-8, §4-1 … §4-4. Nothing else here uses them. They were written anew, but as the papers' code is: patches by a
-convolution, one matrix for q, k and v, PyTorch's attention, norms and modulation apart, and an average of the weights that goes
-from parameter to parameter. Their state-dict names are ours, so that both have the same weights; tests compare outputs and
-gradients. Shapes: N images, C channels, L tokens, D width, p patch.
+Report §2-2, §2-5, §2-6, §2-8, §4-1 … §4-4. Nothing else here uses them. The transformers were written anew, but as the papers'
+code is: patches by a convolution, one matrix for q, k and v, PyTorch's attention, norms and modulation apart, and an average of the
+weights that goes from parameter to parameter. Of U-Net, autoencoder and text encoder only the blocks are written again, and put
+into our networks, which say what follows what. State-dict names are ours, so that both have the same weights; tests compare
+outputs and gradients. Shapes: N images, C channels, L tokens, D width, p patch, h heads, d = D / h.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models import build
+from text import TextBlock
+from unet import AttentionBlock, Repeat, ResBlock
+from vae import AttnBlock, ResnetBlock
 from vit import pair, sincos_position_embedding, timestep_embedding
 
 
@@ -162,12 +167,102 @@ class PlainUViT(nn.Module):
         return self.final_layer(plain_unpatchify(x, self.patch_size, self.channels))
 
 
+class PlainRepeat(Repeat):
+    """Upsampling as OpenAI's, CompVis's and the diffusers library's code has it."""
+
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class PlainUNetResBlock(ResBlock):
+    """The U-Net's block as OpenAI's code has it."""
+
+    def forward(self, x, emb):
+        if self.resample is not None:
+            h = self.resample(self.in_layers[:-1](x))
+            x = self.resample(x)
+            h = self.in_layers[-1](h)
+        else:
+            h = self.in_layers(x)
+        emb = self.emb_layers(emb)[..., None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+class PlainUNetAttention(AttentionBlock):
+    """The U-Net's attention as OpenAI's code has it: convolutions of one pixel, and products by einsum (its legacy order)."""
+
+    def forward(self, x):
+        N, C, *sides = x.shape
+        x = x.reshape(N, C, -1)
+        q, k, v = self.qkv(self.norm(x)).reshape(N * self.heads, 3 * C // self.heads, -1).split(C // self.heads, dim=1)
+        scale = (C // self.heads) ** -0.25
+        weight = torch.softmax(torch.einsum("bct,bcs->bts", q * scale, k * scale), dim=-1)
+        h = self.proj_out(torch.einsum("bts,bcs->bct", weight, v).reshape(N, C, -1))
+        return (x + h).reshape(N, C, *sides)
+
+
+class PlainAutoencoderBlock(ResnetBlock):
+    """The autoencoder's block as the diffusers library has it."""
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.dropout(F.silu(self.norm2(h)), 0.0, self.training))
+        return (self.nin_shortcut(x) + h) / 1.0
+
+
+class PlainAutoencoderAttention(AttnBlock):
+    """The autoencoder's attention as the diffusers library has it."""
+
+    def forward(self, x):
+        N, C, H, W = x.shape
+        tokens = self.norm(x.view(N, C, H * W)).transpose(1, 2)
+        q, k, v = (F.linear(tokens, layer.weight[:, :, 0, 0], layer.bias).view(N, -1, 1, C).transpose(1, 2)
+                   for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, -1, C)
+        h = F.linear(h, self.proj_out.weight[:, :, 0, 0], self.proj_out.bias)
+        return (h.transpose(-1, -2).reshape(N, C, H, W) + x) / 1.0
+
+
+class PlainTextBlock(TextBlock):
+    """CLIP's block as Hugging Face's library has it."""
+
+    def forward(self, x, mask):
+        N, L, D = x.shape
+        h, a = self.layer_norm1(x), self.self_attn
+        q, k, v = (layer(h).view(N, L, self.heads, -1).transpose(1, 2) for layer in (a.q_proj, a.k_proj, a.v_proj))      # (N, h, L, d)
+        bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(x.dtype).min)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).contiguous().reshape(N, L, D)
+        x = x + a.out_proj(h)
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))
+
+
+PLAIN = {plain.__base__: plain for plain in (PlainRepeat, PlainUNetResBlock, PlainUNetAttention, PlainAutoencoderBlock,
+                                              PlainAutoencoderAttention, PlainTextBlock)}
+
+
+def with_plain_blocks(network):
+    """A network, changed: its blocks in their authors' style."""
+    for module in network.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+    return network
+
+
 def peer(described, weights):
-    """The network of a description of models.py with its weights: an adaLN-Zero DiT or a U-ViT of square images and classes."""
-    a = described["arguments"]
-    common = [a[name] for name in ("image_size", "patch_size", "channels", "dim", "depth", "heads", "num_classes")]
-    common[0], = set(pair(common[0]))
-    network = PlainDiT(*common, a["learn_sigma"]) if described["class"] == "DiT" else PlainUViT(*common)
+    """The network of a description of models.py with its weights: an adaLN-Zero DiT or a U-ViT of square images and classes, a
+    U-Net or an autoencoder."""
+    if described["class"] in ("DiT", "UViT"):
+        a = described["arguments"]
+        common = [a[name] for name in ("image_size", "patch_size", "channels", "dim", "depth", "heads", "num_classes")]
+        common[0], = set(pair(common[0]))
+        network = PlainDiT(*common, a["learn_sigma"]) if described["class"] == "DiT" else PlainUViT(*common)
+    else:
+        network = with_plain_blocks(build(described))
     network.load_state_dict(weights)
     return network
 

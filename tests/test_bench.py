@@ -1,4 +1,5 @@
 """bench.py: rates stand beside a ruler, and its stopwatch changes nothing."""
+import copy
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ import checkpoint
 import data
 import latents
 import peers
+import text
 import train
 import vae
 from models import build, describe
@@ -74,6 +76,26 @@ def test_a_peer_is_our_network_in_other_words(model, learn_sigma):
     assert_close(dict(zip(names[1], slopes[1])), dict(zip(names[0], slopes[0])), rtol=1e-3, atol=1e-5)
 
 
+def test_a_peers_blocks_are_ours_in_other_words():
+    """Those of the U-Net, with and without attention to all pixels, the autoencoder and CLIP's text encoder."""
+    torch.manual_seed(0)
+    ids = torch.randint(50, (3, 7))
+    networks = [(build(describe("unet", "Ti", (16, 16), 3, 5)), (torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5]))),
+                (build(describe("vae", "Ti", None, 3)), (torch.randn(3, 3, 16, 16), torch.randn(3, 4, 4, 4))),
+                (text.CLIPTextEncoder(vocab=50, length=7, dim=32, depth=2, heads=4), (ids,))]
+    for ours, inputs in networks:
+        for weight in ours.parameters():
+            weight.data += 0.05 * torch.randn_like(weight)
+        theirs = peers.with_plain_blocks(copy.deepcopy(ours))
+        assert sum(type(module) in peers.PLAIN.values() for module in theirs.modules()) > 1
+        assert not any(type(module) in peers.PLAIN for module in theirs.modules())
+        outputs = [network(*inputs) for network in (theirs, ours)]
+        assert_close(*outputs, rtol=1e-4, atol=1e-4)
+        slopes = [torch.autograd.grad((out if torch.is_tensor(out) else out[0]).square().mean(), [*network.parameters()])
+                  for out, network in zip(outputs, (theirs, ours))]
+        assert_close(*slopes, rtol=1e-3, atol=1e-5)
+
+
 def test_what_reads_batches_is_timed_beside_the_training_loop(capsys, no_picture):
     bench.main(["data", "--size", "Ti/16", "--steps", "3", "--batch-size", "4", "--device", "cpu"])
     *_, memory, decoded, cached, loop = capsys.readouterr().out.splitlines()
@@ -97,10 +119,11 @@ def test_pairs_are_timed_in_turn_and_each_is_first_as_often(monkeypatch):
 
 def test_our_networks_are_timed_beside_their_authors(capsys, monkeypatch):
     monkeypatch.setattr(bench, "in_turn", lambda ours, theirs, pairs: (ours(), theirs(), np.tile([0.1, 0.2], (pairs, 1)))[2])
-    bench.main(["peers", "--networks", "dit Ti/8", "uvit Ti/8", "--batch-size", "2", "--pairs", "3"])
+    monkeypatch.setattr(text.CLIPTextEncoder.__init__, "__defaults__", (49408, 77, 8, 1, 1, None))
+    names = ("dit Ti/8", "uvit Ti/8", "unet Ti", "vae Ti", "clip L/14")
+    bench.main(["peers", "--networks", *names, "--batch-size", "2", "--pairs", "3"])
     rows = capsys.readouterr().out.splitlines()[4:]
-    assert rows == [f"| {part} | {network} | 100.0 ms | 200.0 ms | 2.00 (2.00 – 2.00) |" for part in bench.PARTS
-                    for network in ("dit Ti/8", "uvit Ti/8")]
+    assert rows == [f"| {name} | {part} | 100.0 ms | 200.0 ms | 2.00 (2.00 – 2.00) |" for name in names for part in bench.PEERS[name][1]]
 
 
 @pytest.mark.parametrize("model, size, ruler", [("dit", "Ti/4", "product"), ("vit", "Ti/4", "product"),
