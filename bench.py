@@ -315,8 +315,8 @@ def beside_peers(args):
             with torch.set_grad_enabled(part == "training"):
                 seconds = in_turn(*make(part, name, args.batch_size), args.pairs)
             ours, theirs, ratios = *np.median(seconds, axis=0), seconds[:, 1] / seconds[:, 0]
-            print(f"| {name} | {part} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {np.median(ratios):.2f} ({ratios.min():.2f} – "
-                  f"{ratios.max():.2f}) |", flush=True)
+            print(f"| {name} | {part} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {np.median(ratios):.2f} "
+                  f"({ratios.min():.2f} – {ratios.max():.2f}) |", flush=True)
 
 
 MEASUREMENTS = {"train": speed, "latents": latent_steps, "data": data_path, "evaluate": evaluation, "peers": beside_peers}

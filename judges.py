@@ -132,8 +132,8 @@ def drawn_prompts(path, seed, prompts):
     """Images uint8 (PROMPTS, H, W, 3) of a kind of prompts, in turn, and these."""
     run, network, diffusion = drawable(path)
     reader, prompts = text_reader(run, network), [KINDS[prompts][i % len(KINDS[prompts])] for i in range(PROMPTS)]
-    drawn = draw_images(network, diffusion, range(PROMPTS), read_prompts(prompts, reader, network), seed, decoder(None, run, network),
-                        y_null=unconditional(network, reader, run.config["cfg_drop"]))
+    drawn = draw_images(network, diffusion, range(PROMPTS), read_prompts(prompts, reader, network), seed,
+                        decoder(None, run, network), y_null=unconditional(network, reader, run.config["cfg_drop"]))
     return torch.cat([images for _, images in drawn]).numpy(), prompts
 
 

@@ -192,14 +192,14 @@ def against(x, y, key):
 
 
 def scattered(costs, score, groups):
-    """Charts side by side of a score against each cost, both logarithmic: a disc a run, in a colour a group, the end of its name."""
+    """Charts side by side of a score against each cost, on logarithmic axes: a disc a run, a colour a group, the end of its name."""
     def draw(study, rows, path):
         charts = []
         for cost in costs:
             x, y = (np.array([values(rows, name, run=run).mean() for run in study.runs]) for name in (cost, score))
             low, high = spread(x, log=True)
-            chart = Chart((low, high * (high / low) ** 0.2), spread(y, log=True), x_label=cost, y_label=score, width=640, height=480,
-                          log_x=True, log_y=True)
+            chart = Chart((low, high * (high / low) ** 0.2), spread(y, log=True), x_label=cost, y_label=score, width=640,
+                          height=480, log_x=True, log_y=True)
             for group, colour in zip(groups, COLOURS):
                 mine = [i for i, run in enumerate(study.runs) if run.endswith(group)]
                 chart.points(x[mine], y[mine], colour, 5, label=group)

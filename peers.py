@@ -234,7 +234,7 @@ class PlainTextBlock(TextBlock):
     def forward(self, x, mask):
         N, L, D = x.shape
         h, a = self.layer_norm1(x), self.self_attn
-        q, k, v = (layer(h).view(N, L, self.heads, -1).transpose(1, 2) for layer in (a.q_proj, a.k_proj, a.v_proj))      # (N, h, L, d)
+        q, k, v = (layer(h).view(N, L, self.heads, -1).transpose(1, 2) for layer in (a.q_proj, a.k_proj, a.v_proj))
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(x.dtype).min)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).contiguous().reshape(N, L, D)
         x = x + a.out_proj(h)

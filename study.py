@@ -67,7 +67,8 @@ LATENT = "--vae {digits-vae}"
 FAIR = ("--schedule cosine --prediction x0 --variance small --max-weight 5 --batch-size 32 --warmup 100 --decay cosine "
         "--weight-decay 0 --clip-grad 1 --ema 0.998")    # whatever the network
 BACKBONES = {f"{model} on {what}": f"--model {model} --size {size} {flags} {FAIR}"      # at equal Gflops
-             for what, flags, sizes in (("pixels", "", ("Nano", "Nano/4", "Ti/4")), ("latents", LATENT, ("Nano-latent", "Nano/2", "Ti/2")))
+             for what, flags, sizes in (("pixels", "", ("Nano", "Nano/4", "Ti/4")),
+                                        ("latents", LATENT, ("Nano-latent", "Nano/2", "Ti/2")))
              for model, size in zip(("unet", "uvit", "dit"), sizes)}
 RATES = ("0.0005", "0.0012", "0.003")
 WIDTHS = {"Nano": "0.004", "Nano-deep": "0.004", "Ti": "0.002", "Ti-deep": "0.002", "S-shallow": "0.001", "S": "0.001"}   # rates
@@ -82,7 +83,7 @@ RUNS = {"digits": "", "vae": "--model vae",
            for steps in (400, 1000) for size, rate in WIDTHS.items() for patch in ((2, 4, 1) if size == "Ti" else (2,))},
         **{f"U-ViT {size}": f"--model uvit --size {size}/8 --steps 1000" for size in ("Ti", "Ti-no-skips", "Ti-no-conv")},
         "vae of shapes": "--model vae --data shapes:many --steps 1200",
-        "text": "--data shapes:many --text --vae {shapes-vae} --size Ti/2 --conditioning adaln-zero --max-weight 5 --lr 0.001 "
+        "text": "--data shapes:related --text --vae {shapes-vae} --size Ti/2 --conditioning adaln-zero --max-weight 5 --lr 0.001 "
                 "--steps 9000"}
 
 

@@ -80,8 +80,9 @@ def test_a_peers_blocks_are_ours_in_other_words():
     """Those of the U-Net, with and without attention to all pixels, the autoencoder and CLIP's text encoder."""
     torch.manual_seed(0)
     ids = torch.randint(50, (3, 7))
-    networks = [(build(describe("unet", "Ti", (16, 16), 3, 5)), (torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5]))),
-                (build(describe("vae", "Ti", None, 3)), (torch.randn(3, 3, 16, 16), torch.randn(3, 4, 4, 4))),
+    x, t, y = torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5])
+    networks = [(build(describe("unet", "Ti", (16, 16), 3, 5)), (x, t, y)),
+                (build(describe("vae", "Ti", None, 3)), (x, torch.randn(3, 4, 4, 4))),
                 (text.CLIPTextEncoder(vocab=50, length=7, dim=32, depth=2, heads=4), (ids,))]
     for ours, inputs in networks:
         for weight in ours.parameters():
@@ -123,7 +124,8 @@ def test_our_networks_are_timed_beside_their_authors(capsys, monkeypatch):
     names = ("dit Ti/8", "uvit Ti/8", "unet Ti", "vae Ti", "clip L/14")
     bench.main(["peers", "--networks", *names, "--batch-size", "2", "--pairs", "3"])
     rows = capsys.readouterr().out.splitlines()[4:]
-    assert rows == [f"| {name} | {part} | 100.0 ms | 200.0 ms | 2.00 (2.00 – 2.00) |" for name in names for part in bench.PEERS[name][1]]
+    assert rows == [f"| {name} | {part} | 100.0 ms | 200.0 ms | 2.00 (2.00 – 2.00) |" for name in names
+                    for part in bench.PEERS[name][1]]
 
 
 @pytest.mark.parametrize("model, size, ruler", [("dit", "Ti/4", "product"), ("vit", "Ti/4", "product"),

@@ -151,7 +151,8 @@ def test_the_best_rate_has_the_least_held_out_loss_and_waits_for_all(tmp_path, m
     rates = study.STUDIES["rates"]
     losses = {run: i + 10 * (study.RATES[1] not in run) for i, run in enumerate(rates.runs)}
     lines = [",".join(columns := study.columns_of(rates))]
-    lines += [",".join({"run": f'"{run}"', "held-out loss": str(loss)}.get(column, "0") for column in columns) for run, loss in losses.items()]
+    lines += [",".join({"run": f'"{run}"', "held-out loss": str(loss)}.get(column, "0") for column in columns)
+              for run, loss in losses.items()]
     study.table_path("rates").write_text("\n".join(lines) + "\n")
     assert {study.best_rate(name) for name in study.BACKBONES} == {study.RATES[1]}
     study.table_path("rates").write_text("\n".join(lines[:-1]) + "\n")
@@ -254,7 +255,8 @@ def test_numbers_are_said_with_their_range_in_each_setting():
     assert numbers_of("FD")(one, rows) == "a, scale 1.0: FD 2.0 (1.0 – 3.0); a, scale 2.0: FD 3.0 (2.0 – 4.0)."
 
 
-@pytest.mark.parametrize("picture", [by_run("FD"), by_run("FD", log=True), along("scale", "FD"), against("FD", "FD", "scale"), along("scale", "FD", log=True), scattered(("scale", "FD"), "FD", ("a", "b")),
+@pytest.mark.parametrize("picture", [by_run("FD"), by_run("FD", log=True), along("scale", "FD"), against("FD", "FD", "scale"),
+                                     along("scale", "FD", log=True), scattered(("scale", "FD"), "FD", ("a", "b")),
                                      seen(lambda path: np.zeros((480, 900, 3), np.uint8))])
 def test_every_kind_of_picture_is_drawn(picture):
     one = Study("", ("a", "b"), None, {"FD": ".1f"}, None, picture, "", 1, settings=({"scale": 1.0}, {"scale": 2.0}))
