@@ -83,7 +83,7 @@ RUNS = {"digits": "", "vae": "--model vae",
            for steps in (400, 1000) for size, rate in WIDTHS.items() for patch in ((2, 4, 1) if size == "Ti" else (2,))},
         **{f"U-ViT {size}": f"--model uvit --size {size}/8 --steps 1000" for size in ("Ti", "Ti-no-skips", "Ti-no-conv")},
         "vae of shapes": "--model vae --data shapes:many --steps 1200",
-        "text": "--data shapes:related --text --vae {shapes-vae} --size Ti/2 --conditioning adaln-zero --max-weight 5 --lr 0.001 "
+        "text": "--data shapes:many --text --vae {shapes-vae} --size Ti/2 --conditioning adaln-zero --max-weight 5 --lr 0.001 "
                 "--steps 9000"}
 
 
@@ -263,7 +263,7 @@ STUDIES = {
     "text": Study(
         "Images are drawn from text (§4-1).", ("text",), judges.prompts_fulfilled,
         {"right": ".1%", "right in colour": ".1%"}, numbers_of("right"), seen(judges.prompts_drawn),
-        "Longer training.", 20, seeds=(0,), settings=tuple({"prompts": kind} for kind in judges.KINDS)),
+        "Longer training, by parts: shapes are learned from simple scenes.", 20, seeds=(0,), settings=tuple({"prompts": kind} for kind in judges.KINDS)),
     "roll": Study(
         "The reverse process turns noise into data (§2-1, Fig. 2-1).", ("roll",), judges.distance_to_roll,
         {"distance": ".4f", "of data to data": ".4f"}, numbers_of("distance", "of data to data"), seen(judges.drawn_points),
