@@ -180,7 +180,7 @@ CASES = [
     ("a missing .npz", nothing, f"{TRAIN} --data images.npz", "images.npz: there is no such file"),
     ("one image", npz(arr_0=pixels(1, 32, 32, 3)), f"{TRAIN} --data images.npz", "too few"),
     ("a size the patch does not divide", npz(arr_0=pixels(5, 30, 30, 3)), f"{TRAIN} --data images.npz", "use 16 or 32"),
-    ("an unknown size", nothing, f"{TRAIN} --size XXL/2", "Ti, XS, S, B, L, XL"),
+    ("an unknown size", nothing, f"{TRAIN} --size XXL/2", "S, B, L, XL and a patch size"),
     ("a weight of errors of x0 that is not predicted", nothing, f"{TRAIN} --prediction v --max-weight 2",
      "--max-weight: it weights the errors of --prediction x0"),
     ("a size without a patch", nothing, f"{TRAIN} --size S", "B/4"),
