@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from models import build
 from text import TextBlock
-from unet import AttentionBlock, Repeat, ResBlock
+from unet import AttentionBlock, ResBlock
 from vae import AttnBlock, ResnetBlock
 from vit import pair, sincos_position_embedding, timestep_embedding
 
@@ -167,13 +167,6 @@ class PlainUViT(nn.Module):
         return self.final_layer(plain_unpatchify(x, self.patch_size, self.channels))
 
 
-class PlainRepeat(Repeat):
-    """Upsampling as OpenAI's, CompVis's and the diffusers library's code has it."""
-
-    def forward(self, x):
-        return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 class PlainUNetResBlock(ResBlock):
     """The U-Net's block as OpenAI's code has it."""
 
@@ -242,8 +235,8 @@ class PlainTextBlock(TextBlock):
         return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))
 
 
-PLAIN = {plain.__base__: plain for plain in (PlainRepeat, PlainUNetResBlock, PlainUNetAttention, PlainAutoencoderBlock,
-                                              PlainAutoencoderAttention, PlainTextBlock)}
+PLAIN = {plain.__base__: plain for plain in (PlainUNetResBlock, PlainUNetAttention, PlainAutoencoderBlock, PlainAutoencoderAttention,
+                                              PlainTextBlock)}
 
 
 def with_plain_blocks(network):
