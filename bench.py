@@ -311,7 +311,7 @@ def beside_peers(args):
           "and of their ratios with the range\n\n| network | | ours | theirs | times as fast |\n|---|---|---|---|---|")
     for name in args.networks or PEERS:
         make, parts = PEERS[name]
-        for part in parts:
+        for part in [part for part in parts if part in (args.parts or parts)]:
             with torch.set_grad_enabled(part == "training"):
                 seconds = in_turn(*make(part, name, args.batch_size), args.pairs)
             ours, theirs, ratios = *np.median(seconds, axis=0), seconds[:, 1] / seconds[:, 0]
@@ -341,6 +341,8 @@ def flags():
     add("data", "--size", DEFAULT_SIZE["dit"], "of a DiT")
     add("train latents data", "--data", "mnist", "as for train.py")
     add("train latents data peers", "--batch-size", 32, "images a step", type=positive)
+    commands["peers"].add_argument("--parts", nargs="+", choices=dict.fromkeys(part for _, parts in PEERS.values() for part in parts),
+                                   help="what to time (default: all)")
     commands["peers"].add_argument("--networks", nargs="+", choices=PEERS, help="of which (default: all)")
     add("peers", "--pairs", 7, "of measurements", type=positive)
     add("train latents data evaluate", "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))

@@ -38,21 +38,19 @@ def score_table(study, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def ranking(score, claimed=None, best=min):
-    """An outcome: the runs from the best to the worst mean of a score; claimed: the run that the report expects to be first."""
+def ranking(score, claimed):
+    """An outcome: the runs from the least to the largest mean of a score; claimed: the run that the report expects to be first."""
     def say(study, rows):
         found = {run: values(rows, score, run=run) for run in study.runs}
-        order = sorted(found, key=lambda run: found[run].mean(), reverse=best is max)
+        order = sorted(found, key=lambda run: found[run].mean())
         first, second = order[:2]
-        apart = (found[first].max() < found[second].min() if best is min else found[first].min() > found[second].max())
+        apart = found[first].max() < found[second].min()
         means = ", ".join(f"{run} {spread_of(found[run], study.columns[score])}" for run in order)
-        text = (f"{score}, from the best: {means}. The ranges of {first} and {second} "
-                + ("lie apart." if apart else "overlap: these seeds do not tell them apart."))
-        if claimed:
-            text += " " + ("This agrees with the report." if first == claimed and apart else
-                           "This contradicts the report." if first != claimed and found[first].max() < found[claimed].min() else
-                           "This neither confirms the report nor contradicts it.")
-        return text
+        return (f"{score}, from the best: {means}. The ranges of {first} and {second} "
+                + ("lie apart. " if apart else "overlap: these seeds do not tell them apart. ")
+                + ("This agrees with the report." if first == claimed and apart else
+                   "This contradicts the report." if first != claimed and found[first].max() < found[claimed].min() else
+                   "This neither confirms the report nor contradicts it."))
     return say
 
 

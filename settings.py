@@ -46,7 +46,7 @@ DENOISING = ("schedule", "prediction", "variance", "max_weight", "cfg_drop",    
 OF_IMAGES = ("vae", "text", "clip", "flip", "shift", "skip_bad", "max_pixels", "eval_every", "checkpointing")     # not of points
 OTHERS = {"vit": "a ViT classifies", "vae": "an autoencoder encodes and decodes"}
 RECIPES = {                            # by model and the size's first word; None: any other size. REPORT.md: how papers differ
-    "dit": {"XS": FIRST, "Nano": LAPTOP, "Ti": LAPTOP, None: DIT},                       # Peebles & Xie 2023, section 4
+    "dit": {"XS": FIRST, "Nano": LAPTOP, "Ti": LAPTOP, None: DIT},       # Peebles & Xie 2023, section 4
     "uvit": {"Nano": LAPTOP, "Ti": LAPTOP, None: UVIT},                  # Bao et al. 2023, appendix, for CIFAR-10
     "unet": {"Nano": FEW, "Ti": FEW,
              "iddpm": IDDPM, "adm": DIT, None: DDPM},    # Nichol & Dhariwal 2021; as DiT; Ho et al. 2020, for CIFAR-10

@@ -126,6 +126,8 @@ def test_our_networks_are_timed_beside_their_authors(capsys, monkeypatch):
     rows = capsys.readouterr().out.splitlines()[4:]
     assert rows == [f"| {name} | {part} | 100.0 ms | 200.0 ms | 2.00 (2.00 – 2.00) |" for name in names
                     for part in bench.PEERS[name][1]]
+    bench.main(["peers", "--networks", "vae Ti", "clip L/14", "--parts", "decode", "--batch-size", "2", "--pairs", "3"])
+    assert [row.split(" | ")[:2] for row in capsys.readouterr().out.splitlines()[4:]] == [["| vae Ti", "decode"]]
 
 
 @pytest.mark.parametrize("model, size, ruler", [("dit", "Ti/4", "product"), ("vit", "Ti/4", "product"),

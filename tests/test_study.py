@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,21 @@ def test_each_run_is_trained_and_scored_once_in_each_setting(trial, tmp_path, ca
     trial.clear()
     study.main(["trial"])
     assert not trial and (tmp_path / "study-trial.csv").read_text() == table
+
+
+def test_runs_at_once_have_one_thread_each_and_all_are_scored(trial, tmp_path, monkeypatch):
+    threads, here, train_it = [], [], subprocess.run
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(torch, "set_num_threads", here.append)
+
+    def trained(command, env, **_):
+        threads.append(env["OMP_NUM_THREADS"])
+        train_it(command)
+    monkeypatch.setattr(subprocess, "run", trained)
+    study.main(["trial", "--together", "2"])
+    rows = list(csv.DictReader((tmp_path / "study-trial.csv").read_text().splitlines()))
+    assert threads == ["1"] * 4 and {*here} == {1} and {row["threads"] for row in rows} == {"1"}
+    assert sorted(float(row["FD"]) for row in rows) == [1, 2, 2, 3, 11, 12, 12, 13]
 
 
 def test_a_study_that_was_stopped_scores_what_is_missing(trial, tmp_path):
@@ -156,6 +172,7 @@ def test_the_best_rate_has_the_least_held_out_loss_and_waits_for_all(tmp_path, m
     study.table_path("rates").write_text("\n".join(lines) + "\n")
     assert {study.best_rate(name) for name in study.BACKBONES} == {study.RATES[1]}
     study.table_path("rates").write_text("\n".join(lines[:-1]) + "\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained before it refused"))
     with pytest.raises(SystemExit) as stop:
         study.main(["backbones", "--runs", str(tmp_path / "runs")])
     said = capsys.readouterr().err
@@ -296,7 +313,11 @@ def test_the_held_out_loss_of_a_network_that_sees_nothing_is_that_of_the_data(fe
     monkeypatch.setattr(judges, "drawable", lambda path: (run, blind, diffusion))
     assert run.config["prediction"] == "x0" and run.config["max_weight"] == 1
     images, _ = judges.held_out_digits()
-    assert judges.held_out_loss(tiny_run, 0)["held-out loss"] == pytest.approx((images ** 2).mean().item(), rel=1e-5)
+    power = (images ** 2).mean().item()
+    assert judges.held_out_loss(tiny_run, 0)["held-out loss"] == pytest.approx(power, rel=1e-5)
+    latents = SimpleNamespace(scale=2, encode=lambda x: (x / 3, None))
+    monkeypatch.setattr(judges, "decoder", lambda *_: latents)
+    assert judges.held_out_loss(tiny_run, 0)["held-out loss"] == pytest.approx(4 / 9 * power, rel=1e-5)
 
 
 def test_a_run_is_scored_with_its_held_out_loss_and_its_cost(tiny_run, monkeypatch):
@@ -332,6 +353,15 @@ def test_perfect_images_fulfil_their_prompts(few, tmp_path, monkeypatch):
     assert judges.prompts_fulfilled(tmp_path / "text.pt", 0, "a red disc") == {"right": 1, "right in colour": 1}
     assert judges.prompts_fulfilled(tmp_path / "text.pt", 0, "two red squares")["right"] == 0
     assert judges.prompts_drawn(tmp_path / "text.pt").shape[2] == 3
+
+
+def test_prompts_of_a_run_on_latents_are_judged_as_images(few, tiny_run, monkeypatch):
+    given = []
+    for name, value in dict(text_reader=None, read_prompts=None, unconditional=None, decoder="its autoencoder").items():
+        monkeypatch.setattr(judges, name, lambda *_, value=value: value)
+    monkeypatch.setattr(judges, "draw_images", lambda *args, **_: given.extend(args) or [(range(1), torch.zeros(1))])
+    judges.drawn_prompts(tiny_run, 0, "a red disc")
+    assert given[5] == "its autoencoder"                 # draw_images' autoencoder
 
 
 def test_the_roll_is_as_far_from_itself_as_two_of_its_data_sets(few, monkeypatch):
