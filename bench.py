@@ -301,8 +301,16 @@ def text_encoders(part, name, batch_size):
     return lambda: ours(ids), lambda: theirs(ids)
 
 
+def evaluators(part, name, batch_size):
+    """Measuring images of 32 x 32 by FID's Inception, ours and a peer, whose batch norms are not folded."""
+    ours, images = inception.Inception(), torch.randint(256, (batch_size, 32, 32, 3), dtype=torch.uint8)
+    theirs = peers.with_plain_blocks(copy.deepcopy(ours))
+    return lambda: ours(images), lambda: theirs(images)
+
+
 PEERS = {**{name: (denoisers, PARTS) for name in ("dit Ti/8", "dit S/8", "dit S/4", "uvit Ti/8", "uvit S/4", "unet Ti")},
-         "vae Ti": (autoencoders, ("encode", "decode")), "clip L/14": (text_encoders, ("forward",))}      # network: makers, parts
+         "vae Ti": (autoencoders, ("encode", "decode")), "clip L/14": (text_encoders, ("forward",)),
+         "inception": (evaluators, ("forward",))}        # network: makers, parts
 
 
 def beside_peers(args):

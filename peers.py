@@ -1,15 +1,16 @@
 """The networks again, in the style of their authors' code: what bench.py measures ours against.
 
-Report §2-2, §2-5, §2-6, §2-8, §4-1 … §4-4. Nothing else here uses them. The transformers were written anew, but as the papers'
+Report §2-2, §2-5, §2-6, §2-8, §4-1 … §4-4, §4-6. Nothing else here uses them. The transformers were written anew, but as the papers'
 code is: patches by a convolution, one matrix for q, k and v, PyTorch's attention, norms and modulation apart, and an average of the
-weights that goes from parameter to parameter. Of U-Net, autoencoder and text encoder only the blocks are written again, and put
-into our networks, which say what follows what. State-dict names are ours, so that both have the same weights; tests compare
+weights that goes from parameter to parameter. Of U-Net, autoencoder, text encoder and Inception only the blocks are written again,
+and put into our networks, which say what follows what. State-dict names are ours, so that both have the same weights; tests compare
 outputs and gradients. Shapes: N images, C channels, L tokens, D width, p patch, h heads, d = D / h.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from inception import Conv
 from models import build
 from text import TextBlock
 from unet import AttentionBlock, ResBlock
@@ -235,8 +236,15 @@ class PlainTextBlock(TextBlock):
         return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))
 
 
+class PlainConv(Conv):
+    """Inception's convolution as pytorch-fid has it: a batch norm of its own, and PyTorch's default layout."""
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x.contiguous())), inplace=True)
+
+
 PLAIN = {plain.__base__: plain for plain in (PlainUNetResBlock, PlainUNetAttention, PlainAutoencoderBlock, PlainAutoencoderAttention,
-                                              PlainTextBlock)}
+                                              PlainTextBlock, PlainConv)}
 
 
 def with_plain_blocks(network):

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import bench
 import checkpoint
 import data
+import inception
 import latents
 import peers
 import text
@@ -97,6 +98,18 @@ def test_a_peers_blocks_are_ours_in_other_words():
         assert_close(*slopes, rtol=1e-3, atol=1e-5)
 
 
+def test_a_peers_inception_is_ours_in_other_words():
+    """With norms that change what they see, and weights that let as much out of a layer as into it."""
+    torch.manual_seed(0)
+    ours = inception.Inception()
+    ours.load_state_dict({name: value if not value.is_floating_point() else 2.4 * value if value.ndim == 4 else
+                          value + torch.empty_like(value).uniform_(-0.1, 0.1) for name, value in ours.state_dict().items()})
+    theirs, images = peers.with_plain_blocks(copy.deepcopy(ours)), torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    assert sum(isinstance(module, peers.PlainConv) for module in theirs.modules()) == 94
+    assert all(values.std() > 0.1 for values in ours(images).values())
+    assert_close(theirs(images), ours(images), rtol=1e-3, atol=1e-3)
+
+
 def test_what_reads_batches_is_timed_beside_the_training_loop(capsys, no_picture):
     bench.main(["data", "--size", "Ti/16", "--steps", "3", "--batch-size", "4", "--device", "cpu"])
     *_, memory, decoded, cached, loop = capsys.readouterr().out.splitlines()
@@ -121,7 +134,7 @@ def test_pairs_are_timed_in_turn_and_each_is_first_as_often(monkeypatch):
 def test_our_networks_are_timed_beside_their_authors(capsys, monkeypatch):
     monkeypatch.setattr(bench, "in_turn", lambda ours, theirs, pairs: (ours(), theirs(), np.tile([0.1, 0.2], (pairs, 1)))[2])
     monkeypatch.setattr(text.CLIPTextEncoder.__init__, "__defaults__", (49408, 77, 8, 1, 1, None))
-    names = ("dit Ti/8", "uvit Ti/8", "unet Ti", "vae Ti", "clip L/14")
+    names = ("dit Ti/8", "uvit Ti/8", "unet Ti", "vae Ti", "clip L/14", "inception")
     bench.main(["peers", "--networks", *names, "--batch-size", "2", "--pairs", "3"])
     rows = capsys.readouterr().out.splitlines()[4:]
     assert rows == [f"| {name} | {part} | 100.0 ms | 200.0 ms | 2.00 (2.00 – 2.00) |" for name in names
