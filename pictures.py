@@ -128,6 +128,12 @@ def write_text(draw, x, y, text, size, anchor="lm", colour=INK):
 
 # Charts
 
+def covered(canvas, x, y, width, height):
+    """How many pixels of a box of a canvas hold marks; x, y: its left top corner."""
+    box = np.asarray(canvas.crop([round(edge) for edge in (x, y, x + width, y + height)]))           # black outside
+    return ((box != WHITE) & (box != GRID)).any(axis=2).sum()
+
+
 class Chart:
     """A box over the ranges x and y, each (low, high). What is drawn outside of it is cut off at its edges.
 
@@ -194,9 +200,13 @@ class Chart:
             self.draw.line([barbs[0], tuple(tip), barbs[1]], colour, round(1.5 * FINE), "curve")
 
     def text(self, x, y, text, colour=INK):
-        """Write to the right of a mark."""
-        for left, middle in self.fine([x], [y]):
-            write_text(self.draw, left + 12 * FINE, middle, text, 0.8 * FONT * FINE, colour=colour)
+        """Write to the right of a mark, or above, below or to the left, where it hides the least of what is there."""
+        size, aside, apart = 0.8 * FONT * FINE, 12 * FINE, 20 * FINE
+        width = text_width(text, size)
+        for x, y in self.fine([x], [y]):
+            places = ((x + aside, y), (x - width / 2, y - apart), (x - width / 2, y + apart), (x - aside - width, y))
+            x, y = min(places, key=lambda place: covered(self.marks, place[0], place[1] - size / 2, width, size))
+            write_text(self.draw, x, y, text, size, colour=colour)
 
     def draw_legend(self, canvas):
         """Write the legend into the corner of the box where the fewest marks are on the canvas."""
@@ -204,16 +214,10 @@ class Chart:
         line, room = 26 * FINE, 10 * FINE
         width = room + 34 * FINE + max(text_width(label, 0.85 * FONT * FINE) for label, *_ in self.legend)
         height = line * len(self.legend)
-        marks = np.asarray(canvas)
-        marked = ((marks != WHITE) & (marks != GRID)).any(axis=2)
-
-        def covered(corner):
-            x, y = (max(0, round(edge)) for edge in corner)
-            return marked[y:y + round(height), x:x + round(width)].sum()
         corners = [(x, y) for y in (top + room, bottom - room - height) for x in (right - room - width, left + room)]
-        x, y = min(corners, key=covered)
+        x, y = min(corners, key=lambda corner: covered(canvas, *corner, width, height))
         draw = ImageDraw.Draw(canvas)
-        if covered((x, y)):
+        if covered(canvas, x, y, width, height):
             draw.rectangle([x, y, x + width, y + height], WHITE)
         for i, (label, colour, disc) in enumerate(self.legend):
             middle = y + (i + 0.5) * line

@@ -191,6 +191,16 @@ def test_what_is_raised_is_smaller_and_higher():
     assert centre(chart.image())[1] < centre(flat.image())[1] - 0.5 and text_width("10^8", 20) < text_width("108", 20)
 
 
+def test_names_of_marks_do_not_hide_each_other():
+    """The second takes another side of the mark, so that both are seen whole."""
+    def ink(times):
+        chart = Chart((0, 1), (0, 1), width=300, height=300)
+        for _ in range(times):
+            chart.text(0.4, 0.5, "name", RED)
+        return (255.0 - chart.image()).sum() - (255.0 - Chart((0, 1), (0, 1), width=300, height=300).image()).sum()
+    assert ink(2) == pytest.approx(2 * ink(1), rel=0.1) and ink(4) == pytest.approx(4 * ink(1), rel=0.1)
+
+
 PROTANOPIA = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
 DEUTERANOPIA = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
 
