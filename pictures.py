@@ -202,10 +202,13 @@ class Chart:
     def text(self, x, y, text, colour=INK):
         """Write to the right of a mark, or above, below or to the left, where it hides the least of what is there."""
         size, aside, apart = 0.8 * FONT * FINE, 12 * FINE, 20 * FINE
-        width = text_width(text, size)
+        width, (left, _, right, _) = text_width(text, size), (FINE * edge for edge in self.box)
+
+        def hidden(place):
+            return place[0] < left or place[0] + width > right, covered(self.marks, place[0], place[1] - size / 2, width, size)
         for x, y in self.fine([x], [y]):
             places = ((x + aside, y), (x - width / 2, y - apart), (x - width / 2, y + apart), (x - aside - width, y))
-            x, y = min(places, key=lambda place: covered(self.marks, place[0], place[1] - size / 2, width, size))
+            x, y = min(places, key=hidden)
             write_text(self.draw, x, y, text, size, colour=colour)
 
     def draw_legend(self, canvas):
