@@ -46,7 +46,9 @@ def ranking(score, claimed):
         first, second = order[:2]
         apart = found[first].max() < found[second].min()
         means = ", ".join(f"{run} {spread_of(found[run], study.columns[score])}" for run in order)
-        return (f"{score}, from the best: {means}. The ranges of {first} and {second} "
+        best = [min(order, key=lambda run: values(rows, score, run=run, seed=seed).mean()) for seed in study.seeds]
+        return (f"{score}, from the best: {means}. {first} is the best in {best.count(first)} of {len(best)} seeds. The ranges of "
+                f"{first} and {second} "
                 + ("lie apart. " if apart else "overlap: these seeds do not tell them apart. ")
                 + ("This agrees with the report." if first == claimed and apart else
                    "This contradicts the report." if first != claimed and found[first].max() < found[claimed].min() else

@@ -214,10 +214,13 @@ def made(rows, *columns):
 @pytest.mark.parametrize("a, b, said", [((1, 2), (3, 4), "agrees"), ((3, 4), (1, 2), "contradicts"), ((1, 3), (2, 4), "neither"),
                                         ((2, 4), (1, 3), "neither")])
 def test_a_ranking_agrees_with_the_report_only_where_the_ranges_lie_apart(a, b, said):
-    one = Study("", ("a", "b"), None, {"FD": ".1f"}, None, None, "", 1)
-    text = ranking("FD", "a")(one, made([("a", x) for x in a] + [("b", x) for x in b], "run", "FD"))
+    one = Study("", ("a", "b"), None, {"FD": ".1f"}, None, None, "", 1, seeds=(0, 1))
+    text = ranking("FD", "a")(one, made([(run, seed, x) for run, xs in zip("ab", (a, b)) for seed, x in enumerate(xs)],
+                                        "run", "seed", "FD"))
     assert {word for word in ("agrees", "contradicts", "neither") if word in text} >= {said}
     assert ("lie apart" in text) == (said != "neither") and text.index(f"{min((a, b))[0]}.0 –") > 0
+    first, other = sorted((a, b), key=sum)
+    assert f"is the best in {sum(x < y for x, y in zip(first, other))} of 2 seeds" in text
 
 
 @pytest.mark.parametrize("eps, verdict", [((1, 1), "agrees with"), ((9, 9), "contradicts"), ((1, 9), "neither"), ((4, 4), "neither")])
