@@ -29,10 +29,12 @@ CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 CIFAR10_FOLDER = "cifar-10-batches-bin"                                  # in the archive
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPES = 10_000                        # images of `shapes`, half of which show one object
-SCENES = {                             # of how many scenes, and which of them, by index and number of objects
-    "shapes": (SHAPES, lambda index, number: number > 0),
-    "shapes:one": (2 * SHAPES, lambda index, number: number == 1),
-    "shapes:many": (3 * SHAPES, lambda index, number: (number > 1) | (index % 5 == 0)),          # a sixth with one object
+SCENES = {                             # of how many scenes, and which of them, by index and what they show
+    "shapes": (SHAPES, lambda i, scenes: scenes.number > 0),
+    "shapes:one": (2 * SHAPES, lambda i, scenes: scenes.number == 1),
+    "shapes:many": (3 * SHAPES, lambda i, scenes: (scenes.number > 1) | (i % 5 == 0)),   # a sixth with one object
+    "shapes:uneven": (6 * SHAPES, lambda i, scenes: i % np.select(       # half relations, of these four fifths above or left of
+        [scenes.number == 1, scenes.relation < 0, scenes.relation % 2 == 0], [10, 3, 1], 4) == 0),
 }
 OWN_SETS = ("mnist", *SCENES, "swissroll", "cifar10")    # never a file or folder: ./mnist is one
 
@@ -217,9 +219,9 @@ def ahead(read, items, device):
 
 
 def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=False):
-    """Load "mnist", "shapes" (10,000 images), "shapes:one" (one object each), "shapes:many" (mostly several), "swissroll", "cifar10",
-    "cifar10:DIR", "coco:DIR", a folder of images, see folders.py, or an .npz file ("arr_0" and "arr_1", or "images" and "labels";
-    NHWC or NHW).
+    """Load "mnist", "shapes" (10,000 images), "shapes:one" (one object each), "shapes:many" (mostly several), "shapes:uneven" (of
+    relations mostly "above" and "left of"), "swissroll", "cifar10", "cifar10:DIR", "coco:DIR", a folder of images, see
+    folders.py, or an .npz file ("arr_0" and "arr_1", or "images" and "labels"; NHWC or NHW).
 
     image_size: pixel side to crop and scale to; the data's own by default, but folders need it. split: "train", "test" or "all".
     cache: folder of caches and downloads. skip_bad: leave out files that cannot be read, instead of stopping at the first.
@@ -231,7 +233,7 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
         dataset = _mnist(image_size)
     elif spec in SCENES:
         count, chosen = SCENES[spec]
-        rows = np.flatnonzero(chosen(np.arange(count), shapes.scenes(np.arange(count)).number))
+        rows = np.flatnonzero(chosen(np.arange(count), shapes.scenes(np.arange(count))))
         dataset = Dataset(spec, shapes.Drawn(count, image_size or 32), shapes.labels(count), shapes.CLASSES, rows,
                           [[text] for text in shapes.captions(count)])
     elif spec == "swissroll":
@@ -250,7 +252,7 @@ def load(spec="mnist", image_size=None, split="train", cache=None, skip_bad=Fals
         dataset, own_split = _of_files(spec, image_folder(Path(spec), split, skip_bad), image_size, cache, skip_bad)
     else:
         what = f"{spec} is a file of another kind" if Path(spec).exists() else f"no data set {spec!r}"
-        raise ValueError(f"{what}: data is mnist, shapes[:one|:many], swissroll, cifar10[:DIR], coco:DIR, a folder of "
+        raise ValueError(f"{what}: data is mnist, shapes[:one|:many|:uneven], swissroll, cifar10[:DIR], coco:DIR, a folder of "
                          "images, or an .npz as np.savez(FILE, images=…, labels=…) writes")
     if split != "all" and not own_split:
         order = np.random.default_rng(0).permutation(len(dataset))       # the same tenth is held out, whoever asks

@@ -125,18 +125,19 @@ class DiT(nn.Module):
 
     image_size is one number or (H, W) and counts what the network sees: latents where there is an autoencoder.
     num_classes=None builds no label table: y must then be None. null_class adds the unconditional row, which y=None means.
-    learn_sigma: also put out a variance. context_dim: width of the tokens of a text, which takes the label's place.
-    ValueError on a size the patch does not divide, heads that do not divide the width, a y that does not fit.
+    learn_sigma: also put out a variance. context_dim: width of the tokens of a text, which takes the label's place; for adaLN it
+    has exactly context_tokens. ValueError on a size the patch does not divide, heads that do not divide the width, a y that does
+    not fit.
     """
 
     def __init__(self, image_size=32, patch_size=2, channels=4, dim=1152, depth=28, heads=16, num_classes=1000,
-                 null_class=True, learn_sigma=True, conditioning="adaln-zero", context_dim=None):
+                 null_class=True, learn_sigma=True, conditioning="adaln-zero", context_dim=None, context_tokens=77):
         super().__init__()
         if conditioning not in BLOCKS:
             raise ValueError(f"unknown conditioning {conditioning!r}: one of {', '.join(BLOCKS)}")
         self.image_size, self.patch_size, self.channels = pair(image_size), patch_size, channels
         self.grid = token_grid(image_size, patch_size)
-        self.conditioning, self.context_dim = conditioning, context_dim
+        self.conditioning, self.context_dim, self.context_tokens = conditioning, context_dim, context_tokens
         self.num_classes = None if context_dim is not None else num_classes
         self.null_label = self.num_classes if null_class else None
         self.out_channels = 2 * channels if learn_sigma else channels
@@ -147,7 +148,8 @@ class DiT(nn.Module):
         if self.num_classes is not None:
             self.y_embedder = LabelEmbedder(self.num_classes + bool(null_class), dim)
         if context_dim is not None:
-            self.context_embedder = nn.Linear(context_dim, dim)
+            self.context_embedder = (nn.Linear(context_dim, dim) if not conditioning.startswith("adaln") else nn.Sequential(
+                nn.Flatten(), nn.Linear(context_tokens * context_dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim)))
         self.register_buffer("pos_embed", sincos_position_embedding(dim, *self.grid)[None])      # (1, L, D), not learned
         self.blocks = nn.ModuleList(BLOCKS[conditioning](dim, heads) for _ in range(depth))
         self.final_layer = FinalLayer(dim, patch_size, self.out_channels, adaptive=conditioning.startswith("adaln"))
@@ -173,12 +175,14 @@ class DiT(nn.Module):
     def condition(self, t, y):
         """The condition c of the blocks: one vector (N, D) for adaLN, the sequence [t, y] (N, M, D) for the other two.
 
-        The vector is t + y. A text y, a sequence, enters it with the sum of its M tokens, divided by sqrt(M) to be as large as one.
+        The vector is t + y. A text y, a sequence, becomes one vector by an MLP of all its M tokens, one after the other.
         """
         t, vector = self.t_embedder(t), self.conditioning.startswith("adaln")        # (N, D)
         if self.context_dim is not None:
-            text = self.context_embedder(y)                                          # (N, M, D)
-            return t + text.sum(dim=1) / text.shape[1] ** 0.5 if vector else torch.cat([t.unsqueeze(1), text], dim=1)
+            if vector and y.shape[1] != self.context_tokens:
+                raise ValueError(f"a text of {y.shape[1]} tokens where the network takes {self.context_tokens}")
+            y = self.context_embedder(y)                                             # (N, D) or (N, M, D)
+            return t + y if vector else torch.cat([t.unsqueeze(1), y], dim=1)
         embeddings = [t] if y is None else [t, self.y_embedder(y)]
         return sum(embeddings) if vector else torch.stack(embeddings, dim=1)
 

@@ -94,7 +94,7 @@ def describe(model, size, image_size, channels, num_classes=None, null_class=Tru
         if context_dim is not None:
             num_classes = None
             own["context_dim"] = context_dim
-            if model == "uvit":
+            if model in ("dit", "uvit"):
                 own["context_tokens"] = context_tokens
         arguments = {**arguments, "image_size": image_size, "channels": channels, "num_classes": num_classes, **own}
     return {"class": network.__name__, "arguments": arguments}

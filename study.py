@@ -83,8 +83,8 @@ RUNS = {"digits": "", "vae": "--model vae",
            for steps in (400, 1000) for size, rate in WIDTHS.items() for patch in ((2, 4, 1) if size == "Ti" else (2,))},
         **{f"U-ViT {size}": f"--model uvit --size {size}/8 --steps 1000" for size in ("Ti", "Ti-no-skips", "Ti-no-conv")},
         "vae of shapes": "--model vae --data shapes:many --steps 1200",
-        "text": "--data shapes:many --text --vae {shapes-vae} --size Ti/2 --conditioning adaln-zero --max-weight 5 --lr 0.001 "
-                "--steps 9000"}
+        "text": "--data shapes:uneven --text --vae {shapes-vae} --size Ti/2 --conditioning adaln-zero --schedule scaled-linear "
+                "--max-weight 5 --lr 0.001 --steps 9000"}
 
 
 def best_rate(name):

@@ -308,13 +308,22 @@ def test_moving_patches_without_their_positions_does_not(conditioning):
 @every_design
 def test_a_text_of_any_length_gives_an_image_like_x_and_every_token_counts(length, conditioning):
     x, t, _ = batch()
-    network, text = dit(conditioning, context_dim=7), normal(3, length, 7)
+    network, text = dit(conditioning, context_dim=7, context_tokens=length), normal(3, length, 7)
     image = network(x, t, text)
     assert image.shape == (3, 6, 4, 6)
     for i in range(length):
         other = text.clone()
         other[:, i] += 1
         assert not torch.allclose(network(x, t, other), image, atol=1e-4)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln-zero", "adaln"])
+def test_one_vector_for_adaln_tells_the_order_of_words_and_is_made_of_just_as_many(conditioning):
+    x, t, _ = batch()
+    network, text = dit(conditioning, context_dim=7, context_tokens=4), normal(3, 4, 7)
+    assert not torch.allclose(network(x, t, text.flip(1)), network(x, t, text), atol=1e-4)
+    with pytest.raises(ValueError, match="a text of 3 tokens where the network takes 4"):
+        network(x, t, text[:, :3])
 
 
 # Wrong arguments
