@@ -97,7 +97,7 @@ def flags():
     add("--max-weight", type=at_least(1, float), help="limit of the loss's weight, 1 / (1 - alpha_bar), where x0 is predicted; 1 is the "
         "simple loss (default: 5 for dit XS, else 1)")
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="mnist, shapes[:one|:many], swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, "
+    add("--data", help="mnist, shapes[:one|:many|:uneven], swissroll (points), cifar10[:DIR], coco:DIR, a folder of images, "
         "or an .npz (default: mnist)")
     add("--image-size", type=positive, help="pixel side (default: the data's own; folders need it)")
     add("--vae", help="an autoencoder of train.py or a released one: train on its latents, encoded once")
