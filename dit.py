@@ -142,17 +142,18 @@ class DiT(nn.Module):
         self.null_label = self.num_classes if null_class else None
         self.out_channels = 2 * channels if learn_sigma else channels
         self.checkpointing = False         # see `vit.run_block`
+        adaptive = conditioning.startswith("adaln")
 
         self.x_embedder = PatchEmbed(patch_size, channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
         if self.num_classes is not None:
             self.y_embedder = LabelEmbedder(self.num_classes + bool(null_class), dim)
         if context_dim is not None:
-            self.context_embedder = (nn.Linear(context_dim, dim) if not conditioning.startswith("adaln") else nn.Sequential(
-                nn.Flatten(), nn.Linear(context_tokens * context_dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim)))
+            self.context_embedder = nn.Linear(context_dim, dim) if not adaptive else nn.Sequential(
+                nn.Flatten(), nn.Linear(context_tokens * context_dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
         self.register_buffer("pos_embed", sincos_position_embedding(dim, *self.grid)[None])      # (1, L, D), not learned
         self.blocks = nn.ModuleList(BLOCKS[conditioning](dim, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(dim, patch_size, self.out_channels, adaptive=conditioning.startswith("adaln"))
+        self.final_layer = FinalLayer(dim, patch_size, self.out_channels, adaptive)
         self.initialize()
 
     def initialize(self):

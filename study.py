@@ -244,9 +244,8 @@ STUDIES = {
     "backbones": Study(
         "Transformers can take the U-Net's place (abstract, §4, §5).", tuple(BACKBONES), judges.loss_and_scores, FITTED,
         duels("FD", "dit", "unet"), by_run("FD", log=True),
-        "A convolution knows which pixels are neighbours, and tokens have to learn it. The budget ended before the losses were "
-        "flat: from 400 steps (study rates) to 800 the U-Net's fell by 8 % on pixels and 7 % on latents, DiT's by 24 and 21 %. "
-        "The papers compare after hundreds of thousands of steps, which would settle it.", 70, seeds=(1, 2, 3)),
+        "A convolution knows which pixels are neighbours, and tokens have to learn it. The budget of 800 steps ends before losses "
+        "are flat. The papers compare after hundreds of thousands of steps, which would settle it.", 70, seeds=(1, 2, 3)),
     "scaling": Study(
         "More Gflops give a lower FID, whatever they are spent on (§2-7-1, §4-2-3, Fig. 4-3).",
         tuple(name for name in RUNS if name.endswith(" steps")), judges.loss_and_scores, FITTED,
@@ -271,7 +270,7 @@ STUDIES = {
     "text": Study(
         "Images are drawn from text (§4-1).", ("text",), judges.prompts_fulfilled,
         {"right": ".1%", "right in colour": ".1%"}, numbers_of("right"), seen(judges.prompts_drawn),
-        "Shapes of two objects at once, which longer training may bring: colours and places are right.", 20, seeds=(0,),
+        "Shapes of two objects at once, which longer training may bring: colours and places are right.", 30, seeds=(0,),
         settings=tuple({"prompts": kind} for kind in judges.KINDS)),
     "roll": Study(
         "The reverse process turns noise into data (§2-1, Fig. 2-1).", ("roll",), judges.distance_to_roll,
