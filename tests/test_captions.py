@@ -254,9 +254,10 @@ def test_clips_contexts_are_its_encoders_and_are_made_once(runs, tmp_path, monke
 
 # Training
 
-@pytest.mark.parametrize("model, size", [("uvit", "Nano/4"), ("dit", "Ti/4"), ("unet", "Nano")])
-def test_the_text_encoder_learns_with_the_denoiser_whatever_its_design(captioned, here, model, size):
-    run = trained(captioned, "--model", model, "--size", size, "--weight-decay", "0", "--lr", "1e-3", "--warmup", "0", steps=3)
+@pytest.mark.parametrize("model, size, more", [("uvit", "Nano/4", ""), ("dit", "Ti/4", ""), ("unet", "Nano", ""),
+                                               ("dit", "Ti/4", "--conditioning adaln-zero")])
+def test_the_text_encoder_learns_with_the_denoiser_whatever_its_design(captioned, here, model, size, more):
+    run = trained(captioned, "--model", model, "--size", size, *more.split(), "--weight-decay", "0", "--lr", "1e-3", "--warmup", "0", steps=3)
     torch.manual_seed(0)
     fresh = models.build(run.network).state_dict()
     names = [name for name in fresh if name.startswith("text_encoder.")]

@@ -212,7 +212,7 @@ def made(rows, *columns):
 
 
 @pytest.mark.parametrize("a, b, said", [((1, 2), (3, 4), "agrees"), ((3, 4), (1, 2), "contradicts"), ((1, 3), (2, 4), "neither"),
-                                        ((2, 4), (1, 3), "neither")])
+                                        ((2, 4), (1, 3), "neither"), ((1, 6), (4, 5), "neither")])
 def test_a_ranking_agrees_with_the_report_only_where_the_ranges_lie_apart(a, b, said):
     one = Study("", ("a", "b"), None, {"FD": ".1f"}, None, None, "", 1, seeds=(0, 1))
     text = ranking("FD", "a")(one, made([(run, seed, x) for run, xs in zip("ab", (a, b)) for seed, x in enumerate(xs)],
