@@ -315,6 +315,7 @@ PEERS = {**{name: (denoisers, PARTS) for name in ("dit Ti/8", "dit S/8", "dit S/
 
 def beside_peers(args):
     """Time our networks and the same networks in their authors' style, with the same weights, in turn, on the CPU."""
+    processes("cpu")                                     # as the commands begin
     print(f"batch {args.batch_size}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.pairs} pairs, "
           "and of their ratios with the range\n\n| network | | ours | theirs | times as fast |\n|---|---|---|---|---|")
     for name in args.networks or PEERS:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from inception import Conv
 from models import build
 from text import TextBlock
-from unet import AttentionBlock, ResBlock
-from vae import AttnBlock, ResnetBlock
+from unet import AttentionBlock, ResBlock, Upsample
+from vae import AttnBlock, Decoder, Encoder, Norm, ResnetBlock
 from vit import pair, sincos_position_embedding, timestep_embedding
 
 
@@ -172,12 +172,8 @@ class PlainUNetResBlock(ResBlock):
     """The U-Net's block as OpenAI's code has it."""
 
     def forward(self, x, emb):
-        if self.resample is not None:
-            h = self.resample(self.in_layers[:-1](x))
-            x = self.resample(x)
-            h = self.in_layers[-1](h)
-        else:
-            h = self.in_layers(x)
+        h = self.in_layers[-1](self.resample(self.in_layers[:-1](x)))
+        x = self.resample(x)
         emb = self.emb_layers(emb)[..., None, None]
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
@@ -198,6 +194,34 @@ class PlainUNetAttention(AttentionBlock):
         weight = torch.softmax(torch.einsum("bct,bcs->bts", q * scale, k * scale), dim=-1)
         h = self.proj_out(torch.einsum("bts,bcs->bct", weight, v).reshape(N, C, -1))
         return (x + h).reshape(N, C, *sides)
+
+
+class PlainUpsample(Upsample):
+    """The convolution of a map whose pixels were repeated."""
+
+    def forward(self, x):
+        return self.conv(self.repeat(x))
+
+
+class PlainEncoder(Encoder):
+    """The encoder of images in PyTorch's default layout."""
+
+    def forward(self, x):
+        return super().forward(x.contiguous())
+
+
+class PlainDecoder(Decoder):
+    """The decoder of latents in PyTorch's default layout."""
+
+    def forward(self, z):
+        return super().forward(z.contiguous())
+
+
+class PlainNorm(Norm):
+    """PyTorch's GroupNorm, in whatever layout."""
+
+    def forward(self, x):
+        return nn.GroupNorm.forward(self, x)
 
 
 class PlainAutoencoderBlock(ResnetBlock):
@@ -243,8 +267,8 @@ class PlainConv(Conv):
         return F.relu(self.bn(self.conv(x.contiguous())), inplace=True)
 
 
-PLAIN = {plain.__base__: plain for plain in (PlainUNetResBlock, PlainUNetAttention, PlainAutoencoderBlock, PlainAutoencoderAttention,
-                                              PlainTextBlock, PlainConv)}
+PLAIN = {plain.__base__: plain for plain in (PlainUNetResBlock, PlainUNetAttention, PlainUpsample, PlainEncoder, PlainDecoder,
+                                              PlainNorm, PlainAutoencoderBlock, PlainAutoencoderAttention, PlainTextBlock, PlainConv)}
 
 
 def with_plain_blocks(network):

@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unet import Upsample, as_linear, norm
-from vit import attention, default_layout, divided
-
-EPS = 1e-6                             # GroupNorm epsilon of the released weights
+from unet import Upsample, as_linear
+from vit import attention, divided
 
 
 def kl_divergence(mean, log_variance):
@@ -59,19 +57,37 @@ def conv(channels, out_channels):
     return nn.Conv2d(channels, out_channels, 3, padding=1)
 
 
+class Norm(nn.GroupNorm):
+    """GroupNorm of 32 groups, whatever the layout and the mean of a map (N, D, H, W); epsilon is that of the released weights.
+
+    With channels last the CPU's kernel takes a variance as E[x^2] - E[x]^2, of which rounding leaves nothing where the mean is a
+    thousand deviations. Such a map first loses each group's mean over its first row, which changes no output. What is left of the
+    mean is at most sqrt(H - 1) deviations, as the first row's mean itself adds to the variance.
+    """
+
+    def __init__(self, channels):
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x):
+        if not x.is_contiguous():
+            means = x[:, :, 0].detach().unflatten(1, (self.num_groups, -1)).mean((2, 3))                 # (N, 32)
+            x = x - means.repeat_interleave(x.shape[1] // self.num_groups, dim=1)[..., None, None]       # (N, D, H, W)
+        return super().forward(x)
+
+
 class ResnetBlock(nn.Module):
     """Two convolutions with a residual: (N, D, H, W) -> (N, D', H, W)."""
 
     def __init__(self, width, out_width):
         super().__init__()
-        self.norm1, self.conv1 = norm(width, EPS), conv(width, out_width)
-        self.norm2, self.conv2 = norm(out_width, EPS), conv(out_width, out_width)
+        self.norm1, self.conv1 = Norm(width), conv(width, out_width)
+        self.norm2, self.conv2 = Norm(out_width), conv(out_width, out_width)
         self.nin_shortcut = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))                            # (N, D', H, W)
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        return h.add_(self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -79,7 +95,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.norm = norm(width, EPS)
+        self.norm = Norm(width)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x):
@@ -116,7 +132,7 @@ class Encoder(nn.Module):
             if len(self.down) < len(widths):                 # the smallest map is the last
                 self.down[-1]["downsample"] = downsample(width)
         self.mid = middle(widths[-1])
-        self.norm_out, self.conv_out = norm(widths[-1], EPS), conv(widths[-1], 2 * latent_channels)
+        self.norm_out, self.conv_out = Norm(widths[-1]), conv(widths[-1], 2 * latent_channels)
 
     def forward(self, x):
         x = self.conv_in(x)                                              # (N, D, H, W)
@@ -139,7 +155,7 @@ class Decoder(nn.Module):
             if self.up:
                 level["upsample"] = Upsample(width, conv=True)
             self.up.append(level)
-        self.norm_out, self.conv_out = norm(widths[0], EPS), conv(widths[0], channels)
+        self.norm_out, self.conv_out = Norm(widths[0]), conv(widths[0], channels)
 
     def forward(self, z):
         x = self.conv_in(z)                                              # (N, D, h, w)
@@ -150,10 +166,11 @@ class Decoder(nn.Module):
 
 
 def checked_map(x, channels, what):
-    """x in PyTorch's default layout. ValueError if it is not (N, channels, H, W)."""
+    """x in the layout in which the device convolves fastest. ValueError if it is not (N, channels, H, W)."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"{what} of shape {tuple(x.shape)} where the autoencoder takes (N, {channels}, H, W)")
-    return default_layout(x)
+    # a copy: of one channel, both layouts count as contiguous, and convolutions go by the strides
+    return x.clone(memory_format=torch.channels_last if x.is_cpu else torch.contiguous_format)
 
 
 class AutoencoderKL(nn.Module):

@@ -19,7 +19,7 @@ from formula import GOLDEN, fill, formula_weight, golden, golden_json
 from refusals import refusal
 from test_checkpoint import written
 from models import compvis_names, infer_autoencoder, released_autoencoder
-from vae import SIZES, AttnBlock, AutoencoderKL, kl_divergence, pieces, sample_latent
+from vae import SIZES, AttnBlock, AutoencoderKL, Norm, kl_divergence, pieces, sample_latent
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 SMALL = dict(dim=32, multipliers=(1, 2, 2), res_blocks=1)            # of the golden files
@@ -462,18 +462,35 @@ def test_attention_weighs_values_by_the_likeness_of_one_query_and_key_of_all_cha
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("channels", [1, 3])             # of one channel, NHWC counts as contiguous: digits come so
-def test_the_norms_see_the_default_layout(channels):     # with channels last, the CPU's loses digits where the mean is large
+@pytest.mark.parametrize("channels", [1, 3])             # of one channel, both layouts count as contiguous: digits come so
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_on_the_cpu_the_convolutions_see_channels_last(channels, layout):
     network, strides = filled(channels=channels, latent_channels=channels), []
     for module in network.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.register_forward_hook(lambda module, inputs, output: strides.append(inputs[0].is_contiguous()))
-    x, noise = images_and_noise(network)
-    nhwc = [tensor.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2) for tensor in (x, noise)]
-    network(*nhwc)
-    network.decode(nhwc[1])
-    assert len(strides) > 20 and all(strides)
-    assert nhwc[0].stride() == (nhwc[0].stride(0), 1, channels * x.shape[3], channels)           # the caller's stay as they are
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: strides.append((inputs[0].stride(), inputs[0].shape)))
+    x, noise = (tensor.clone(memory_format=layout) for tensor in images_and_noise(network))
+    before = x.stride()
+    network(x, noise)
+    network.decode(noise)
+    assert len(strides) > 20 and all(stride == (C * H * W, 1, W * C, C) for stride, (_, C, H, W) in strides)
+    assert x.stride() == before                                                      # the caller's stays as it is
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("mean, first_row", [(0, 0), (1000, 0), (1000, 30), (-1e5, 0)])      # of the map, and beyond it of a row
+def test_a_norm_loses_no_digits_to_a_large_mean(layout, mean, first_row):
+    norm, x = fill(Norm(64)), normal(2, 64, 9, 7, dtype=torch.float32)
+    x[:, :, 0] += first_row
+    x = (x + mean).to(memory_format=layout).requires_grad_()                         # rounded here, before the norm
+    y = x.detach().double().contiguous().requires_grad_()
+    groups, factor, bias = y.reshape(2, 32, -1), norm.weight[:, None, None].double(), norm.bias[:, None, None].double()
+    normal_groups = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, correction=0, keepdim=True) + 1e-6).sqrt()
+    exact, weights = normal_groups.reshape(x.shape) * factor + bias, normal(*x.shape, seed=1)
+    slopes, exact_slopes = (torch.autograd.grad((out * weights).sum(), z)[0] for out, z in ((norm(x), x), (exact, y)))
+    tolerance = 1e-5 + 5e-7 * abs(mean)                  # float32 keeps no more of a deviation of 1 beside the mean
+    assert_close(norm(x).double(), exact, rtol=tolerance, atol=tolerance)
+    assert_close(slopes.double(), exact_slopes, rtol=tolerance, atol=tolerance)
 
 
 # Learning
