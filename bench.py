@@ -5,6 +5,7 @@
     python bench.py data                               what reads batches, beside what train.py takes
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
     python bench.py peers                              our networks in turn with those of peers.py, and how much faster they are
+    python bench.py options                            a step with --precision bf16 or --compile in turn with one without, on the CPU
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -238,14 +240,18 @@ def in_turn(ours, theirs, pairs):
     return seconds
 
 
+def step_of(training, batch_size):
+    """train.py's step, again and again on the same images."""
+    args, objective = training.args, training.objective
+    batch = data.Batches(training.dataset, batch_size, 0, training.part)[0]
+    return lambda: train_step(training.state, training.model, objective, objective.draw(0, *batch), 0, args, 0, 1)
+
+
 def training_steps(training, peer, batch_size):
     """train.py's step, and a plain one: PyTorch's default AdamW, `peers.average_each`, no clipping, nothing logged."""
     args, objective = training.args, training.objective
     batch = data.Batches(training.dataset, batch_size, 0, training.part)[0]
     ema, optimizer = copy.deepcopy(peer), torch.optim.AdamW(peer.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-
-    def ours():
-        train_step(training.state, training.model, objective, objective.draw(0, *batch), 0, args, 0, 1)
 
     def theirs():
         losses, _ = objective.loss(peer, *objective.draw(0, *batch))
@@ -253,7 +259,7 @@ def training_steps(training, peer, batch_size):
         losses.mean().backward()
         optimizer.step()
         peers.average_each(ema, peer, args.ema)
-    return ours, theirs
+    return step_of(training, batch_size), theirs
 
 
 def forward_passes(training, peer, batch_size):
@@ -275,13 +281,18 @@ def samplings(training, peer, batch_size):
 PARTS = {"training": training_steps, "forward": forward_passes, "sampling": samplings}
 
 
-def denoisers(part, name, batch_size):
-    """A part of our network's work and its peer's, of a model and size as train.py makes them for the digits."""
+def training_of(name, batch_size, *more):
+    """train.py's training of a model and size, on the CPU, as it is for the digits or with more flags."""
     model, size = name.split()
     with tempfile.TemporaryDirectory() as folder:
         settings, _ = read_settings(["--model", model, "--size", size, "--batch-size", str(batch_size), "--device", "cpu",
-                                     "--out", str(Path(folder) / "run.pt")])
-        training = train.Training(settings, None, torch.device("cpu"), 0, 1)
+                                     "--out", str(Path(folder) / "run.pt"), *more])
+        return train.Training(settings, None, torch.device("cpu"), 0, 1)
+
+
+def denoisers(part, name, batch_size):
+    """A part of our network's work and its peer's, of a model and size as train.py makes them for the digits."""
+    training = training_of(name, batch_size)
     return PARTS[part](training, peers.peer(training.described, training.state.network.state_dict()), batch_size)
 
 
@@ -313,22 +324,35 @@ PEERS = {**{name: (denoisers, PARTS) for name in ("dit Ti/8", "dit S/8", "dit S/
          "inception": (evaluators, ("forward",))}        # network: makers, parts
 
 
-def beside_peers(args):
-    """Time our networks and the same networks in their authors' style, with the same weights, in turn, on the CPU."""
+def table(rows, args, *columns):
+    """Print a table of names, what was done and two operations, which are timed in turn, with the ratio of their times."""
     processes("cpu")                                     # as the commands begin
     print(f"batch {args.batch_size}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.pairs} pairs, "
-          "and of their ratios with the range\n\n| network | | ours | theirs | times as fast |\n|---|---|---|---|---|")
-    for name in args.networks or PEERS:
-        make, parts = PEERS[name]
-        for part in [part for part in parts if part in (args.parts or parts)]:
-            with torch.set_grad_enabled(part == "training"):
-                seconds = in_turn(*make(part, name, args.batch_size), args.pairs)
-            ours, theirs, ratios = *np.median(seconds, axis=0), seconds[:, 1] / seconds[:, 0]
-            print(f"| {name} | {part} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {np.median(ratios):.2f} "
-                  f"({ratios.min():.2f} – {ratios.max():.2f}) |", flush=True)
+          f"and of their ratios with the range\n\n| network | | {' | '.join(columns)} | times as fast |\n|---|---|---|---|---|")
+    for name, what, make in rows:
+        with torch.set_grad_enabled("training" in what):
+            seconds = in_turn(*make(), args.pairs)
+        one, other, ratios = *np.median(seconds, axis=0), seconds[:, 1] / seconds[:, 0]
+        print(f"| {name} | {what} | {one * 1e3:.1f} ms | {other * 1e3:.1f} ms | {np.median(ratios):.2f} "
+              f"({ratios.min():.2f} – {ratios.max():.2f}) |", flush=True)
 
 
-MEASUREMENTS = {"train": speed, "latents": latent_steps, "data": data_path, "evaluate": evaluation, "peers": beside_peers}
+def beside_peers(args):
+    """Time our networks and the same networks in their authors' style, with the same weights, in turn, on the CPU."""
+    table([(name, part, partial(PEERS[name][0], part, name, args.batch_size)) for name in args.networks or PEERS
+           for part in PEERS[name][1] if part in (args.parts or PEERS[name][1])], args, "ours", "theirs")
+
+
+def options(args):
+    """Time train.py's step with a flag and without, in turn, on the CPU."""
+    flagged = {"training in bf16": ["--precision", "bf16"], "training, compiled": ["--compile"]}
+    table([(name, what, lambda name=name, more=more: [step_of(training_of(name, args.batch_size, *flags), args.batch_size)
+                                                      for flags in (more, [])])
+           for name in args.networks for what, more in flagged.items()], args, "with it", "without")
+
+
+MEASUREMENTS = {"train": speed, "latents": latent_steps, "data": data_path, "evaluate": evaluation, "peers": beside_peers,
+                "options": options}
 
 
 def flags():
@@ -349,11 +373,13 @@ def flags():
     add("latents", "--size", "Ti/2", "of a DiT")
     add("data", "--size", DEFAULT_SIZE["dit"], "of a DiT")
     add("train latents data", "--data", "mnist", "as for train.py")
-    add("train latents data peers", "--batch-size", 32, "images a step", type=positive)
+    add("train latents data peers options", "--batch-size", 32, "images a step", type=positive)
     commands["peers"].add_argument("--parts", nargs="+", choices=dict.fromkeys(part for _, parts in PEERS.values() for part in parts),
                                    help="what to time (default: all)")
     commands["peers"].add_argument("--networks", nargs="+", choices=PEERS, help="of which (default: all)")
-    add("peers", "--pairs", 7, "of measurements", type=positive)
+    networks = [name for name, (make, _) in PEERS.items() if make is denoisers]
+    add("options", "--networks", networks, "of which", nargs="+", choices=networks)
+    add("peers options", "--pairs", 7, "of measurements", type=positive)
     add("train latents data evaluate", "--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
     return parser
 

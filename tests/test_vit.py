@@ -275,6 +275,18 @@ def test_attention_without_positions_commutes_with_a_permutation_of_tokens(lengt
     assert_close(block(x[:, order]), block(x)[:, order], **EXACT)
 
 
+@pytest.mark.parametrize("dtype, trains", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)])
+def test_training_in_bfloat16_on_the_cpu_writes_attention_out(monkeypatch, dtype, trains):
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **how: (calls.append(how), kernel(*args, **how))[1])
+    q, k, v = (normal(2, 3, 16, 8, seed=seed).to(dtype).requires_grad_(trains) for seed in range(3))
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    out = attention(q, k, v, mask=mask)
+    assert len(calls) == (0 if trains and dtype == torch.bfloat16 else 1)
+    digits = 2 ** -6 if dtype == torch.bfloat16 else 1e-6
+    assert_close(out, kernel(q, k, v, attn_mask=mask), rtol=digits, atol=digits)
+
+
 @given(sizes, sizes)
 def test_cross_attention_of_a_sequence_to_itself_is_self_attention(n, length):
     layer, cross, x = fill(Attention(12, 3)).double(), Attention(12, 3, cross=True).double(), normal(n, length, 12)
