@@ -5,7 +5,7 @@
     python bench.py data                               what reads batches, beside what train.py takes
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
     python bench.py peers                              our networks in turn with those of peers.py, and how much faster they are
-    python bench.py options                            a step with --precision bf16 or --compile in turn with one without, on the CPU
+    python bench.py options                            a step with --precision bf16 or --compile, in turn with one without
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
@@ -326,7 +326,6 @@ PEERS = {**{name: (denoisers, PARTS) for name in ("dit Ti/8", "dit S/8", "dit S/
 
 def table(rows, args, *columns):
     """Print a table of names, what was done and two operations, which are timed in turn, with the ratio of their times."""
-    processes("cpu")                                     # as the commands begin
     print(f"batch {args.batch_size}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.pairs} pairs, "
           f"and of their ratios with the range\n\n| network | | {' | '.join(columns)} | times as fast |\n|---|---|---|---|---|")
     for name, what, make in rows:

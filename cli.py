@@ -1,9 +1,7 @@
 """What the commands share: flags, errors in one line, devices, processes and signals."""
 import argparse
-import ctypes
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -151,17 +149,6 @@ def autocast(device, precision=None):
     return torch.autocast(device.type, torch.bfloat16, enabled=(precision or precision_on(device)) == "bf16")
 
 
-def keep_freed_memory():
-    """Have glibc keep what large tensors leave for the next ones: the system clears each page that it hands out anew.
-
-    On the CPU that takes longer than an addition. The process then has its peak of memory to the end. No other C library is told.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4            # as in malloc.h
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):              # no pages of a tensor's own; none given back
-            ctypes.CDLL(None).mallopt(option, value)
-
-
 def processes(device="auto", compiles=False, precision=None):
     """Join torchrun's process group, if there is one -> device, rank, number of processes.
 
@@ -187,8 +174,6 @@ def processes(device="auto", compiles=False, precision=None):
         torch.backends.cudnn.allow_tf32 = found != "fp32"
         if precision is None and found == "tf32" and local_rank == 0:
             print(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: --precision is tf32", file=sys.stderr)
-    else:
-        keep_freed_memory()
     if world > 1:                                        # others may wait for hours while the first decodes a data set
         dist.init_process_group(backend, timeout=timedelta(days=1))
     return device, *place()

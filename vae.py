@@ -62,17 +62,24 @@ class Norm(nn.GroupNorm):
 
     With channels last the CPU's kernel takes a variance as E[x^2] - E[x]^2, of which rounding leaves nothing where the mean is a
     thousand deviations. Such a map first loses each group's mean over its first row, which changes no output. What is left of the
-    mean is at most sqrt(H - 1) deviations, as the first row's mean itself adds to the variance.
+    mean is at most sqrt(H - 1) deviations, as the first row's own deviation is part of the variance. in_place: the map is changed.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, in_place=False):
         super().__init__(32, channels, eps=1e-6)
+        self.in_place = in_place
 
     def forward(self, x):
         if not x.is_contiguous():
             means = x[:, :, 0].detach().unflatten(1, (self.num_groups, -1)).mean((2, 3))                 # (N, 32)
-            x = x - means.repeat_interleave(x.shape[1] // self.num_groups, dim=1)[..., None, None]       # (N, D, H, W)
+            means = means.repeat_interleave(x.shape[1] // self.num_groups, dim=1)[..., None, None]       # (N, D, 1, 1)
+            x = x.sub_(means) if self.in_place else x - means
         return super().forward(x)
+
+
+def silu(x):
+    """SiLU, in the memory of x where no gradient will ask for it: new pages cost the CPU more than the function."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
@@ -81,12 +88,12 @@ class ResnetBlock(nn.Module):
     def __init__(self, width, out_width):
         super().__init__()
         self.norm1, self.conv1 = Norm(width), conv(width, out_width)
-        self.norm2, self.conv2 = Norm(out_width), conv(out_width, out_width)
+        self.norm2, self.conv2 = Norm(out_width, in_place=True), conv(out_width, out_width)
         self.nin_shortcut = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))                            # (N, D', H, W)
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))                            # (N, D', H, W)
+        h = self.conv2(silu(self.norm2(h)))
         return h.add_(self.nin_shortcut(x))
 
 
@@ -139,7 +146,7 @@ class Encoder(nn.Module):
         for level in (*self.down, self.mid):
             for layer in level.values():
                 x = layer(x)                                             # the last: (N, D, h, w)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -162,7 +169,7 @@ class Decoder(nn.Module):
         for level in (self.mid, *reversed(self.up)):
             for layer in level.values():
                 x = layer(x)                                             # the last: (N, D, H, W)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
 
 def checked_map(x, channels, what):
