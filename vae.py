@@ -70,7 +70,7 @@ class Norm(nn.GroupNorm):
         self.in_place = in_place
 
     def forward(self, x):
-        if not x.is_contiguous():
+        if x.is_contiguous(memory_format=torch.channels_last):
             means = x[:, :, 0].detach().unflatten(1, (self.num_groups, -1)).mean((2, 3))                 # (N, 32)
             means = means.repeat_interleave(x.shape[1] // self.num_groups, dim=1)[..., None, None]       # (N, D, 1, 1)
             x = x.sub_(means) if self.in_place else x - means
@@ -92,7 +92,7 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
 
     def forward(self, x):
-        h = self.conv1(silu(self.norm1(x)))                            # (N, D', H, W)
+        h = self.conv1(silu(self.norm1(x)))                              # (N, D', H, W)
         h = self.conv2(silu(self.norm2(h)))
         return h.add_(self.nin_shortcut(x))
 

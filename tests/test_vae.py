@@ -478,11 +478,12 @@ def test_on_the_cpu_the_convolutions_see_channels_last(channels, layout):
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("mean, first_row", [(0, 0), (1000, 0), (1000, 30), (-1e5, 0)])      # of the map, and beyond it of a row
-def test_a_norm_loses_no_digits_to_a_large_mean(layout, mean, first_row):
-    norm, x = fill(Norm(64)), normal(2, 64, 9, 7, dtype=torch.float32)
+@pytest.mark.parametrize("mean, first_row, sides", [                                 # of the map, and beyond it of a row
+    (0, 0, (9, 7)), (1000, 0, (9, 7)), (1000, 30, (9, 7)), (-1e5, 0, (9, 7)), (1000, 0, (1, 1)), (1000, 0, (1, 5))])
+def test_a_norm_loses_no_digits_to_a_large_mean(layout, mean, first_row, sides):
+    norm, x = fill(Norm(128)), normal(2, 128, *sides, dtype=torch.float32)
     x[:, :, 0] += first_row
-    x = (x + mean).to(memory_format=layout).requires_grad_()                         # rounded here, before the norm
+    x = (x + mean).clone(memory_format=layout).requires_grad_()                      # rounded here, before the norm
     y = x.detach().double().contiguous().requires_grad_()
     groups, factor, bias = y.reshape(2, 32, -1), norm.weight[:, None, None].double(), norm.bias[:, None, None].double()
     normal_groups = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, correction=0, keepdim=True) + 1e-6).sqrt()
