@@ -324,7 +324,7 @@ PEERS = {**{name: (denoisers, PARTS) for name in ("dit Ti/8", "dit S/8", "dit S/
          "inception": (evaluators, ("forward",))}        # network: makers, parts
 
 
-def table(rows, args, *columns):
+def print_in_turn(rows, args, *columns):
     """Print a table of names, what was done and two operations, which are timed in turn, with the ratio of their times."""
     print(f"batch {args.batch_size}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.pairs} pairs, "
           f"and of their ratios with the range\n\n| network | | {' | '.join(columns)} | times as fast |\n|---|---|---|---|---|")
@@ -338,16 +338,20 @@ def table(rows, args, *columns):
 
 def beside_peers(args):
     """Time our networks and the same networks in their authors' style, with the same weights, in turn, on the CPU."""
-    table([(name, part, partial(PEERS[name][0], part, name, args.batch_size)) for name in args.networks or PEERS
-           for part in PEERS[name][1] if part in (args.parts or PEERS[name][1])], args, "ours", "theirs")
+    print_in_turn([(name, part, partial(PEERS[name][0], part, name, args.batch_size)) for name in args.networks or PEERS
+                   for part in PEERS[name][1] if part in (args.parts or PEERS[name][1])], args, "ours", "theirs")
 
 
 def options(args):
     """Time train.py's step with a flag and without, in turn, on the CPU."""
+    processes("cpu", compiles=True)                      # or the first compiled step would end in a hundred lines
+
     flagged = {"training in bf16": ["--precision", "bf16"], "training, compiled": ["--compile"]}
-    table([(name, what, lambda name=name, more=more: [step_of(training_of(name, args.batch_size, *flags), args.batch_size)
-                                                      for flags in (more, [])])
-           for name in args.networks for what, more in flagged.items()], args, "with it", "without")
+
+    def steps(name, flags):
+        return [step_of(training_of(name, args.batch_size, *more), args.batch_size) for more in (flags, [])]
+    print_in_turn([(name, what, partial(steps, name, flags)) for name in args.networks for what, flags in flagged.items()],
+                  args, "with it", "without")
 
 
 MEASUREMENTS = {"train": speed, "latents": latent_steps, "data": data_path, "evaluate": evaluation, "peers": beside_peers,

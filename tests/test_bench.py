@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import checkpoint
@@ -16,7 +15,6 @@ import latents
 import peers
 import text
 import train
-import unet
 import vae
 from models import build, describe
 from objectives import Classification, Denoising
@@ -145,6 +143,19 @@ def test_our_networks_are_timed_beside_their_authors(capsys, monkeypatch):
     assert [row.split(" | ")[:2] for row in capsys.readouterr().out.splitlines()[4:]] == [["| vae Ti", "decode"]]
 
 
+def test_a_step_with_a_flag_is_timed_beside_one_that_differs_in_nothing_else(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "step_of", lambda training, batch_size: (vars(training.args), training.model))
+    found = []
+    monkeypatch.setattr(bench, "in_turn", lambda *steps: (found.append(steps[:2]), np.tile([0.1, 0.2], (steps[2], 1)))[1])
+    bench.main(["options", "--networks", "dit Ti/8", "--batch-size", "2", "--pairs", "3"])
+    differing = [{key for key in given if given[key] != plain[key]} - {"out"} for (given, _), (plain, _) in found]
+    assert differing == [{"precision"}, {"compile"}] and found[0][0][0]["precision"] == "bf16"
+    blocks, plain_blocks = (network.blocks for _, network in found[1])
+    assert all(block._compiled_call_impl for block in blocks) and not any(block._compiled_call_impl for block in plain_blocks)
+    assert [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        [what, "100.0 ms", "200.0 ms", "2.00 (2.00 – 2.00) |"] for what in ("training in bf16", "training, compiled")]
+
+
 @pytest.mark.parametrize("model, size, ruler", [("dit", "Ti/4", "product"), ("vit", "Ti/4", "product"),
                                                 ("unet", "Ti", "convolution")])
 def test_the_training_loop_is_timed_as_it_is_and_left_as_it_was(tmp_path, capsys, no_picture, rulers, model, size, ruler):
@@ -210,11 +221,3 @@ def test_the_loop_trains_on_cached_random_and_fresh_latents_by_turns_and_is_left
         kind = step // bench.ROUND                                        # cached, random, encoded
         assert torch.equal(labels, expected)
         assert (moments == 1).all() if kind == 1 else torch.allclose(moments, fresh, atol=1e-5)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_on_the_cpu_a_repeated_map_is_convolved_by_fewer_products(device):
-    x, layer = torch.empty(1, 8, 4, 4, device=device), unet.Upsample(8, conv=True).to(device)
-    with FlopCounterMode(display=False) as counter:
-        layer(x)
-    assert counter.get_total_flops() == 2 * (4 if device == "cpu" else 9) * 8 ** 2 * 8 ** 2      # counts are the papers'

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from formula import fill, golden, golden_json
 from unet import (ADM, SIZES, UPSAMPLERS, AttentionBlock, Downsample, ResBlock, RonnebergerUNet, SpatialTransformer, SuperResUNet,
@@ -365,6 +366,17 @@ def test_with_convolutions_every_second_pixel_is_kept_or_the_repeated_ones_are_c
     every_pixel = F.conv2d(x, down.op.weight, down.op.bias, padding=1)
     assert_close(down(x), every_pixel[:, :, ::2, ::2], **EXACT)
     assert_close(up(x), up.conv(repeated(x)), **EXACT)
+
+
+@pytest.mark.parametrize("device, products", [("cpu", 4), ("meta", 9)])                  # for a pixel; counts are the papers'
+@pytest.mark.parametrize("updown", [False, True])
+def test_on_the_cpu_a_repeated_map_is_convolved_by_fewer_products(device, products, updown):
+    x, emb, repeat = torch.empty(1, 32, 4, 4, device=device), torch.empty(1, 8, device=device), nn.Upsample(scale_factor=2)
+    layer = (ResBlock(32, 32, 8, 0.0, False, repeat) if updown else Upsample(32, conv=True)).to(device)
+    with FlopCounterMode(display=False) as counter:
+        layer(x, emb) if updown else layer(x)
+    others = updown * (9 * 32 ** 2 * 8 ** 2 + 8 * 32)    # of the second convolution and of emb
+    assert counter.get_total_flops() == 2 * (products * 32 ** 2 * 8 ** 2 + others)
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
