@@ -5,7 +5,7 @@
     python bench.py data                               what reads batches, beside what train.py takes
     python bench.py evaluate                           the Fréchet distance, precision and recall, Inception
     python bench.py peers                              our networks in turn with those of peers.py, and how much faster they are
-    python bench.py options                            a step with --precision bf16 or --compile, in turn with one without
+    python bench.py options                            a step with --precision bf16, --compile or halves, in turn with one without
 
 Times on shared machines drift by tens of percent: compare ratios within one run only.
 """
@@ -28,6 +28,7 @@ from PIL import Image
 
 import data
 import inception
+import objectives
 import peers
 import text
 import train
@@ -342,15 +343,24 @@ def beside_peers(args):
                    for part in PEERS[name][1] if part in (args.parts or PEERS[name][1])], args, "ours", "theirs")
 
 
+OPTIONS = ("bf16", "compiled", "halves")
+
+
 def options(args):
-    """Time train.py's step with a flag and without, in turn, on the CPU."""
-    processes("cpu", compiles=True)                      # or the first compiled step would end in a hundred lines
+    """Time train.py's step with a flag and without, and by halves and whole, in turn, on the CPU."""
+    chosen = args.parts or OPTIONS
+    processes("cpu", compiles="compiled" in chosen)      # or the first compiled step would end in a hundred lines
 
-    flagged = {"training in bf16": ["--precision", "bf16"], "training, compiled": ["--compile"]}
+    def step(name, *flags):
+        return step_of(training_of(name, args.batch_size, *flags), args.batch_size)
 
-    def steps(name, flags):
-        return [step_of(training_of(name, args.batch_size, *more), args.batch_size) for more in (flags, [])]
-    print_in_turn([(name, what, partial(steps, name, flags)) for name in args.networks for what, flags in flagged.items()],
+    def whole(step):
+        with patch.object(objectives, "halves", lambda *_: False):
+            return step()
+    def pair(option, name):
+        one = step(name, *{"bf16": ("--precision", "bf16"), "compiled": ("--compile",), "halves": ()}[option])
+        return one, partial(whole, one) if option == "halves" else step(name)
+    print_in_turn([(name, f"training, {option}", partial(pair, option, name)) for name in args.networks for option in chosen],
                   args, "with it", "without")
 
 
@@ -379,6 +389,7 @@ def flags():
     add("train latents data peers options", "--batch-size", 32, "images a step", type=positive)
     commands["peers"].add_argument("--parts", nargs="+", choices=dict.fromkeys(part for _, parts in PEERS.values() for part in parts),
                                    help="what to time (default: all)")
+    commands["options"].add_argument("--parts", nargs="+", choices=OPTIONS, help="what to time (default: all)")
     commands["peers"].add_argument("--networks", nargs="+", choices=PEERS, help="of which (default: all)")
     networks = [name for name, (make, _) in PEERS.items() if make is denoisers]
     add("options", "--networks", networks, "of which", nargs="+", choices=networks)

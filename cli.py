@@ -8,8 +8,10 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -232,6 +234,63 @@ def stop_signals():
     finally:
         for name, handler in old.items():
             signal.signal(name, handler)
+
+
+LEAST = 16                       # images for a thread of its own
+
+
+def threads_for(network, n):
+    """How many Python threads may share n images between them: PyTorch's number, if each has `LEAST` of them.
+
+    One on a GPU, and of a compiled network, which threads must not call together.
+    """
+    if next(network.parameters()).device.type != "cpu" or any(module._compiled_call_impl for module in network.modules()):
+        return 1
+    return max(1, min(torch.get_num_threads(), n // LEAST))
+
+
+class Stopped(Exception):
+    """What ends a part in another thread once nobody waits for it."""
+
+
+@cache
+def other_threads(n, process):
+    """n threads of a process besides the main one, for as long as it lasts: new ones would set their libraries up each time."""
+    return ThreadPoolExecutor(n)
+
+
+def side_by_side(function, parts, workers):
+    """Yield function(part, go_on) of each part, in order, computed by so many Python threads at once, each with its share of
+    PyTorch's.
+
+    Threads that share each operation wait for each other after it: for as long as a small one takes, and on a busy machine for
+    many times that. The function calls go_on now and then, which raises `Stopped` once its result is not wanted any more.
+    """
+    threads, half, errors = torch.get_num_threads(), torch.is_autocast_enabled("cpu"), []
+
+    def go_on(*_):
+        if errors:
+            raise Stopped
+
+    def alone(part):
+        torch.set_num_threads(threads // workers)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):    # which a thread does not inherit
+                return function(part, go_on)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    for i in range(0, len(parts), workers):
+        jobs = [other_threads(workers - 1, os.getpid()).submit(alone, part) for part in parts[i + 1:i + workers]]
+        try:
+            results = [alone(parts[i]), *(job.result() for job in jobs)]
+        except BaseException as error:
+            raise [*errors, error][0] from None          # the first: those that it stopped follow
+        finally:
+            wait(jobs)
+            torch.set_num_threads(threads)               # the default of new threads, which the workers changed
+        yield from results
 
 
 def total(tensor, world):

@@ -47,3 +47,14 @@ def tiny_run(tmp_path_factory):
         value += 0.05 * torch.randn(value.shape, generator=generator)
     checkpoint.save(out, run)
     return out
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """PyTorch with two threads, whatever the tests have otherwise, of which each takes two images at least."""
+    import cli
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(cli, "LEAST", 2)
+    yield
+    torch.set_num_threads(before)

@@ -26,7 +26,7 @@ from torch.nn.utils import get_total_norm
 
 import data
 from cascade import augmented, shrink
-from cli import autocast
+from cli import autocast, side_by_side, threads_for
 from ddpm import key_seed, keyed_generator
 from vae import kl_divergence
 
@@ -262,17 +262,32 @@ def guarded_step(optimizer, parameters, clip):
     return norm, finite
 
 
+def halves(network, args, n, world):
+    """Whether two threads shall each compute half of n samples, rather than share every operation of them all.
+
+    Threads that share wait for each other after each operation, which on a busy machine takes many times as long as it; halves
+    wait once a step. Two gradients have one sum, in whichever order they come: so a run still resumes exactly. Not where parts are
+    computed one after the other, or dropout draws, for which all threads have one generator; points are too small.
+    """
+    return (world == args.accumulate == 1 and args.model != "mlp" and threads_for(network, n) > 1
+            and not any(isinstance(module, torch.nn.Dropout) and module.p for module in network.modules()))
+
+
 def train_step(state, model, objective, batch, step, args, rank, world):
-    """One step on this process's part of a batch: forward and backward by micro-batches, the optimizer, the average."""
-    micro = len(batch[0]) // args.accumulate
-    for i in range(args.accumulate):
+    """One step on this process's part of a batch: forward and backward by parts, the optimizer, the average."""
+    n, at_once = len(batch[0]), halves(state.network, args, len(batch[0]), world)
+    parts = 2 if at_once else args.accumulate
+
+    def gradient(i, *_):
+        """Add a part's gradient -> its losses, and their groups."""
         torch.manual_seed(key_seed((args.seed, step, DROPOUT, i, rank)))         # of dropout, which draws globally
-        last = world == 1 or i + 1 == args.accumulate
+        last = world == 1 or i + 1 == parts
         with contextlib.nullcontext() if last else model.no_sync():              # exchange gradients once a step
-            micro_batch = [None if z is None else z[i * micro:(i + 1) * micro] for z in batch]
             with autocast(batch[0].device, args.precision):
-                losses, groups = objective.loss(model, *micro_batch)             # of (n,) samples, and their groups (n,)
-            (losses.mean() / args.accumulate).backward()
+                losses, groups = objective.loss(model, *(None if z is None else z.tensor_split(parts)[i] for z in batch))
+            (losses.sum() / n).backward()
+        return losses, groups
+    for losses, groups in side_by_side(gradient, range(2), 2) if at_once else map(gradient, range(parts)):
         state.add_losses(losses, groups)
     for parameter_group in state.optimizer.param_groups:
         parameter_group["lr"] = learning_rate(step, args)

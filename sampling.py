@@ -7,8 +7,6 @@ precision, by `cli.autocast`.
 """
 import math
 import sys
-import threading
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +16,7 @@ import torch
 
 import ddpm
 from checkpoint import Clip, load, load_autoencoder, load_clip
-from cli import PRECISIONS, natural, not_negative, positive
+from cli import PRECISIONS, natural, not_negative, positive, side_by_side, threads_for
 from data import OWN_SETS, Dataset, to_uint8
 from files import sha256_of
 from tables import Table, fill
@@ -28,7 +26,6 @@ from vae import in_pieces, pieces
 CFG_SCALE = 1.5                  # where the network knows an unconditional input
 SCATTERED = 2000                 # samples of a run on points
 STEPS = 20                       # of DPM-Solver++; more barely change the picture
-LEAST = 16                       # images for a thread of its own
 
 
 def labels_of(indices, classes):
@@ -77,42 +74,6 @@ def unconditional(network, reader=None, cfg_drop=None):
     return reader([""])[0] if reader.empty is None else reader.empty
 
 
-class Stopped(Exception):
-    """What ends a batch in another thread once nobody waits for it."""
-
-
-def side_by_side(function, parts, workers):
-    """Yield function(part, go_on) of each part, in order, computed by so many Python threads at once, each with its share of
-    PyTorch's.
-
-    Threads that share each operation wait for each other after it: for as long as a small one takes, and on a busy machine for
-    many times that. The function calls go_on now and then, which raises `Stopped` once its result is not wanted any more.
-    """
-    threads, half, ended = torch.get_num_threads(), torch.is_autocast_enabled("cpu"), threading.Event()
-
-    def go_on(*_):
-        if ended.is_set():
-            raise Stopped
-
-    def alone(part):
-        torch.set_num_threads(threads // workers)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):        # which a thread does not inherit
-            return function(part, go_on)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for i in range(0, len(parts), workers):
-            jobs = [pool.submit(alone, part) for part in parts[i:i + workers]]
-            try:
-                for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                    job.result()                         # raises an error as soon as it is there
-            except BaseException:
-                ended.set()                              # before the pool waits for the others
-                raise
-            finally:
-                torch.set_num_threads(threads)           # the default of new threads, which the workers changed
-            yield from (job.result() for job in jobs)
-
-
 def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, callback=None, **options):
     """Images number `indices` of a seed: an iterator of (indices, x (n, C, H, W) on the network's device), batch by batch.
 
@@ -130,10 +91,9 @@ def draw(network, diffusion, indices, classes=None, seed=0, batch_size=None, cal
         return batch, ddpm.sample(diffusion, network, (len(batch), network.channels, *network.image_size),
                                   encode_condition(network, labels_of(batch, classes)), seeds=[(seed, i) for i in batch],
                                   callback=callback, **options)
-    alone = callback or device.type != "cpu" or any(module._compiled_call_impl for module in network.modules())
     at_once = math.ceil(len(indices) / max(1, math.ceil(len(indices) / batch_size)))     # in batches of equal size
-    workers = min(torch.get_num_threads(), at_once // LEAST)
-    if alone or workers < 2:
+    workers = 1 if callback else threads_for(network, at_once)
+    if workers < 2:
         return pieces(lambda batch: drawn(batch, callback), indices, batch_size)
     part = math.ceil(at_once / workers)
     return side_by_side(drawn, [indices[i:i + part] for i in range(0, len(indices), part)], workers)

@@ -12,6 +12,7 @@ import checkpoint
 import data
 import inception
 import latents
+import objectives
 import peers
 import text
 import train
@@ -143,17 +144,20 @@ def test_our_networks_are_timed_beside_their_authors(capsys, monkeypatch):
     assert [row.split(" | ")[:2] for row in capsys.readouterr().out.splitlines()[4:]] == [["| vae Ti", "decode"]]
 
 
-def test_a_step_with_a_flag_is_timed_beside_one_that_differs_in_nothing_else(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "step_of", lambda training, batch_size: (vars(training.args), training.model))
+def test_a_step_is_timed_with_an_option_beside_one_that_differs_in_nothing_else(capsys, monkeypatch, two_threads):
+    def told(state, model, objective, batch, step, args, rank, world):
+        halves = objectives.halves(state.network, args, len(batch[0]), world)
+        return {**vars(args), "halves": halves, "compiled": any(block._compiled_call_impl for block in state.network.blocks)}
+    monkeypatch.setattr(bench, "train_step", told)
     found = []
-    monkeypatch.setattr(bench, "in_turn", lambda *steps: (found.append(steps[:2]), np.tile([0.1, 0.2], (steps[2], 1)))[1])
-    bench.main(["options", "--networks", "dit Ti/8", "--batch-size", "2", "--pairs", "3"])
-    differing = [{key for key in given if given[key] != plain[key]} - {"out"} for (given, _), (plain, _) in found]
-    assert differing == [{"precision"}, {"compile"}] and found[0][0][0]["precision"] == "bf16"
-    blocks, plain_blocks = (network.blocks for _, network in found[1])
-    assert all(block._compiled_call_impl for block in blocks) and not any(block._compiled_call_impl for block in plain_blocks)
-    assert [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[-2:]] == [
-        [what, "100.0 ms", "200.0 ms", "2.00 (2.00 – 2.00) |"] for what in ("training in bf16", "training, compiled")]
+    monkeypatch.setattr(bench, "in_turn", lambda one, other, pairs: (
+        found.append((one(), other())), np.tile([0.1, 0.2], (pairs, 1)))[1])
+    bench.main(["options", "--networks", "dit Ti/8", "--batch-size", "4", "--pairs", "3"])
+    differing = [{key for key in one if one[key] != other[key]} - {"out"} for one, other in found]
+    assert differing == [{"precision"}, {"compile", "compiled", "halves"}, {"halves"}]
+    assert found[0][0]["precision"] == "bf16" and found[1][0]["compiled"] and found[2][0]["halves"]
+    assert [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[-3:]] == [
+        [f"training, {option}", "100.0 ms", "200.0 ms", "2.00 (2.00 – 2.00) |"] for option in ("bf16", "compiled", "halves")]
 
 
 @pytest.mark.parametrize("model, size, ruler", [("dit", "Ti/4", "product"), ("vit", "Ti/4", "product"),

@@ -57,16 +57,6 @@ def test_drawing_in_bfloat16_changes_an_image_little(tmp_path, tiny_run):
     assert 0 < apart.mean() < 0.02 * exact.std()         # see RESULTS.md: bfloat16 rounds to 1/256 at every product
 
 
-@pytest.fixture
-def two_threads(monkeypatch):
-    """PyTorch with two threads, whatever the tests have otherwise, of which each draws two images at least."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    monkeypatch.setattr(sampling, "LEAST", 2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_threads_draw_parts_of_a_batch_at_once_and_what_one_draws(tmp_path, tiny_run, monkeypatch, two_threads, precision):
     argv, original, both, sizes = ["--n", "6", "--precision", precision], ddpm.sample, threading.Barrier(2, timeout=60), []

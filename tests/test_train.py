@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import socket
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ import features
 import files
 import latents
 import models
+import objectives
 import reports
 import sample
 import sampling
@@ -32,6 +35,7 @@ import train
 import unet
 import uvit
 import vit
+from cli import side_by_side
 from objectives import Denoising
 from objectives import guarded_step, update_ema
 
@@ -115,7 +119,7 @@ def test_the_flags_of_the_process_reach_the_loss(tmp_path):
     assert (weight > 1.01).any() and torch.allclose(losses.double(), weight * x0.double().square().mean(dim=(1, 2, 3)), rtol=1e-5)
 
 
-def descent(tmp_path, argv, double, **changes):
+def descent(tmp_path, argv, double, n=8, **changes):
     """The step of a nudged network by gradient descent with a rate of 1, and the slope of the mean loss of its whole batch."""
     args, _ = settings.read_settings([*argv, "--lr", "1024", "--warmup", "0", "--decay", "none", "--clip-grad", "0",
                                       "--out", str(tmp_path / "run.pt")])
@@ -124,7 +128,7 @@ def descent(tmp_path, argv, double, **changes):
     vars(args).update(changes)
     state, objective = training.state, training.objective
     nudge(value.data for value in state.parameters)
-    batch = objective.draw(0, *training.dataset.batch(np.arange(8)))
+    batch = [None if z is None else z[:n] for z in objective.draw(0, *training.dataset.batch(np.arange(8)))]
     if double:
         state.network.double(), state.ema.double()
         batch = [z.double() if z is not None and z.is_floating_point() else z for z in batch]
@@ -142,6 +146,38 @@ def test_a_step_goes_down_the_slope_of_the_whole_batch_however_it_is_computed(tm
     step, slope = descent(tmp_path, [*small, "--model", model, "--size", BACKBONES[model]], double=True, **changes)
     assert all(value.any() for value in slope)
     assert_close(step, list(slope), rtol=1e-4, atol=1e-9)                # of a ViT and an autoencoder the loss is float32
+
+
+@every_backbone
+def test_so_does_a_step_by_halves_of_unequal_size(tmp_path, small, monkeypatch, two_threads, model):
+    monkeypatch.setattr(objectives, "side_by_side", lambda function, parts, workers: (
+        shares.append((len(parts), workers)), side_by_side(function, parts, workers))[1])
+    shares = []
+    step, slope = descent(tmp_path, [*small, "--model", model, "--size", BACKBONES[model]], double=True, n=7)
+    assert shares == [(2, 2)]
+    assert_close(step, list(slope), rtol=1e-4, atol=1e-9)
+
+
+def test_a_run_by_halves_has_the_same_bits_whichever_half_is_late(tmp_path, two_threads, monkeypatch):
+    def delayed(self, model, *batch, honest=Denoising.loss):
+        second = batch[0].storage_offset() > 0
+        time.sleep(0.1 * (second == late))
+        return honest(self, model, *batch)
+    monkeypatch.setattr(Denoising, "loss", delayed)
+    for late in (False, True):
+        trained(tmp_path / f"{late}.pt", "--steps", "3", "--accumulate", "1")
+    assert_same_run(tmp_path / "False.pt", tmp_path / "True.pt")
+
+
+@pytest.mark.parametrize("changes", [dict(world=2), dict(accumulate=2), dict(model="mlp"), dict(n=3), dict(dropout=0.1),
+                                     dict(compiled=True), dict(threads=1)], ids=lambda changes: next(iter(changes)))
+def test_halves_are_not_for(two_threads, changes):
+    def whether(world=1, accumulate=1, model="dit", n=4, dropout=0.0, compiled=False, threads=2):
+        torch.set_num_threads(threads)
+        network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(dropout))
+        network.compile(backend="eager") if compiled else None
+        return objectives.halves(network, Namespace(accumulate=accumulate, model=model), n, world)
+    assert whether() and not whether(**changes)
 
 
 def test_bf16_autocast_goes_nearly_down_the_slope(tmp_path):
