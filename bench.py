@@ -320,7 +320,8 @@ def evaluators(part, name, batch_size):
     return lambda: ours(images), lambda: theirs(images)
 
 
-PEERS = {**{name: (denoisers, PARTS) for name in ("dit Ti/8", "dit S/8", "dit S/4", "uvit Ti/8", "uvit S/4", "unet Ti")},
+PEERS = {**{name: (denoisers, PARTS) for name in ("dit XS/16", "dit Ti/8", "dit S/8", "dit S/4", "uvit Ti/8", "uvit S/4",
+                                                       "unet Ti")},
          "vae Ti": (autoencoders, ("encode", "decode")), "clip L/14": (text_encoders, ("forward",)),
          "inception": (evaluators, ("forward",))}        # network: makers, parts
 

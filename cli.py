@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -254,9 +254,9 @@ class Stopped(Exception):
 
 
 @cache
-def other_threads(n, process):
-    """n threads of a process besides the main one, for as long as it lasts: new ones would set their libraries up each time."""
-    return ThreadPoolExecutor(n)
+def pool_of(workers, process):
+    """Threads of a process, for as long as it lasts: new ones would set up their libraries again, at each step of training."""
+    return ThreadPoolExecutor(workers)
 
 
 def side_by_side(function, parts, workers):
@@ -266,31 +266,29 @@ def side_by_side(function, parts, workers):
     Threads that share each operation wait for each other after it: for as long as a small one takes, and on a busy machine for
     many times that. The function calls go_on now and then, which raises `Stopped` once its result is not wanted any more.
     """
-    threads, half, errors = torch.get_num_threads(), torch.is_autocast_enabled("cpu"), []
+    threads, half, ended = torch.get_num_threads(), torch.is_autocast_enabled("cpu"), threading.Event()
 
     def go_on(*_):
-        if errors:
+        if ended.is_set():
             raise Stopped
 
     def alone(part):
         torch.set_num_threads(threads // workers)
-        try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):    # which a thread does not inherit
-                return function(part, go_on)
-        except BaseException as error:
-            errors.append(error)
-            raise
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):        # which a thread does not inherit
+            return function(part, go_on)
 
     for i in range(0, len(parts), workers):
-        jobs = [other_threads(workers - 1, os.getpid()).submit(alone, part) for part in parts[i + 1:i + workers]]
+        jobs = [pool_of(workers, os.getpid()).submit(alone, part) for part in parts[i:i + workers]]
         try:
-            results = [alone(parts[i]), *(job.result() for job in jobs)]
-        except BaseException as error:
-            raise [*errors, error][0] from None          # the first: those that it stopped follow
-        finally:
+            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                job.result()                             # raises an error as soon as it is there
+        except BaseException:
+            ended.set()                                  # for the others, which have the pool until they end
             wait(jobs)
+            raise
+        finally:
             torch.set_num_threads(threads)               # the default of new threads, which the workers changed
-        yield from results
+        yield from (job.result() for job in jobs)
 
 
 def total(tensor, world):
