@@ -275,11 +275,12 @@ def halves(network, args, n, world):
 
 def train_step(state, model, objective, batch, step, args, rank, world):
     """One step on this process's part of a batch: forward and backward by parts, the optimizer, the average."""
-    n, at_once = len(batch[0]), halves(state.network, args, len(batch[0]), world)
+    n = len(batch[0])
+    at_once = halves(state.network, args, n, world)
     parts = 2 if at_once else args.accumulate
 
     def gradient(i, *_):
-        """Add a part's gradient -> its losses, and their groups."""
+        """Add part i's gradient of the mean loss -> its losses and their groups."""
         torch.manual_seed(key_seed((args.seed, step, DROPOUT, i, rank)))         # of dropout, which draws globally
         last = world == 1 or i + 1 == parts
         with contextlib.nullcontext() if last else model.no_sync():              # exchange gradients once a step
