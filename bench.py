@@ -348,19 +348,20 @@ OPTIONS = ("bf16", "compiled", "halves")
 
 
 def options(args):
-    """Time train.py's step with a flag and without, and by halves and whole, in turn, on the CPU."""
+    """Time train.py's step in bf16, compiled or by halves, in turn with one that is not, on the CPU."""
     chosen = args.parts or OPTIONS
     processes("cpu", compiles="compiled" in chosen)      # or the first compiled step would end in a hundred lines
 
     def step(name, *flags):
         return step_of(training_of(name, args.batch_size, *flags), args.batch_size)
 
-    def whole(step):
+    def shared(step):
         with patch.object(objectives, "halves", lambda *_: False):
             return step()
+
     def pair(option, name):
         one = step(name, *{"bf16": ("--precision", "bf16"), "compiled": ("--compile",), "halves": ()}[option])
-        return one, partial(whole, one) if option == "halves" else step(name)
+        return one, partial(shared, one) if option == "halves" else step(name)
     print_in_turn([(name, f"training, {option}", partial(pair, option, name)) for name in args.networks for option in chosen],
                   args, "with it", "without")
 

@@ -266,10 +266,12 @@ def halves(network, args, n, world):
     """Whether two threads shall each compute half of n samples, rather than share every operation of them all.
 
     Threads that share wait for each other after each operation, which on a busy machine takes many times as long as it; halves
-    wait once a step. Two gradients have one sum, in whichever order they come: so a run still resumes exactly. Not where parts are
-    computed one after the other, or dropout draws, for which all threads have one generator; points are too small.
+    wait once a step. Two gradients have one sum, in whichever order they come: so a run still resumes exactly. Not with several
+    processes or micro-batches, an odd number of threads, or dropout, for which threads have one generator; steps on points are too
+    short.
     """
     return (world == args.accumulate == 1 and args.model != "mlp" and threads_for(network, n) > 1
+            and torch.get_num_threads() % 2 == 0
             and not any(isinstance(module, torch.nn.Dropout) and module.p for module in network.modules()))
 
 
@@ -284,8 +286,9 @@ def train_step(state, model, objective, batch, step, args, rank, world):
         torch.manual_seed(key_seed((args.seed, step, DROPOUT, i, rank)))         # of dropout, which draws globally
         last = world == 1 or i + 1 == parts
         with contextlib.nullcontext() if last else model.no_sync():              # exchange gradients once a step
+            part = [None if z is None else z.tensor_split(parts)[i] for z in batch]
             with autocast(batch[0].device, args.precision):
-                losses, groups = objective.loss(model, *(None if z is None else z.tensor_split(parts)[i] for z in batch))
+                losses, groups = objective.loss(model, *part)            # of the part's samples (n / parts,), and their groups
             (losses.sum() / n).backward()
         return losses, groups
     for losses, groups in side_by_side(gradient, range(2), 2) if at_once else map(gradient, range(parts)):

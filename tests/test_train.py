@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -162,16 +163,19 @@ def test_a_run_by_halves_has_the_same_bits_whichever_half_is_late(tmp_path, two_
     def delayed(self, model, *batch, honest=Denoising.loss):
         second = batch[0].storage_offset() > 0
         time.sleep(0.1 * (second == late))
+        names.add(threading.current_thread().name)
         return honest(self, model, *batch)
+    names = set()
     monkeypatch.setattr(Denoising, "loss", delayed)
     for late in (False, True):
         trained(tmp_path / f"{late}.pt", "--steps", "3", "--accumulate", "1")
     assert_same_run(tmp_path / "False.pt", tmp_path / "True.pt")
+    assert len(names) == 2                               # the same two threads in all six steps
 
 
 @pytest.mark.parametrize("changes", [dict(world=2), dict(accumulate=2), dict(model="mlp"), dict(n=3), dict(dropout=0.1),
-                                     dict(compiled=True), dict(threads=1)], ids=lambda changes: next(iter(changes)))
-def test_halves_are_not_for(two_threads, changes):
+                                     dict(compiled=True), dict(threads=1), dict(threads=3)], ids=str)
+def test_no_step_is_by_halves_with(two_threads, changes):
     def whether(world=1, accumulate=1, model="dit", n=4, dropout=0.0, compiled=False, threads=2):
         torch.set_num_threads(threads)
         network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(dropout))
