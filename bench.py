@@ -245,7 +245,7 @@ def step_of(training, batch_size):
     """train.py's step, again and again on the same images."""
     args, objective = training.args, training.objective
     batch = data.Batches(training.dataset, batch_size, 0, training.part)[0]
-    return lambda: train_step(training.state, training.model, objective, objective.draw(0, *batch), 0, args, 0, 1)
+    return lambda: train_step(training.state, training.model, objective, batch, 0, args, 0, 1)
 
 
 def training_steps(training, peer, batch_size):

@@ -261,12 +261,13 @@ def pool_of(workers, process):
 
 def side_by_side(function, parts, workers):
     """Yield function(part, go_on) of each part, in order, computed by so many Python threads at once, each with its share of
-    PyTorch's.
+    PyTorch's; by the calling one, where it is one.
 
     Threads that share each operation wait for each other after it: for as long as a small one takes, and on a busy machine for
     many times that. The function calls go_on now and then, which raises `Stopped` once its result is not wanted any more.
     """
     threads, half, ended = torch.get_num_threads(), torch.is_autocast_enabled("cpu"), threading.Event()
+    learns = torch.is_grad_enabled()
 
     def go_on(*_):
         if ended.is_set():
@@ -274,9 +275,11 @@ def side_by_side(function, parts, workers):
 
     def alone(part):
         torch.set_num_threads(threads // workers)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):        # which a thread does not inherit
+        with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.bfloat16, enabled=half):    # threads inherit neither
             return function(part, go_on)
-
+    if workers == 1:
+        yield from (function(part, go_on) for part in parts)
+        return
     for i in range(0, len(parts), workers):
         jobs = [pool_of(workers, os.getpid()).submit(alone, part) for part in parts[i:i + workers]]
         try:

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import get_total_norm
 
 import data
 from cascade import augmented, shrink
@@ -238,37 +237,51 @@ def learning_rate(step, args):
     return args.lr * rise * fall
 
 
+def shared_out(tensors, threads):
+    """Tensors for so many threads: a list each, one after the other."""
+    return [tensors[i * len(tensors) // threads:(i + 1) * len(tensors) // threads] for i in range(threads)]
+
+
 @torch.no_grad()
-def update_ema(ema, network, step, decay):
+def update_ema(ema, network, step, decay, threads=1):
     """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)), also after a skipped step."""
-    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+    d = min(decay, (1 + step) / (10 + step))
+    pairs = zip(*(shared_out(list(each.parameters()), threads) for each in (ema, network)))
+    list(side_by_side(lambda pair, _: torch._foreach_lerp_(*pair, 1 - d), list(pairs), threads))
     for average, buffer in zip(ema.buffers(), network.buffers()):
         average.copy_(buffer)                            # tables and statistics are no weights: copied, not averaged
 
 
-def guarded_step(optimizer, parameters, clip):
+def guarded_step(optimizer, parameters, clip, threads=1):
     """Clip and take an optimizer step, unless a gradient is not finite: then weights and moments stay as they are.
 
     Decided on the device, without waiting for it -> the gradient's norm, and whether it is finite (1.0 or 0.0). The fused
     optimizer does both while it reads the gradients, through the two attributes that a GradScaler sets: what to divide them by,
-    and whether to skip the step.
+    and whether to skip the step. Each of so many threads has its share of the parameters.
     """
-    norm = get_total_norm([parameter.grad for parameter in parameters])
+    shares = shared_out(parameters, threads)
+    norms = side_by_side(lambda share, _: torch._foreach_norm([parameter.grad for parameter in share]), shares, threads)
+    norm = torch.stack([norm for some in norms for norm in some]).norm()
     finite = norm.isfinite().float()
-    optimizer.grad_scale = (norm / clip).clamp(min=1) if clip else None
-    optimizer.found_inf = 1 - finite
-    optimizer.step()
-    optimizer.zero_grad()
+
+    def follow(share, _):
+        part = copy.copy(optimizer)                      # it has the same moments
+        part.param_groups = [{**group, "params": share} for group in optimizer.param_groups]
+        part.grad_scale = (norm / clip).clamp(min=1) if clip else None
+        part.found_inf = 1 - finite
+        part.step()
+        part.zero_grad()
+    list(side_by_side(follow, shares, threads))
     return norm, finite
 
 
 def halves(network, args, n, world):
-    """Whether two threads shall each compute half of n samples, rather than share every operation of them all.
+    """Whether two threads shall each compute half of n samples, and half of the weights, rather than share every operation.
 
-    Threads that share wait for each other after each operation, which on a busy machine takes many times as long as it; halves
-    wait once a step. Two gradients have one sum, in whichever order they come: so a run still resumes exactly. Not with several
-    processes or micro-batches, an odd number of threads, or dropout, for which threads have one generator; steps on points are too
-    short.
+    Threads that share wait for each other after each operation, which on a busy machine takes many times as long as it, and those
+    of PyTorch go on spinning for milliseconds after the last; halves wait three times a step. Two gradients have one sum, in
+    whichever order they come: so a run still resumes exactly. Not with several processes or micro-batches, an odd number of
+    threads, or dropout, for which threads have one generator; steps on points are too short.
     """
     return (world == args.accumulate == 1 and args.model != "mlp" and threads_for(network, n) > 1
             and torch.get_num_threads() % 2 == 0
@@ -276,26 +289,27 @@ def halves(network, args, n, world):
 
 
 def train_step(state, model, objective, batch, step, args, rank, world):
-    """One step on this process's part of a batch: forward and backward by parts, the optimizer, the average."""
+    """One step on this process's part of a batch (images, labels): draw, forward and backward by parts, optimizer, average."""
     n = len(batch[0])
-    at_once = halves(state.network, args, n, world)
-    parts = 2 if at_once else args.accumulate
+    threads = 2 if halves(state.network, args, n, world) else 1
+    parts = threads * args.accumulate
+    (drawn,) = side_by_side(lambda *_: objective.draw(step, *batch), [batch], threads)
 
-    def gradient(i, *_):
+    def gradient(i, _):
         """Add part i's gradient of the mean loss -> its losses and their groups."""
         torch.manual_seed(key_seed((args.seed, step, DROPOUT, i, rank)))         # of dropout, which draws globally
         last = world == 1 or i + 1 == parts
         with contextlib.nullcontext() if last else model.no_sync():              # exchange gradients once a step
-            part = [None if z is None else z.tensor_split(parts)[i] for z in batch]
-            with autocast(batch[0].device, args.precision):
+            part = [None if z is None else z.tensor_split(parts)[i] for z in drawn]
+            with autocast(drawn[0].device, args.precision):
                 losses, groups = objective.loss(model, *part)            # of the part's samples (n / parts,), and their groups
             (losses.sum() / n).backward()
         return losses, groups
-    for losses, groups in side_by_side(gradient, range(2), 2) if at_once else map(gradient, range(parts)):
+    for losses, groups in side_by_side(gradient, range(parts), threads):
         state.add_losses(losses, groups)
     for parameter_group in state.optimizer.param_groups:
         parameter_group["lr"] = learning_rate(step, args)
-    state.norm, finite = guarded_step(state.optimizer, state.parameters, args.clip_grad)
+    state.norm, finite = guarded_step(state.optimizer, state.parameters, args.clip_grad, threads)
     state.bad_steps = (state.bad_steps + 1) * (1 - finite)
     state.taken += finite
-    update_ema(state.ema, state.network, step, args.ema)
+    update_ema(state.ema, state.network, step, args.ema, threads)

@@ -306,8 +306,7 @@ class Training:
         with stop_signals() as stop, self.log.bar, self.saves:
             if self.unfinished:
                 self.write_row(self.start)
-            for step, (images, labels) in zip(steps, data.ahead(batches.__getitem__, steps, self.device)):
-                batch = self.objective.draw(step, images, labels)
+            for step, batch in zip(steps, data.ahead(batches.__getitem__, steps, self.device)):
                 train_step(state, self.model, self.objective, batch, step, args, self.rank, self.world)
                 done, row = step + 1, row_due(step + 1, args)
                 self.log.advance(done)
