@@ -192,7 +192,11 @@ def test_bf16_autocast_goes_nearly_down_the_slope(tmp_path):
     assert all(0 < (a - b).norm() < 0.1 * b.norm() for a, b in matrices)
 
 
-def test_non_finite_gradients_leave_weights_and_moments_unchanged():
+by_threads = pytest.mark.parametrize("threads", [1, 2])
+
+
+@by_threads
+def test_non_finite_gradients_leave_weights_and_moments_unchanged(two_threads, threads):
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(3, 3)), torch.nn.Parameter(torch.randn(3))]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
@@ -200,7 +204,7 @@ def test_non_finite_gradients_leave_weights_and_moments_unchanged():
     def step(*gradients):
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient.clone()
-        _, finite = guarded_step(optimizer, parameters, clip=1.0)
+        _, finite = guarded_step(optimizer, parameters, 1.0, threads)
         return finite, [tensor.clone() for p in parameters for tensor in (p.detach(), *optimizer.state[p].values())]
     good = [torch.randn(3, 3), torch.randn(3)]
     finite, before = step(*good)
@@ -213,8 +217,9 @@ def test_non_finite_gradients_leave_weights_and_moments_unchanged():
     assert finite == 1 and not torch.equal(before[0], after[0])
 
 
+@by_threads
 @pytest.mark.parametrize("clip", [0, 0.5, 100.0])
-def test_a_step_clips_as_pytorch_does(clip):
+def test_a_step_clips_as_pytorch_does(two_threads, clip, threads):
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3))] for _ in range(2))
     optimizers = [torch.optim.AdamW(parameters, lr=0.1, eps=1.0, fused=True) for parameters in (ours, theirs)]     # eps: size counts
@@ -222,7 +227,7 @@ def test_a_step_clips_as_pytorch_does(clip):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
-        norm, _ = guarded_step(optimizers[0], ours, clip)
+        norm, _ = guarded_step(optimizers[0], ours, clip, threads)
         assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, clip or math.inf))
         optimizers[1].step()
         assert_close(ours, theirs)
@@ -243,28 +248,30 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_leave_the_last_save(tmp_path, ca
     assert run.step == 30 and all(value.isfinite().all() for value in run.model.values())
 
 
-def test_ema_is_its_closed_sum_and_copies_buffers():
+@by_threads
+def test_ema_is_its_closed_sum_and_copies_buffers(two_threads, threads):
     network, ema = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     values, decay = [1.0, -2.0, 0.5, 3.0], 0.3
     with torch.no_grad():
-        ema.weight.fill_(7.0)
+        ema.weight.fill_(7.0), ema.bias.fill_(7.0)
         for k, value in enumerate(values):
-            network.weight.fill_(value)
-            network.running_mean.fill_(value)
-            update_ema(ema, network, k, decay)
+            for tensor in (network.weight, network.bias, network.running_mean):
+                tensor.fill_(value)
+            update_ema(ema, network, k, decay, threads)
     kept = [min(decay, (1 + k) / (10 + k)) for k in range(4)]            # 0.1, 0.18, 0.25, 0.3: the warm-up
     weights = [(1 - kept[k]) * math.prod(kept[k + 1:]) for k in range(4)]
     expected = 7.0 * math.prod(kept) + sum(w * value for w, value in zip(weights, values))
-    assert torch.allclose(ema.weight, torch.full((3,), expected)) and torch.equal(ema.running_mean, torch.full((3,), 3.0))
+    assert_close([ema.weight, ema.bias, ema.running_mean], [torch.full((3,), value) for value in (expected, expected, 3.0)])
 
 
-def test_a_skipped_step_brings_no_nan_into_the_average_which_goes_on_towards_the_weights():
+@by_threads
+def test_a_skipped_step_brings_no_nan_into_the_average_which_goes_on_towards_the_weights(two_threads, threads):
     network, ema = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     expected = [0.9 * a.detach() + 0.1 * w.detach() for a, w in zip(ema.parameters(), network.parameters())]
     for parameter in network.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
-    _, finite = guarded_step(torch.optim.AdamW(network.parameters(), fused=True), list(network.parameters()), clip=1.0)
-    update_ema(ema, network, 1000, 0.9)
+    _, finite = guarded_step(torch.optim.AdamW(network.parameters(), fused=True), list(network.parameters()), 1.0, threads)
+    update_ema(ema, network, 1000, 0.9, threads)
     assert finite == 0
     assert_close(list(ema.parameters()), expected)
 
