@@ -279,7 +279,7 @@ def halves(network, args, n, world):
     """Whether two threads shall each compute half of n samples, and half of the weights, rather than share every operation.
 
     Threads that share wait for each other after each operation, which on a busy machine takes many times as long as it, and those
-    of PyTorch go on spinning for milliseconds after the last; halves wait four times a step. Two gradients have one sum, in
+    of PyTorch go on spinning for a while after the last; halves wait four times a step. Two gradients have one sum, in
     whichever order they come: so a run still resumes exactly. Not with several processes or micro-batches, an odd number of
     threads, or dropout, for which threads have one generator; steps on points are too short.
     """
