@@ -239,6 +239,7 @@ def learning_rate(step, args):
 
 def shared_out(tensors, threads):
     """Tensors for so many threads: a list each, one after the other."""
+    tensors = list(tensors)
     return [tensors[i * len(tensors) // threads:(i + 1) * len(tensors) // threads] for i in range(threads)]
 
 
@@ -246,8 +247,8 @@ def shared_out(tensors, threads):
 def update_ema(ema, network, step, decay, threads=1):
     """ema <- d ema + (1 - d) network, d = min(decay, (1 + step) / (10 + step)), also after a skipped step."""
     d = min(decay, (1 + step) / (10 + step))
-    pairs = zip(*(shared_out(list(each.parameters()), threads) for each in (ema, network)))
-    list(side_by_side(lambda pair, _: torch._foreach_lerp_(*pair, 1 - d), list(pairs), threads))
+    averages, weights = shared_out(ema.parameters(), threads), shared_out(network.parameters(), threads)
+    list(side_by_side(lambda i, _: torch._foreach_lerp_(averages[i], weights[i], 1 - d), range(threads), threads))
     for average, buffer in zip(ema.buffers(), network.buffers()):
         average.copy_(buffer)                            # tables and statistics are no weights: copied, not averaged
 
@@ -262,13 +263,12 @@ def guarded_step(optimizer, parameters, clip, threads=1):
     shares = shared_out(parameters, threads)
     norms = side_by_side(lambda share, _: torch._foreach_norm([parameter.grad for parameter in share]), shares, threads)
     norm = torch.stack([norm for some in norms for norm in some]).norm()
-    finite = norm.isfinite().float()
+    finite, scale = norm.isfinite().float(), (norm / clip).clamp(min=1) if clip else None
 
     def follow(share, _):
         part, (group,) = copy.copy(optimizer), optimizer.param_groups    # the copy has the same moments
         part.param_groups = [{**group, "params": share}]
-        part.grad_scale = (norm / clip).clamp(min=1) if clip else None
-        part.found_inf = 1 - finite
+        part.grad_scale, part.found_inf = scale, 1 - finite
         part.step()
         part.zero_grad()
     list(side_by_side(follow, shares, threads))
@@ -293,7 +293,7 @@ def train_step(state, model, objective, batch, step, args, rank, world):
     n = len(batch[0])
     threads = 2 if halves(state.network, args, n, world) else 1
     parts = threads * args.accumulate
-    (drawn,) = side_by_side(lambda *_: objective.draw(step, *batch), [batch], threads)
+    (drawn,) = side_by_side(lambda read, _: objective.draw(step, *read), [batch], threads)
 
     def gradient(i, _):
         """Add part i's gradient of the mean loss -> its losses and their groups."""
